@@ -1,0 +1,40 @@
+"""kdpp: few-step diffusion models, made better while they sample.
+
+`TeacherGuidedDenoiser` joins a student with the teacher that it was distilled from;
+``sample_*_tg`` are k-diffusion's samplers with the teacher's help (Distillation++, Park et al.,
+ICCV 2025). `SOLVERS` lists them.
+"""
+
+from kdpp._version import __version__
+from kdpp.denoisers import OwnCFG
+from kdpp.guidance import TeacherGuidedDenoiser
+from kdpp.solvers import (
+    SOLVERS,
+    sample_dpmpp_2m_ancestral_tg,
+    sample_dpmpp_2m_cfg_pp_tg,
+    sample_dpmpp_2m_tg,
+    sample_dpmpp_2s_ancestral_cfg_pp_tg,
+    sample_dpmpp_2s_ancestral_tg,
+    sample_euler_ancestral_cfg_pp_tg,
+    sample_euler_ancestral_tg,
+    sample_euler_cfg_pp_tg,
+    sample_euler_tg,
+    sample_lcm_tg,
+)
+
+__all__ = [
+    "SOLVERS",
+    "OwnCFG",
+    "TeacherGuidedDenoiser",
+    "__version__",
+    "sample_dpmpp_2m_ancestral_tg",
+    "sample_dpmpp_2m_cfg_pp_tg",
+    "sample_dpmpp_2m_tg",
+    "sample_dpmpp_2s_ancestral_cfg_pp_tg",
+    "sample_dpmpp_2s_ancestral_tg",
+    "sample_euler_ancestral_cfg_pp_tg",
+    "sample_euler_ancestral_tg",
+    "sample_euler_cfg_pp_tg",
+    "sample_euler_tg",
+    "sample_lcm_tg",
+]
