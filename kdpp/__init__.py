@@ -5,6 +5,7 @@
 ICCV 2025). `SOLVERS` lists them.
 """
 
+from kdpp import kdiffusion
 from kdpp._version import __version__
 from kdpp.denoisers import OwnCFG
 from kdpp.guidance import TeacherGuidedDenoiser
@@ -27,6 +28,7 @@ __all__ = [
     "OwnCFG",
     "TeacherGuidedDenoiser",
     "__version__",
+    "kdiffusion",
     "sample_dpmpp_2m_ancestral_tg",
     "sample_dpmpp_2m_cfg_pp_tg",
     "sample_dpmpp_2m_tg",

@@ -15,7 +15,7 @@ from tqdm.auto import trange
 from kdpp.denoisers import Denoise, bind
 from kdpp.guidance import Revision, TeacherGuidedDenoiser
 from kdpp.noise import NoiseSampler, checked, host_noise, private_noise
-from kdpp.plan import Row, Step
+from kdpp.plan import Row, Step, level_ratio
 
 __all__ = ["Callback", "Plan", "run"]
 
@@ -35,14 +35,14 @@ class Update(NamedTuple):
     noise: float | None
 
     @classmethod
-    def of(cls, row: Row, cfg_pp: bool, teacher_scale: float = 0.0) -> Update:
-        """Give the teacher its share of the estimate, and fold the weighted sum into lerps.
+    def of(cls, row: Row, sigma: float, cfg_pp: bool, teacher_scale: float = 0.0) -> Update:
+        """The weights of a row from x at ``sigma``, the teacher's share in it, folded into lerps.
 
         ``Σ w_j p_j = lerp(… lerp(p_0, p_1, w_1/(w_0+w_1)) …, p_n, w_n/Σ w)``, the largest weight
         first: the weights sum to one, so no partial sum vanishes.
         """
-        weights = [row.x, row.denoised * (1.0 - teacher_scale), row.denoised * teacher_scale]
-        weights += row.direction
+        taught = row.denoised * teacher_scale
+        weights = [level_ratio(sigma, row.target), row.denoised - taught, taught, *row.direction]
         if row.direction and not cfg_pp:  # the newest direction is the estimate itself
             weights[DENOISED] += weights[DIRECTION]
             weights[DIRECTION] = 0.0
@@ -175,10 +175,12 @@ def prepare_lessons(
     teacher = bind(model.teacher, "teacher", x, extra_args, model.teacher_cfg_scale)
     sampler = model.renoise_noise_sampler or private_noise(x)
     noise = checked(sampler, "renoise_noise_sampler", x)
-    return [
-        Lesson(revision, Update.of(revision.renoise, cfg_pp), teacher, noise) if revision else None
-        for revision in revisions
-    ]
+
+    def lesson(step: Step, revision: Revision) -> Lesson:
+        renoise = Update.of(revision.renoise, step.stages[-1].sigma, cfg_pp)
+        return Lesson(revision, renoise, teacher, noise)
+
+    return [lesson(step, r) if r else None for step, r in zip(steps, revisions)]
 
 
 def prepare_updates(
@@ -187,10 +189,11 @@ def prepare_updates(
     """Every stage's update; the teacher's share goes into the last one of a guided step."""
     updates = []
     for step, lesson in zip(steps, lessons):
-        *before, last = step.stages
+        *before, last = (stage.row for stage in step.stages)
+        sigma = step.stages[0].sigma
         scale = lesson.revision.scale if lesson else 0.0
-        rows = [Update.of(stage.row, cfg_pp) for stage in before]
-        updates.append([*rows, Update.of(last.row, cfg_pp, scale)])
+        rows = [Update.of(row, sigma, cfg_pp) for row in before]
+        updates.append([*rows, Update.of(last, sigma, cfg_pp, scale)])
     return updates
 
 

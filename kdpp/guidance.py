@@ -21,7 +21,7 @@ __all__ = ["Revision", "TeacherGuidedDenoiser"]
 class Revision:
     """One guided step, in numbers: ``x̂_new = (1 - scale)·x̂ + scale·D_ψ(x_s, sigma)``.
 
-    ``renoise`` makes x_s from the point that the student saw, its estimate x̂ and the direction d:
+    ``renoise`` makes x_s from the point that the student saw at σ, its estimate x̂ and direction d:
     ``x_s = x̂ + σ_s (sqrt(1-ρ²)·(point - d)/σ + ρ n)``.
     """
 
@@ -114,9 +114,9 @@ class TeacherGuidedDenoiser(nn.Module):
 
     def _revision(self, step: Step, sigma: float) -> Revision:
         rho = self.renoise_eta
-        predicted = sigma * math.sqrt(1.0 - rho * rho) / step.stages[-1].sigma
-        fresh = rho * sigma if rho > 0.0 else None
-        renoise = Row(x=predicted, denoised=1.0, direction=(-predicted,), noise=fresh)
+        predicted = sigma * math.sqrt(1.0 - rho * rho)
+        direction = (-predicted / step.stages[-1].sigma,)
+        renoise = Row(predicted, 1.0, direction, noise=rho * sigma or None)
         return Revision(self.teacher_scale, sigma, renoise)
 
 

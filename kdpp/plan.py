@@ -14,30 +14,31 @@ __all__ = ["Row", "Stage", "Step", "ancestral_split", "euler_row", "level_ratio"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One linear update, ``x·state + denoised·x̂_new + Σ_j direction[j]·d_j + noise·n``.
+    """One linear update, ``σ_target·(x/σ) + denoised·x̂_new + Σ_j direction[j]·d_j + noise·n``.
 
-    - ``state``: x at the start of the step.
+    - ``x/σ``: the state at the start of the step over its level. A perfect denoiser's x is
+      ``x0 + σ n``, so its weight says which level the update goes to, before noise: ``target``.
     - ``x̂_new``: the newest estimate of x0, after the teacher's revision where there is one.
     - ``d_j``: the estimates that give the solver its direction, newest first. They are never
       revised: x̂ itself, or under CFG++ its unconditional part. This split is what makes one plan
       serve the plain solver, its CFG++ form and the teacher's term (Distillation++, section 7.1).
     - ``n``: standard normal noise. ``noise=None`` draws nothing; 0.0 draws and does not use it,
       where k-diffusion does so, to stay on the same random stream.
-
-    The weights of x, x̂_new and d_j sum to one (x0 shifted by c shifts the result by c); a row that
-    breaks this is a wrong solver and raises ValueError.
     """
 
-    x: float
+    target: float
     denoised: float = 0.0
     direction: tuple[float, ...] = ()
     noise: float | None = None
 
-    def __post_init__(self) -> None:
-        weights = (self.x, self.denoised, *self.direction)
-        size = sum(map(abs, weights))
-        if not abs(sum(weights) - 1.0) <= 1e-12 * max(size, 1.0):
-            raise ValueError(f"the weights of {self} sum to {sum(weights)!r}, not to 1")
+    def check(self, sigma: float) -> None:
+        """ValueError unless ``target/σ``, ``denoised`` and ``direction`` sum to one.
+
+        Only then does moving x0 move the result by as much; other weights are a wrong solver.
+        """
+        weights = (level_ratio(sigma, self.target), self.denoised, *self.direction)
+        if not abs(sum(weights) - 1.0) <= 1e-12 * max(1.0, sum(map(abs, weights))):
+            raise ValueError(f"the weights of {self} from σ = {sigma!r} sum to {sum(weights)!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,18 @@ class Step:
     """From ``sigma`` to ``sigma_next`` in one or more stages; the last one's estimate is revised.
 
     ``churn`` is the standard deviation of noise added to x before the first stage, which then sees
-    the higher level ``stages[0].sigma`` (None: nothing is drawn; see `Row.noise`).
+    the higher level ``stages[0].sigma`` (None: nothing is drawn; see `Row.noise`). Every row starts
+    from that x. Raises ValueError for rows whose weights do not sum to one.
     """
 
     sigma: float
     sigma_next: float
     stages: tuple[Stage, ...]
     churn: float | None = None
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            stage.row.check(self.stages[0].sigma)
 
 
 def level_ratio(sigma: float, target: float) -> float:
@@ -71,8 +77,8 @@ def euler_row(sigma: float, target: float, noise: float | None = None) -> Row:
     """``x̂_new + (x - d)/σ·σ_target`` (DDIM), of first order; equal levels leave x as it is."""
     ratio = level_ratio(sigma, target)
     if ratio == 1.0:
-        return Row(x=1.0, noise=noise)
-    return Row(x=ratio, denoised=1.0, direction=(-ratio,), noise=noise)
+        return Row(target, noise=noise)
+    return Row(target, denoised=1.0, direction=(-ratio,), noise=noise)
 
 
 def ancestral_split(

@@ -169,7 +169,7 @@ def lcm(sigmas: Sequence[float]) -> Iterator[Step]:
     """``x̂_new + σ' n``; at σ' = 0 the estimate itself."""
     for sigma, sigma_next in pairwise(sigmas):
         noise = sigma_next if sigma_next > 0 else None
-        row = Row(x=0.0, denoised=1.0, noise=noise) if sigma > 0 else Row(x=1.0)
+        row = Row(0.0, denoised=1.0, noise=noise) if sigma > 0 else Row(0.0)
         yield single_stage(sigma, sigma_next, row)
 
 
@@ -209,9 +209,10 @@ def dpmpp_2s_ancestral(
             continue
         middle = ratio**r
         weight = (1 - ratio) / (2 * r)
-        to_middle = Row(x=middle, direction=(1 - middle,))
-        to_next = Row(ratio, weight, (0.0, 1 - ratio - weight), noise)
-        stages = (Stage(sigma, to_middle), Stage(sigma * middle, to_next))
+        sigma_middle = sigma * middle
+        to_middle = Row(sigma_middle, direction=(1 - middle,))
+        to_next = Row(sigma_down, weight, (0.0, 1 - ratio - weight), noise)
+        stages = (Stage(sigma, to_middle), Stage(sigma_middle, to_next))
         yield Step(sigma, sigma_next, stages)
 
 
@@ -271,7 +272,7 @@ def dpmpp_2m(sigmas: Sequence[float], eta: float = 0.0, s_noise: float = 1.0) ->
         r = math.log(sigmas[before] / sigma) / -math.log(ratio)
         weight = (1 - ratio) / (2 * r)
         repeats = (0.0,) * (i - before - 1)
-        row = Row(ratio, 1.0, (weight - ratio, *repeats, -weight), noise)
+        row = Row(sigma_down, 1.0, (weight - ratio, *repeats, -weight), noise)
         yield single_stage(sigma, sigma_next, row)
 
 
