@@ -1,0 +1,7 @@
+"""``python -m kdpp`` is ``kdpp``."""
+
+import sys
+
+from kdpp.cli import main
+
+sys.exit(main())
