@@ -3,8 +3,8 @@
     python benchmarks/step_cost.py [--pairs 30] [--json FILE]
 
 The network is the identity, so that everything counted is the sampler's own. Times are ratios of
-medians over pairs run in turn; on a shared machine trust nothing finer than a tenth. diffusers, where
-it is installed, runs its scheduler of the same solver in the same rounds.
+medians over pairs run in turn; on a shared machine trust nothing finer than a tenth. diffusers is
+measured where it is installed: its scheduler of the same solver runs in the same rounds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,26 @@
+"""The embedded lab: 8x8 handwritten digits, a teacher, a few-step student and a classifier.
+
+Everything is real and small: scikit-learn's 1,797 digits, a class-conditional diffusion teacher,
+a consistency-distilled student with a real gap to it, and the classifier whose features measure
+both.  The weights ship with the package (`weights/MODEL_CARD.md` says how they were made), and
+`python -m kdpp.digits.training` makes them anew.  A network of this package serves k-diffusion's
+`CompVisDenoiser` as it is:
+
+    denoiser = k_diffusion.external.CompVisDenoiser(load_teacher())
+    denoised = denoiser(x, sigma, cond=labels)      # labels: int64 [B], 0-9, or NULL_CLASS
+"""
+
+from kdpp.digits.checkpoints import load_classifier, load_student, load_teacher
+from kdpp.digits.data import NULL_CLASS, load_data
+from kdpp.digits.schedules import SCHEDULE, schedule, trailing
+
+__all__ = [
+    "NULL_CLASS",
+    "SCHEDULE",
+    "load_classifier",
+    "load_data",
+    "load_student",
+    "load_teacher",
+    "schedule",
+    "trailing",
+]

@@ -1,0 +1,103 @@
+"""The demo, small: its table, its pictures, its sentence; the figures' signs at full size."""
+
+import sys
+
+import pytest
+import torch
+
+from kdpp.cli import main
+from kdpp.digits import demo
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Two seeds of 300 images: the rows, and the folder."""
+    out = tmp_path_factory.mktemp("demo")
+    return demo.run_demo(0, out, seeds=2, images=300), out
+
+
+def test_rows_and_evaluations(small):
+    """Each way to sample is there, with the evaluations that its networks really made."""
+    rows, _ = small
+    assert [(row.name.strip(), row.evaluations) for row in rows] == [
+        ("student, 4 steps", (4, 0)),
+        ("+ teacher, λ = 0.1", (4, 2)),
+        ("+ teacher, λ = 0.5", (4, 2)),
+        ("+ itself, λ = 0.1", (5, 0)),
+        ("+ itself, λ = 0.5", (5, 0)),
+        ("student, 5 steps", (5, 0)),
+        ("student, 6 steps", (6, 0)),
+        ("teacher, 4 steps", (0, 8)),
+        ("teacher, 50 steps", (0, 100)),
+    ]
+
+
+def test_the_teacher_helps_this_student(small):
+    """λ = 0.5 lowers FD in every pair, by more than the student in the teacher's place does."""
+    rows, _ = small
+    base, _, strong, _, self_strong, *_ = rows
+    for guided, control in zip(demo.changes(strong, base), demo.changes(self_strong, base)):
+        assert guided < control - 0.5 and control < -0.5
+
+
+def test_table_and_pictures_are_written(small):
+    """table.txt holds a line for each row and the verdict; both pictures are PNG files."""
+    rows, out = small
+    text = (out / "table.txt").read_text(encoding="utf-8")
+    assert all(row.name in text for row in rows)
+    assert "The teacher at the first of 4 steps: FD -" in text
+    for name in ("grids.png", "guided_step.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_share_their_noise(small):
+    """Rows start from the same noise: without a teacher's share the images are the same."""
+    rows, _ = small
+    base, weak = rows[0], rows[1]
+    scale = weak.model.teacher_scale
+    weak.model.teacher_scale = 0.0
+    try:
+        assert torch.equal(base.run(3, 20)[0], weak.run(3, 20)[0])
+    finally:
+        weak.model.teacher_scale = scale
+    assert not torch.equal(base.run(3, 20)[0], weak.run(3, 20)[0])
+
+
+def test_an_effect_within_its_spread_is_not_seen():
+    """A change smaller than its standard deviation over seeds is no effect."""
+
+    def row(*distances):
+        scores = [demo.Scores(distance, 1.0, 1.0) for distance in distances]
+        return demo.Row("", None, None, (), scores=scores)
+
+    base = row(1.0, 1.0, 1.0)
+    assert demo.effect(row(1.5, 0.6, 1.0), base) == "no effect seen"
+    assert demo.effect(row(0.5, 0.6, 0.4), base) == "FD -0.50 ± 0.10"
+
+
+@pytest.mark.parametrize("arguments", [["demo", "--seed", "-1"], ["demo", "--seed", "x"], []])
+def test_bad_arguments(arguments, capsys):
+    """argparse says what is wrong and ends with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: kdpp" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(tmp_path, capsys):
+    """--out below a file: one sentence and status 1, before any sampling."""
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file" / "out")]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("kdpp: ") and "file" in said.err
+    assert "sampling" not in said.err
+
+
+def test_missing_matplotlib(tmp_path, monkeypatch, capsys):
+    """Without matplotlib the demo says what to install and writes nothing."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "kdpp.digits.pictures", raising=False)
+    monkeypatch.delattr(sys.modules["kdpp.digits"], "pictures", raising=False)
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 1
+    assert "pip install 'kdpp[lab]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,75 @@
+"""The docs say what is so: their scripts run, their links hold, they build without a warning."""
+
+import difflib
+import importlib.metadata
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+def run(name, capsys):
+    """Run an example as a script: its variables, and what it printed."""
+    variables = runpy.run_path(str(EXAMPLES / name))
+    return variables, capsys.readouterr().out
+
+
+def test_two_lines_make_a_stock_script_a_guided_one(capsys):
+    """The scripts differ in two lines; both run; the teacher changes the images and no more."""
+    texts = [(EXAMPLES / name).read_text().splitlines() for name in ("stock.py", "guided.py")]
+    changes = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
+    assert [line[0] for line in changes].count("-") == 2
+    assert [line[0] for line in changes].count("+") == 2
+
+    stock, stock_said = run("stock.py", capsys)
+    guided, guided_said = run("guided.py", capsys)
+    assert stock_said.count("step ") == guided_said.count("step ") == len(stock["sigmas"]) - 1
+    difference = (guided["images"] - stock["images"]).norm() / stock["images"].norm()
+    assert 1e-4 < difference < 0.5
+    # Without the teacher the guided script is the stock script.
+    guided["model"].teacher_scale = 0.0
+    torch.manual_seed(0)
+    x = torch.randn(10, 1, 8, 8) * guided["sigmas"][0]
+    alone = guided["sample"](guided["model"], x, guided["sigmas"], guided["extra_args"])
+    torch.testing.assert_close(alone, stock["images"], rtol=0, atol=1e-5)
+
+
+def test_emphasised_lines_are_the_changed_ones():
+    """The page points at the lines that differ."""
+    stock, guided = ((EXAMPLES / n).read_text().splitlines() for n in ("stock.py", "guided.py"))
+    changed = [i for i, (a, b) in enumerate(zip(stock, guided), 1) if a != b]
+    pointed = re.findall(r":emphasize-lines: (.*)", (ROOT / "docs" / "migrating.md").read_text())
+    assert pointed == [", ".join(map(str, changed))] * 2
+
+
+def test_the_docs_build_without_a_warning(tmp_path):
+    """Sphinx builds every page, warnings being errors."""
+    command = [sys.executable, "-m", "sphinx", "-W", "-q", "-d", tmp_path / "trees"]
+    built = subprocess.run([*command, ROOT / "docs", tmp_path / "html"], capture_output=True,
+                           text=True)  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    assert "TeacherGuidedDenoiser" in (tmp_path / "html" / "api.html").read_text()
+
+
+def test_readme_commands_and_links():
+    """The first screen holds the two commands; what the README points at is there."""
+    readme = (ROOT / "README.md").read_text()
+    first_screen = readme.splitlines()[:40]
+    commands = [line for line in first_screen if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert commands[0].endswith("kdpp demo") and commands[1].endswith("pytest")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", readme):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("extra", ["plots", "lab", "diffusers", "docs", "test"])
+def test_extras_are_declared(extra):
+    """Every extra that the docs name exists."""
+    assert extra in importlib.metadata.metadata("kdpp").get_all("Provides-Extra")

@@ -1,0 +1,113 @@
+"""What importing kdpp costs, what works without k-diffusion, and who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdpp
+
+PACKAGE = Path(kdpp.__file__).parent
+
+SAMPLE = """
+import torch, kdpp
+model = kdpp.TeacherGuidedDenoiser(lambda x, sigma: x / 2, lambda x, sigma: x / 3,
+                                   teacher_cfg_scale=1)
+for solver in kdpp.SOLVERS.values():
+    if not solver.cfg_pp:
+        x = solver.sample(model, torch.randn(2, 1, 4, 4), torch.tensor([2.0, 1.0, 0.0]))
+        assert x.isfinite().all()
+"""
+
+
+def python(code, **environment):
+    """Run code in a fresh interpreter; what it prints, or its error."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True, text=True, env={"PATH": "", **environment}, timeout=120,
+    )  # fmt: skip
+
+
+def test_import_is_light():
+    """`import kdpp` loads torch and tqdm and nothing else that is heavy."""
+    heavy = ("k_diffusion", "clip", "torchvision", "skimage", "scipy", "sklearn", "matplotlib",
+             "safetensors", "kdpp.digits")  # fmt: skip
+    run = python(f"import sys, kdpp; print([m for m in {heavy!r} if m in sys.modules])")
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("body", ["raise AttributeError('torchvision::nms')", None])
+def test_everything_else_works_without_k_diffusion(tmp_path, body):
+    """k-diffusion broken, or absent: the samplers run, and one sentence says what to install."""
+    if body is None:
+        block = "import sys; sys.modules['k_diffusion'] = None\n"
+    else:
+        (tmp_path / "k_diffusion").mkdir()
+        (tmp_path / "k_diffusion" / "__init__.py").write_text(body)
+        block = ""
+    run = python(block + SAMPLE, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    code = f"{block}import kdpp\ntry: kdpp.kdiffusion.external\nexcept ImportError as e: print(e)"
+    message = python(code, PYTHONPATH=str(tmp_path)).stdout
+    assert "pip install" in message and "k-diffusion" in message and "setuptools<81" in message
+    assert message.count("\n") == 1
+
+
+def test_the_demo_says_what_it_needs(tmp_path):
+    """Without k-diffusion `kdpp demo` ends with the sentence and status 1, and no traceback."""
+    code = (
+        "import sys; sys.modules['k_diffusion'] = None\n"
+        f"from kdpp.cli import main; sys.exit(main(['demo', '--out', {str(tmp_path / 'o')!r}]))"
+    )
+    run = python(code)
+    assert run.returncode == 1
+    assert run.stderr.startswith("kdpp: ") and "pip install" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_loaded_k_diffusion_is_the_one_used(monkeypatch):
+    """A host's own k_diffusion, already in sys.modules, is what kdpp.kdiffusion hands out."""
+    theirs = object()
+    monkeypatch.setitem(sys.modules, "k_diffusion.sampling", theirs)
+    assert kdpp.kdiffusion.sampling is theirs
+
+
+def test_unknown_part_of_k_diffusion():
+    """Only k-diffusion's documented parts are there; anything else is an AttributeError."""
+    with pytest.raises(AttributeError, match="external"):
+        kdpp.kdiffusion.nothing  # noqa: B018
+
+
+def imports(module):
+    """The kdpp modules and top-level packages that a module imports."""
+    names = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    kdpp_modules = {name.removeprefix("kdpp.") for name in names if name.startswith("kdpp.")}
+    return kdpp_modules, {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("plan", set()),
+        ("noise", set()),
+        ("denoisers", set()),
+        ("guidance", {"denoisers", "noise", "plan"}),
+        ("driver", {"denoisers", "guidance", "noise", "plan"}),
+        ("solvers", {"driver", "noise", "plan"}),
+        ("kdiffusion", set()),
+    ],
+)
+def test_data_flows_one_way(module, allowed):
+    """sigmas → rows → denoisers → guidance → step: no module looks back, none knows a host."""
+    ours, packages = imports(module)
+    assert ours <= allowed
+    assert not packages & {"k_diffusion", "modules", "comfy", "diffusers"}
+    assert module != "plan" or "torch" not in packages
