@@ -127,7 +127,7 @@ def run(
     noise = checked(noise_sampler or host_noise(x), "noise_sampler", x)
 
     sigma_at = sigmas.unbind()
-    memory = max(1, *(len(stage.row.direction) for step in steps for stage in step.stages))
+    memory = max(1, *(stage.row.memory for step in steps for stage in step.stages))
     directions: tuple[Tensor | None, ...] = ()
     for i in trange(len(steps), disable=disable):
         step, lesson, sigma = steps[i], lessons[i], sigma_at[i]
@@ -138,12 +138,15 @@ def run(
         info: dict[str, Any] = {}
         for stage, update in zip(step.stages, updates[i]):
             denoised, uncond = student(point, x.new_full(x.shape[:1], stage.sigma))
-            directions = (uncond if cfg_pp else denoised, *directions)[:memory]
+            direction = uncond if cfg_pp else denoised
+            refuse_reuse(direction, directions[: memory - 1], "student")
+            directions = (direction, *directions)[:memory]
             taught = None
             if callback and point is x:
                 info = report(x, i, sigma, step, denoised)
             if lesson and stage is step.stages[-1]:
-                renoised, taught = lesson(point, denoised, directions[0], sigma)
+                renoised, taught = lesson(point, denoised, direction, sigma)
+                refuse_reuse(taught, (denoised,), "teacher")
                 if callback:
                     info |= lesson.report(denoised, renoised, taught)
             # As k-diffusion, after the step's first evaluation; where a teacher speaks, after it.
@@ -152,6 +155,19 @@ def run(
             point = update((x, denoised, taught, *directions), draw)
         x = point
     return x
+
+
+def refuse_reuse(output: Any, kept: Sequence[Any], name: str) -> None:
+    """ValueError where a network answered in a tensor that holds an answer still in use."""
+    if any(memory_of(output) == memory_of(tensor) for tensor in kept):
+        raise ValueError(
+            f"the {name} returned the same memory twice, and the first answer, now overwritten, "
+            "is still in use; return a new tensor from every call (clone the output)"
+        )
+
+
+def memory_of(tensor: Tensor) -> tuple[int, Any]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def report(x: Tensor, i: int, sigma: Tensor, step: Step, denoised: Tensor) -> dict[str, Any]:

@@ -31,6 +31,11 @@ class Row:
     direction: tuple[float, ...] = ()
     noise: float | None = None
 
+    @property
+    def memory(self) -> int:
+        """How many of the newest directions it weighs."""
+        return max((j + 1 for j, weight in enumerate(self.direction) if weight), default=0)
+
     def check(self, sigma: float) -> None:
         """ValueError unless ``target/σ``, ``denoised`` and ``direction`` sum to one.
 

@@ -84,8 +84,10 @@ def euler(
     """Churn from σ to ``σ̂ = (1 + γ) σ``, then ``x̂_new + (x - d)/σ̂·σ'``."""
     nonnegative(s_churn=s_churn, s_noise=s_noise)
     gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2) - 1)
+    # A bound that is one of the levels holds it, though float32 has rounded the levels.
+    low, high = s_tmin * (1 - 1e-6), s_tmax * (1 + 1e-6)
     for sigma, sigma_next in pairwise(sigmas):
-        sigma_hat = sigma * (1 + gamma) if s_tmin <= sigma <= s_tmax else sigma
+        sigma_hat = sigma * (1 + gamma) if low <= sigma <= high else sigma
         # k-diffusion draws in every step; so does a run that churns in any, to get the same noise.
         churn = s_noise * math.sqrt(sigma_hat**2 - sigma**2) if gamma > 0 else None
         stage = Stage(sigma_hat, euler_row(sigma_hat, sigma_next))

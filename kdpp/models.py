@@ -1,0 +1,336 @@
+"""Few-step and flow models as denoisers, where k-diffusion has no wrapper of its own.
+
+A denoiser is ``(x, sigma, **extra_args) -> denoised``: x of shape ``(batch, *shape)``, sigma of
+shape ``(batch,)``, the answer D an estimate of x0 in x's shape and dtype. sigma is the standard
+deviation of the noise, ``x = x0 + σ n`` (variance exploding, VE), unless the denoiser has
+``flow = True``: then it is τ in [0, 1], ``x = (1-τ) x0 + τ n``. ``extra_args`` go to the network.
+
+For ε and v networks take k-diffusion's own: CompVisDenoiser, CompVisVDenoiser, VDenoiser, ….
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdpp.denoisers import Denoiser, OwnCFG
+
+__all__ = [
+    "FlowDenoiser",
+    "GuidanceConditioned",
+    "LCMDenoiser",
+    "X0Denoiser",
+    "as_flow",
+    "as_ve",
+]
+
+HIGHEST_SIGMA = 1e4  # for a denoiser that does not say how far it was trained
+
+ANSWERED_INSIDE = frozenset(
+    {"flow", "get_sigmas", "sigma_max", "sigma_min", "sigma_to_t", "sigmas", "t_to_sigma"}
+)
+
+
+class _Transparent(nn.Module):
+    """What its inner denoiser says of its schedule and kind, it says too."""
+
+    _inner = "denoiser"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ANSWERED_INSIDE:
+            return getattr(getattr(self, self._inner), name)
+        return super().__getattr__(name)
+
+
+class LCMDenoiser(_Transparent):
+    """A latent consistency model: boundary scalings around the estimate that its network makes.
+
+    With ``s = timestep_scaling · t``, t the discrete timestep of σ, and D_ε the inner denoiser::
+
+        D = c_out · D_ε(x, σ) + c_skip · x / sqrt(1 + σ²)
+        c_out = s / sqrt(s² + sigma_data²),   c_skip = sigma_data² / (s² + sigma_data²)
+
+    At t = 0 that is the (VP) latent itself; from the first timesteps on it is nearly D_ε.
+
+    Args:
+        denoiser: the network as a VE denoiser that has ``sigma_to_t``: k-diffusion's
+            CompVisDenoiser, or CompVisVDenoiser for a v network. Its schedule (``sigmas``,
+            ``sigma_min``, ``sigma_max``, ``get_sigmas``, …) is this model's too.
+        sigma_data: the data's standard deviation, as the model was trained with.
+        timestep_scaling: how fast the boundary is left, per timestep.
+
+    Raises:
+        TypeError: ``denoiser`` is none, has no ``sigma_to_t``, or is marked by `kdpp.OwnCFG`.
+        ValueError: a setting is no positive number.
+
+    Source: Luo et al. 2023, "Latent Consistency Models", section 4.1; the numbers are those of
+    the published models.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, sigma_data: float = 0.5, timestep_scaling: float = 10.0
+    ) -> None:
+        super().__init__()
+        self.denoiser = _unmarked(denoiser, "LCMDenoiser")
+        if not callable(getattr(denoiser, "sigma_to_t", None)):
+            raise TypeError(
+                f"LCMDenoiser needs a denoiser with sigma_to_t, to know the timestep; "
+                f"{_kind(denoiser)} has none: wrap the network in k-diffusion's CompVisDenoiser"
+            )
+        self.sigma_data = _positive(sigma_data=sigma_data)
+        self.timestep_scaling = _positive(timestep_scaling=timestep_scaling)
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        level = _precise(sigma)
+        scaled = self.timestep_scaling * self.sigma_to_t(level).to(level.dtype)
+        per_norm = (scaled.square() + self.sigma_data**2).rsqrt()
+        skip = (self.sigma_data * per_norm).square() * _vp_scale(level)
+        estimate = self.denoiser(x, sigma, **extra_args)
+        return (_times(estimate, scaled * per_norm) + _times(x, skip)).to(x.dtype)
+
+
+class X0Denoiser(nn.Module):
+    """A network that predicts x0 from a VP latent: ``D = network(x / sqrt(1 + σ²), t(σ))``.
+
+    Args:
+        network: ``(x_vp, t, **extra_args) -> x0``, x_vp of unit variance for data of unit variance,
+            t of shape ``(batch,)``.
+        sigma_to_t: t as a function of a tensor of σ; by default t is σ. For a discrete schedule
+            take ``sigma_to_t`` of a `k_diffusion.external.DiscreteSchedule`, on x's device.
+
+    Raises:
+        TypeError: ``network`` or ``sigma_to_t`` is not callable.
+
+    Source: Salimans & Ho 2022, "Progressive Distillation", section 4, with x / sqrt(1 + σ²) = z_t.
+    """
+
+    def __init__(
+        self, network: Denoiser, sigma_to_t: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.network = _network(network, "X0Denoiser")
+        if sigma_to_t is not None and not callable(sigma_to_t):
+            raise TypeError(f"sigma_to_t is {sigma_to_t!r}; it must be a function of sigma")
+        self.sigma_to_t = sigma_to_t
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        t = sigma if self.sigma_to_t is None else self.sigma_to_t(sigma)
+        return self.network(_times(x, _vp_scale(_precise(sigma))), t, **extra_args).to(x.dtype)
+
+
+class GuidanceConditioned(_Transparent, OwnCFG):
+    """A student of guided distillation: its network takes the guidance weight as an input.
+
+    ``D = denoiser(x, σ, **extra_args, argument=w)``, ``w = cond_scale + offset`` for every sample,
+    of shape ``(batch,)`` and x's dtype: the guided estimate in one call without a second half.
+    ``uncond`` and ``cond_scale`` do not reach the network. As a teacher its ``cond_scale`` is the
+    wrapper's ``teacher_cfg_scale``.
+
+    It is an `kdpp.OwnCFG` without an unconditional estimate, so CFG++ samplers refuse it.
+
+    Args:
+        denoiser: ``(x, sigma, argument=w, **extra_args) -> denoised``, in VE or flow form. Mind
+            that k-diffusion's CompVisVDenoiser hands its network nothing but ``cond``; its
+            DiscreteVDDPMDenoiser and CompVisDenoiser hand on everything.
+        argument: the name under which the network takes w.
+        offset: from the CFG scale to the network's w. -1 for Meng et al. and LCM, whose w is
+            ``(1 + w) D_c - w D_∅``; 0 for a network that takes the CFG scale itself (FLUX-dev).
+
+    Raises:
+        TypeError: ``denoiser`` is none, or is marked by `kdpp.OwnCFG` already.
+        ValueError: ``argument`` is no name, ``offset`` no finite number; and, when called,
+            ``cond_scale`` is missing or no finite number.
+
+    Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models", eq. (3), Algorithm 1.
+    """
+
+    _inner = "model"
+
+    def __init__(self, denoiser: Denoiser, argument: str = "w", offset: float = -1.0) -> None:
+        super().__init__(_unmarked(denoiser, "GuidanceConditioned"))
+        if not (isinstance(argument, str) and argument.isidentifier()):
+            raise ValueError(f"argument is {argument!r}; it must be the name of an argument")
+        self.argument = argument
+        self.offset = _finite(offset=offset)
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        if "cond_scale" not in extra_args:
+            raise ValueError(
+                "a guidance-conditioned model needs to be told its guidance: give "
+                "extra_args['cond_scale'], the CFG scale (1 is no guidance), from which its "
+                f"{self.argument} = cond_scale + {self.offset:g} is made"
+            )
+        weight = _finite(cond_scale=extra_args.pop("cond_scale")) + self.offset
+        extra_args.pop("uncond", None)
+        weights = {self.argument: x.new_full(x.shape[:1], weight)}
+        return self.model(x, sigma, **extra_args, **weights).to(x.dtype)
+
+
+class FlowDenoiser(nn.Module):
+    """A flow-matching or rectified-flow model, natively: sigma is τ, the state x_f.
+
+    With ``x_f = (1-τ) x0 + τ n`` and a network that predicts the velocity ``v = n - x0``::
+
+        D = x_f - τ · network(x_f, time_scale · τ)
+
+    which is finite for every τ in [0, 1], τ = 1 (pure noise) included.
+
+    Args:
+        network: ``(x_f, time, **extra_args) -> v``, time of shape ``(batch,)`` and sigma's dtype.
+        time_scale: 1 for a network that takes τ, 1000 for one that takes 0 … 1000.
+
+    Raises:
+        TypeError: ``network`` is not callable.
+        ValueError: ``time_scale`` is no positive number.
+
+    Source: Liu et al. 2022, "Flow Straight and Fast"; the direction of time and the sign of v are
+    those of Esser et al. 2024, "Scaling Rectified Flow Transformers" (SD3).
+    """
+
+    flow = True
+
+    def __init__(self, network: Denoiser, time_scale: float = 1.0) -> None:
+        super().__init__()
+        self.network = _network(network, "FlowDenoiser")
+        self.time_scale = _positive(time_scale=time_scale)
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        velocity = self.network(x, self.time_scale * sigma, **extra_args)
+        return (x - _times(velocity, sigma)).to(x.dtype)
+
+
+class _FlowAsVE(nn.Module):
+    """See `as_ve`."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        level = _precise(sigma)
+        alpha = 1.0 / (1.0 + level)
+        tau = (level * alpha).to(sigma.dtype)
+        return self.denoiser(_times(x, alpha), tau, **extra_args).to(x.dtype)
+
+
+class _VEAsFlow(nn.Module):
+    """See `as_flow`."""
+
+    flow = True
+
+    def __init__(self, denoiser: Denoiser, sigma_max: float | None) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.highest = sigma_max
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        tau = _precise(sigma)
+        alpha = torch.maximum(1.0 - tau, tau / self._top(x))
+        level = (tau / alpha).to(sigma.dtype)
+        return self.denoiser(_times(x, 1.0 / alpha), level, **extra_args).to(x.dtype)
+
+    def _top(self, x: Tensor) -> Any:
+        """The highest σ that the inner denoiser is asked for; a number or a tensor without dims."""
+        if self.highest is not None:
+            return self.highest
+        largest = math.sqrt(torch.finfo(x.dtype).max) / 2.0
+        return getattr(self.denoiser, "sigma_max", min(HIGHEST_SIGMA, largest))
+
+
+def as_ve(flow_denoiser: Denoiser) -> nn.Module:
+    """The VE denoiser of a flow model: ``D(x, σ) = D_flow(x / (1+σ), τ)``, ``τ = σ / (1+σ)``.
+
+    The same estimate in other coordinates: ``σ = τ / (1-τ)``, ``x = x_f / (1-τ)``. For any finite
+    σ ≥ 0, so that a flow model can teach a VE student, or run on a VE schedule.
+
+    Raises:
+        TypeError: ``flow_denoiser`` has no ``flow = True``, or is marked by `kdpp.OwnCFG` (put the
+            mark around the result).
+    """
+    _unmarked(flow_denoiser, "as_ve")
+    if not getattr(flow_denoiser, "flow", False):
+        raise TypeError(
+            f"as_ve takes a flow model, and {_kind(flow_denoiser)} has no flow = True: wrap its "
+            "network in kdpp.models.FlowDenoiser"
+        )
+    return _FlowAsVE(flow_denoiser)
+
+
+def as_flow(ve_denoiser: Denoiser, sigma_max: float | None = None) -> nn.Module:
+    """The flow form of a VE denoiser: ``D(x_f, τ) = D_VE(x_f / α, τ / α)``, ``α = 1 - τ``.
+
+    Towards τ = 1, where σ = τ/α goes to infinity, α is not let below ``τ / sigma_max``. From there
+    on the denoiser is asked at ``σ = sigma_max`` for ``x_f/τ · sigma_max``, which holds noise of
+    exactly that level and ``sigma_max · (1-τ)/τ`` of the signal: all of it where the clamp begins,
+    none at τ = 1, where the denoiser sees ``sigma_max · n``, the start of every VE sampler. The
+    answer is finite and continuous in τ, and exact up to the clamp.
+
+    Args:
+        ve_denoiser: any denoiser in k-diffusion's sense; LCM and x0 models too.
+        sigma_max: the clamp. By default the denoiser's own ``sigma_max`` (k-diffusion's discrete
+            denoisers have one), else 1e4, for float16 at most 128, whose square is still finite.
+            Give it for a model of limited range that has no such attribute, such as an EDM one.
+
+    Raises:
+        TypeError: ``ve_denoiser`` is a flow model already, is none, or is marked by `kdpp.OwnCFG`
+            (put the mark around the result).
+        ValueError: ``sigma_max`` is no positive number.
+    """
+    _unmarked(ve_denoiser, "as_flow")
+    if getattr(ve_denoiser, "flow", False):
+        raise TypeError(f"as_flow takes a VE denoiser, and {_kind(ve_denoiser)} is a flow model")
+    return _VEAsFlow(ve_denoiser, None if sigma_max is None else _positive(sigma_max=sigma_max))
+
+
+def _precise(sigma: Tensor) -> Tensor:
+    """sigma in float32 or better: in float16 its square, or ten times t, would overflow."""
+    return sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+
+
+def _vp_scale(sigma: Tensor) -> Tensor:
+    """``1 / sqrt(1 + σ²)``, from a VE to a VP latent."""
+    return (1.0 + sigma.square()).rsqrt()
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    """x times one factor per sample, in x's dtype."""
+    return x * factor.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _unmarked(denoiser: Denoiser, owner: str) -> Denoiser:
+    if not callable(denoiser):
+        raise TypeError(f"{owner} takes a denoiser, (x, sigma, **extra_args), not {denoiser!r}")
+    if isinstance(denoiser, OwnCFG):
+        raise TypeError(
+            f"{owner} was given a {_kind(denoiser)}, which does its own CFG; only the outermost "
+            f"wrapper is asked about that, so put {owner} inside it"
+        )
+    return denoiser
+
+
+def _network(network: Denoiser, owner: str) -> Denoiser:
+    if not callable(network):
+        raise TypeError(f"{owner} takes a network, (x, t, **extra_args), not {network!r}")
+    return network
+
+
+def _kind(model: Any) -> str:
+    return type(model).__name__
+
+
+def _finite(**setting: Any) -> float:
+    ((name, value),) = setting.items()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be a finite number")
+    return float(value)
+
+
+def _positive(**setting: Any) -> float:
+    ((name, value),) = setting.items()
+    if not _finite(**setting) > 0.0:
+        raise ValueError(f"{name} is {value!r}; it must be greater than 0")
+    return float(value)

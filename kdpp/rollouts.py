@@ -1,0 +1,330 @@
+"""DDIM in other ways than down with one network: upwards, and student and teacher by turns.
+
+`encode` takes an image up to its latent noise; `mixed_rollout` lets a student and its teacher take
+turns on the way down. Both are made of one deterministic step, Euler's on the probability-flow ODE:
+``x' = D + (x - D)/σ·σ'``. σ is the standard deviation of the noise, latents are in model space.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import trange
+
+from kdpp.denoisers import Denoise, Denoiser, bind, refuse_unmarked_cfg
+from kdpp.driver import Callback, check_latent, check_sigmas
+from kdpp.editing import Inpainted
+from kdpp.noise import private_noise
+from kdpp.plan import level_ratio
+
+__all__ = ["Rollout", "encode", "mixed_rollout"]
+
+
+@torch.no_grad()
+def encode(
+    model: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """Reversed DDIM: the latent noise that deterministic sampling would turn into x.
+
+    Every step goes up, ``x' = D + (x - D)/σ·σ'`` with ``D = D^w(x, σ)`` and σ' ≥ σ. Any sampler
+    decodes the result: with the same model and condition it returns to x, up to an error of first
+    order in the steps; with another model or condition it transfers the style.
+
+    Args:
+        model: a denoiser, ``(x, sigma, **extra_args) -> denoised``; one that does its own CFG comes
+            marked, as `kdpp.OwnCFG`. A `kdpp.TeacherGuidedDenoiser` encodes with its student.
+        x: ``(batch, *shape)``, floating point: the image, taken to be at the level ``sigmas[0]``.
+            Never written to; the result has its dtype and device.
+        sigmas: 1-D, positive and not decreasing, from a small level up to the highest. A sampler's
+            schedule that ends in 0 gives them as ``sigmas[:-1].flip(0)``.
+        extra_args: what the model takes: ``cond``; with ``uncond`` and ``cond_scale`` other than 1
+            the encoding is guided.
+        callback: called once a step with k-diffusion's dict (``x, i, sigma, sigma_hat, denoised``).
+        disable: True hides the progress bar.
+
+    Returns:
+        The latent at ``sigmas[-1]``, ``(batch, *shape)``.
+
+    Raises:
+        TypeError: the model is not callable or does its own CFG unmarked; x is not floating point.
+        ValueError: sigmas are not 1-D, finite, positive and non-decreasing, or ``uncond`` is
+            missing where CFG needs it; at the call that shows it, an output of another shape.
+
+    Source: Song et al. 2020 (DDIM), section 4.3; the step inside Meng et al. 2023, "On Distillation
+    of Guided Diffusion Models", Algorithm 5.
+    """
+    refuse_unmarked_cfg(model, "model")
+    check_latent(x)
+    levels, sigmas = check_rising(sigmas)
+    denoise = bind(model, "model", x, {} if extra_args is None else extra_args)
+    sigma_at = sigmas.unbind()
+    for i in trange(max(0, len(levels) - 1), disable=disable):
+        start = x
+        x, denoised = ddim(denoise, start, levels[i : i + 2])
+        if callback:
+            callback(report(start, i, sigma_at[i], denoised))
+    return x
+
+
+class Rollout(NamedTuple):
+    """What `mixed_rollout` returns."""
+
+    x: Tensor
+    """The final latent, ``(batch, *shape)``."""
+    states: tuple[Tensor, ...]
+    """The latent at every level of ``sigmas``, the starting one first: each ``(batch, *shape)``."""
+    by_teacher: Tensor
+    """Who took which transition: bool ``(steps, batch)`` on the CPU, True for the teacher."""
+
+
+@torch.no_grad()
+def mixed_rollout(
+    student: Denoiser,
+    teacher: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    teacher_substeps: int = 8,
+    teacher_probability: float | None = None,
+    switch: int | None = None,
+    first: str = "teacher",
+    extra_args: Mapping[str, Any] | None = None,
+    teacher_cfg_scale: float = 1.0,
+    generator: torch.Generator | None = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Rollout:
+    """Sample with DDIM, each transition taken by the student or by the teacher (DDIL).
+
+    From σ_i to σ_{i+1} the student takes one step ``x' = D + (x - D)/σ_i·σ_{i+1}``, the teacher
+    ``teacher_substeps`` smaller ones of the same form, over these levels (j = 0..n)::
+
+        σ_{i,j} = σ_i (σ_{i+1}/σ_i)^{j/n}      equal steps in log σ
+        σ_{i,j} = σ_i (1 - j/n)                where σ_{i+1} = 0: equal steps in σ
+
+    (Towards σ = 0 the ODE's second derivative in σ is nearly constant, and equal steps are then the
+    best that Euler can take.) Give exactly one of ``teacher_probability`` and ``switch``. With coins
+    each network is called on its own samples alone.
+
+    Args:
+        student, teacher: denoisers, ``(x, sigma, **extra_args) -> denoised``, over one latent
+            space; marked as `kdpp.OwnCFG` if they do their own CFG.
+        x: the starting latent ``(batch, *shape)``, floating point, with noise of standard deviation
+            ``sigmas[0]``. Never written to.
+        sigmas: 1-D, non-increasing noise levels, the coarse ones; usually ending in 0.
+        teacher_substeps: n ≥ 1; the paper takes 8.
+        teacher_probability: p_T in [0, 1]: every sample tosses a coin at every transition.
+        switch: the index in [0, steps] of the first transition that the other network takes.
+        first: "teacher" or "student": who goes before the switch.
+        extra_args: what the networks take. ``cond_scale`` is the student's CFG scale. Batch-first
+            tensors go with their samples.
+        teacher_cfg_scale: the teacher's CFG scale; other than 1 it needs ``uncond``.
+        generator: draws the coins, sample after sample: a batch run in parts with one generator
+            gets the coins of the whole. By default a generator of its own, which leaves the global
+            stream where it is and is reproducible under ``torch.manual_seed``.
+        callback: called once a transition with k-diffusion's dict (``x, i, sigma, sigma_hat,
+            denoised``); ``denoised`` is the estimate at σ_i, each sample's from its own network.
+        disable: True hides the progress bar.
+
+    Returns:
+        `Rollout`: the final latent, the states at all levels, who took which transition.
+
+    Raises:
+        TypeError: a model is not callable or does its own CFG unmarked; x is not floating point.
+        ValueError: both or none of ``teacher_probability`` and ``switch``, a setting outside its
+            range, bad sigmas, a missing ``uncond``, or coins that split the batch of a model made
+            by `kdpp.editing.inpaint` from several images; at the call that shows it, an output of
+            another shape.
+
+    Source: Garg et al., "DDIL", Algorithm 1 (whose β is the student's probability, 1 - p_T) and
+    supplement E, Tables 2 (p_T), 3 and 4 (switch).
+    """
+    refuse_unmarked_cfg(student, "student")
+    refuse_unmarked_cfg(teacher, "teacher")
+    check_latent(x)
+    levels, sigmas = check_sigmas(sigmas)
+    steps = max(0, len(levels) - 1)
+    whole(1, math.inf, teacher_substeps=teacher_substeps)
+    if (teacher_probability is None) == (switch is None):
+        raise ValueError(
+            f"teacher_probability is {teacher_probability!r} and switch is {switch!r}; "
+            "give exactly one of them"
+        )
+    if teacher_probability is not None:
+        by_teacher = toss(steps, x, teacher_probability, generator)
+    else:
+        by_teacher = turns(steps, x, switch, first)
+
+    extra_args = {} if extra_args is None else extra_args
+    players = (
+        Player(teacher, "teacher", teacher_cfg_scale, teacher_substeps),
+        Player(student, "student", None, 1),
+    )
+    legs = [
+        [
+            player.leg(x, pair, extra_args, chosen)
+            for player, chosen in zip(players, (row, ~row))
+            if chosen.any()
+        ]
+        for pair, row in zip(pairwise(levels), by_teacher)
+    ]
+    sigma_at = sigmas.unbind()
+    states = [x]
+    for i in trange(steps, disable=disable):
+        start = denoised = x
+        for leg in legs[i]:
+            moved, estimate = ddim(leg.denoise, leg.own(start), leg.levels)
+            x, denoised = leg.put(moved, x), leg.put(estimate, denoised)
+        if callback:
+            callback(report(start, i, sigma_at[i], denoised))
+        states.append(x)
+    return Rollout(x, tuple(states), by_teacher)
+
+
+class Leg(NamedTuple):
+    """One network's part of a transition: over which levels, for which samples (None: all)."""
+
+    denoise: Denoise
+    levels: Sequence[float]
+    samples: Tensor | None
+
+    def own(self, x: Tensor) -> Tensor:
+        return x if self.samples is None else x[self.samples]
+
+    def put(self, values: Tensor, x: Tensor) -> Tensor:
+        return values if self.samples is None else x.index_copy(0, self.samples, values)
+
+
+class Player(NamedTuple):
+    """A network that takes transitions, each in ``substeps`` steps."""
+
+    model: Denoiser
+    name: str
+    cfg_scale: float | None
+    substeps: int
+
+    def leg(
+        self, x: Tensor, pair: tuple[float, float], extra_args: Mapping[str, Any], chosen: Tensor
+    ) -> Leg:
+        """Its part of the transition, for the samples ``chosen`` (bool, on the CPU)."""
+        levels = between(*pair, self.substeps)
+        denoise = bind(self.model, self.name, x, extra_args, self.cfg_scale)
+        if chosen.all():
+            return Leg(denoise, levels, None)
+        refuse_known_regions(self.model, self.name)
+        samples = chosen.nonzero()[:, 0].to(x.device)
+        own_args = {key: select(value, samples, len(x)) for key, value in extra_args.items()}
+        denoise = bind(self.model, self.name, x[samples], own_args, self.cfg_scale)
+        return Leg(denoise, levels, samples)
+
+
+def ddim(denoise: Denoise, x: Tensor, levels: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Walk over the levels, up or down; also the first estimate of x0."""
+    estimates = []
+    for sigma, sigma_next in pairwise(levels):
+        denoised, _ = denoise(x, x.new_full(x.shape[:1], sigma))
+        x = torch.lerp(denoised, x, level_ratio(sigma, sigma_next))
+        estimates.append(denoised)
+    return x, estimates[0]
+
+
+def between(sigma: float, sigma_next: float, steps: int) -> list[float]:
+    """The levels of a transition in ``steps`` steps, both ends as they are given."""
+    fractions = [j / steps for j in range(1, steps)]
+    if sigma_next > 0.0:
+        inner = [sigma * (sigma_next / sigma) ** fraction for fraction in fractions]
+    else:
+        inner = [sigma * (1.0 - fraction) for fraction in fractions]
+    return [sigma, *inner, sigma_next]
+
+
+def toss(
+    steps: int, x: Tensor, probability: float, generator: torch.Generator | None
+) -> Tensor:
+    """Coins, bool (steps, batch) on the CPU, True with the probability; drawn sample by sample."""
+    number = isinstance(probability, numbers.Real) and not isinstance(probability, bool)
+    if not (number and 0.0 <= probability <= 1.0):
+        raise ValueError(f"teacher_probability is {probability!r}; it must be a number in [0, 1]")
+    shape = (x.shape[0], steps)
+    if generator is None:
+        normal = private_noise(x.new_empty(shape, dtype=torch.float32))(x, x)
+        uniform = torch.special.ndtr(normal.to("cpu", torch.float64))
+    else:
+        uniform = torch.rand(shape, generator=generator, device=generator.device).cpu()
+    return (uniform < probability).T
+
+
+def turns(steps: int, x: Tensor, switch: int | None, first: str) -> Tensor:
+    """Who takes which transition, bool (steps, batch) on the CPU, with one switch for all."""
+    if first not in ("teacher", "student"):
+        raise ValueError(f'first is {first!r}; it must be "teacher" or "student"')
+    before = torch.arange(steps) < whole(0, steps, switch=switch)
+    return (before == (first == "teacher"))[:, None].repeat(1, x.shape[0])
+
+
+def select(value: Any, samples: Tensor, batch: int) -> Any:
+    """Cut every batch-first tensor of a nested structure to the samples; leave anything else."""
+    if isinstance(value, Mapping):
+        return {key: select(item, samples, batch) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([select(item, samples, batch) for item in value])
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
+        return value[samples.to(value.device)]
+    return value
+
+
+def refuse_known_regions(model: Any, name: str) -> None:
+    """ValueError for a model that holds several images: it cannot know which samples it is given."""
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    if any(isinstance(part, Inpainted) and len(part.image) > 1 for part in parts):
+        raise ValueError(
+            f"teacher_probability splits the batch, and the {name} inpaints several images, one "
+            "for each sample of the whole; use switch, or inpaint one image, (1, *shape)"
+        )
+
+
+def report(x: Tensor, i: int, sigma: Tensor, denoised: Tensor) -> dict[str, Any]:
+    """What k-diffusion tells its callbacks."""
+    return {"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised}
+
+
+def check_rising(sigmas: Any) -> tuple[list[float], Tensor]:
+    """The levels of an encoding as float64 numbers, read once, and as a tensor."""
+    tensor = torch.as_tensor(sigmas)
+    if tensor.ndim != 1:
+        raise ValueError(f"sigmas has shape {tuple(tensor.shape)}; it must be 1-D")
+    levels: list[float] = tensor.detach().to("cpu", torch.float64).tolist()
+    for sigma in levels:
+        if not 0.0 < sigma < math.inf:
+            raise ValueError(
+                f"sigmas holds {sigma!r}; to encode, every level must be a finite number > 0 "
+                "(leave the 0 out: nothing can be told from x = x0)"
+            )
+    for sigma, sigma_next in pairwise(levels):
+        if sigma_next < sigma:
+            raise ValueError(
+                f"sigmas falls from {sigma!r} to {sigma_next!r}; an encoding goes up, its levels "
+                "must not decrease: sigmas.flip(0)"
+            )
+    return levels, tensor
+
+
+def whole(low: float, high: float, **setting: Any) -> int:
+    """The setting, if it is a whole number in the range."""
+    ((name, value),) = setting.items()
+    number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (number and low <= value <= high):
+        allowed = f"in [{low}, {high}]" if math.isfinite(high) else f"≥ {low}"
+        raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}")
+    return int(value)
