@@ -1,8 +1,9 @@
 """Editing images: start from a noised one (SDEdit), or keep a region of it (inpainting).
 
 Both work with every sampler, kdpp's and k-diffusion's: `image_to_image` only makes the start, and
-`inpaint` only wraps the model. σ is the standard deviation of the noise, images are latents in
-model space.
+`inpaint` only wraps the model. σ is the standard deviation of the noise, ``x = x0 + σ n``, or of a
+flow model (``model.flow`` is True) τ in [0, 1], ``x = (1-τ) x0 + τ n``. Images are latents in model
+space.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from torch import Tensor, nn
 from kdpp.denoisers import Denoiser, OwnCFG, refuse_unmarked_cfg
 from kdpp.driver import check_sigmas
 from kdpp.guidance import TeacherGuidedDenoiser
+from kdpp.models import _Transparent
 from kdpp.noise import host_noise
 
 __all__ = ["Inpainted", "image_to_image", "inpaint", "truncate"]
 
 Result = TypeVar("Result")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def truncate(sigmas: Tensor, strength: float) -> Tensor:
@@ -54,6 +57,8 @@ def image_to_image(
 ) -> Result:
     """SDEdit: ``sample(model, image + σ_0 n, sigmas, …)``, from a noised image instead of noise.
 
+    For a flow model, whose levels are τ, the start is ``(1-τ_0) image + τ_0 n``.
+
     Args:
         sample: any sampler that takes ``(model, x, sigmas, …)``: kdpp's or k-diffusion's.
         model: what that sampler takes.
@@ -61,8 +66,8 @@ def image_to_image(
         sigmas: 1-D, non-increasing levels; ``σ_0 = sigmas[0]`` says how much of the image goes. To
             cut a text-to-image schedule: `truncate`.
         args, options: handed to the sampler: ``extra_args``, ``callback``, ``disable``, …
-        noise: n, standard normal, of the image's shape; by default from the source that k-diffusion's
-            samplers draw from.
+        noise: n, standard normal, of the image's shape; by default from where k-diffusion's
+            samplers draw theirs.
 
     Returns:
         What the sampler returns.
@@ -77,11 +82,11 @@ def image_to_image(
     levels, sigmas = check_sigmas(sigmas)
     if not levels:
         raise ValueError("sigmas is empty; its first level says how much noise the image gets")
-    noise = fitting_noise(image, noise)
-    return sample(model, torch.add(image, noise, alpha=levels[0]), sigmas, *args, **options)
+    start = noised(image, levels[0], fitting_noise(image, noise), is_flow(model))
+    return sample(model, start, sigmas, *args, **options)
 
 
-class Inpainted(nn.Module):
+class Inpainted(_Transparent):
     """A denoiser that knows a part of the image; `inpaint` makes one.
 
     With the mask m, 0 where the image x0* is known::
@@ -90,7 +95,8 @@ class Inpainted(nn.Module):
 
     The network sees the known region at the right noise level, with the same noise n at every
     call, whatever the sampler has made of x there; and the estimate there is the image, so that
-    any sampler whose last step goes to σ = 0 ends on it.
+    any sampler whose last step goes to σ = 0 ends on it. For a flow model ``(1-τ) x0* + τ n`` is
+    seen.
 
     Args:
         denoiser: ``(x, sigma, **extra_args) -> denoised``. It may be called on a multiple of the
@@ -111,25 +117,38 @@ class Inpainted(nn.Module):
         self.register_buffer("noise", fitting_noise(image, noise), persistent=False)
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        """The estimate of x0; ValueError for an x that the image does not fit."""
-        image, mask, noise = (self._stacked(part, x) for part in (self.image, self.mask, self.noise))
+        """The estimate of x0.
+
+        Raises:
+            ValueError: x does not fit the image, or the denoiser's output does not fit x.
+        """
         level = sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
-        seen = torch.lerp(torch.addcmul(image, level, noise), x, mask)
-        return torch.lerp(image, self.denoiser(seen, sigma, **extra_args).to(x), mask)
+        image, noise = self._for(x, self.image), self._for(x, self.noise)
+        known = noised(image, level, noise, is_flow(self.denoiser))
+        seen = torch.lerp(known, x, self._for(x, self.mask))
+        denoised = self.denoiser(seen, sigma, **extra_args)
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"the inpainted denoiser returned shape {tuple(denoised.shape)} for an input of "
+                f"shape {tuple(x.shape)}; a denoiser returns the shape it is given"
+            )
+        return self.keep(denoised.to(x))
 
     def keep(self, denoised: Tensor) -> Tensor:
         """An estimate with the image in the known region."""
-        image, mask = (self._stacked(part, denoised) for part in (self.image, self.mask))
+        image, mask = self._for(denoised, self.image), self._for(denoised, self.mask)
         return torch.lerp(image, denoised, mask)
 
-    def _stacked(self, part: Tensor, x: Tensor) -> Tensor:
+    def _for(self, x: Tensor, part: Tensor) -> Tensor:
         """``part`` for x's batch, dtype and device."""
         if x.shape[1:] != part.shape[1:] or len(x) % len(part):
             raise ValueError(
                 f"the model got x of shape {tuple(x.shape)}, and the image to inpaint has shape "
-                f"{tuple(part.shape)}; they must fit (its batch may be 1)"
+                f"{tuple(part.shape)}; they must be alike (the image's batch may be 1)"
             )
-        return part.to(x).repeat(len(x) // len(part), *[1] * (x.ndim - 1))
+        copies = 1 if len(part) == 1 else len(x) // len(part)
+        part = part.to(x)
+        return part if copies == 1 else part.repeat(copies, *[1] * (x.ndim - 1))
 
 
 def inpaint(model: Any, image: Tensor, mask: Tensor, noise: Tensor | None = None) -> Any:
@@ -146,8 +165,8 @@ def inpaint(model: Any, image: Tensor, mask: Tensor, noise: Tensor | None = None
         image: ``(batch, *shape)`` or ``(1, *shape)``, floating point.
         mask: broadcastable to the image, values in [0, 1] or bool: 0 keeps, 1 makes anew; in
             between both are blended.
-        noise: standard normal, of the image's shape; by default from the source that k-diffusion's
-            samplers draw from. To start from the noised image, give `image_to_image` the same.
+        noise: standard normal, of the image's shape; by default from where k-diffusion's samplers
+            draw theirs. To start from the noised image, give `image_to_image` the same.
 
     Returns:
         A model of the same kind.
@@ -163,19 +182,36 @@ def inpaint(model: Any, image: Tensor, mask: Tensor, noise: Tensor | None = None
     check_image(image)
     noise = fitting_noise(image, noise)
     if isinstance(model, TeacherGuidedDenoiser):
-        twin = copy.copy(model)
-        twin._modules = model._modules.copy()  # copy.copy shares it
-        twin.student = inpaint(model.student, image, mask, noise)
-        twin.teacher = inpaint(model.teacher, image, mask, noise)
-        return twin
+        student = inpaint(model.student, image, mask, noise)
+        return with_parts(
+            model, student=student, teacher=inpaint(model.teacher, image, mask, noise)
+        )
     refuse_unmarked_cfg(model, "model")
     if not isinstance(model, OwnCFG):
         return Inpainted(model, image, mask, noise)
     inpainted = Inpainted(model.model, image, mask, noise)
-    latest_uncond = model.uncond_denoised
-    if latest_uncond is None:
-        return OwnCFG(inpainted)
-    return OwnCFG(inpainted, lambda: inpainted.keep(latest_uncond()))
+    latest = model.uncond_denoised
+    uncond_denoised = None if latest is None else lambda: inpainted.keep(latest())
+    return with_parts(model, model=inpainted, uncond_denoised=uncond_denoised)
+
+
+def with_parts(module: Module, **parts: Any) -> Module:
+    """A copy of the module in which these attributes are others; the module stays as it is."""
+    twin = copy.copy(module)
+    twin._modules = module._modules.copy()  # copy.copy shares it
+    for name, part in parts.items():
+        setattr(twin, name, part)
+    return twin
+
+
+def is_flow(model: Any) -> bool:
+    return bool(getattr(getattr(model, "student", model), "flow", False))
+
+
+def noised(image: Tensor, sigma: Any, noise: Tensor, flow: bool) -> Tensor:
+    """``x0 + σ n``, or in flow form ``(1-σ) x0 + σ n``."""
+    signal = image * (1.0 - sigma) if flow else image
+    return torch.add(signal, noise * sigma)
 
 
 def check_image(image: Any) -> None:

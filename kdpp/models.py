@@ -11,6 +11,7 @@ For ε and v networks take k-diffusion's own: CompVisDenoiser, CompVisVDenoiser,
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +65,8 @@ class LCMDenoiser(_Transparent):
         timestep_scaling: how fast the boundary is left, per timestep.
 
     Raises:
-        TypeError: ``denoiser`` is none, has no ``sigma_to_t``, or is marked by `kdpp.OwnCFG`.
+        TypeError: ``denoiser`` is none, is a flow model, has no ``sigma_to_t``, or is marked by
+            `kdpp.OwnCFG` (put the mark around this).
         ValueError: a setting is no positive number.
 
     Source: Luo et al. 2023, "Latent Consistency Models", section 4.1; the numbers are those of
@@ -75,7 +77,7 @@ class LCMDenoiser(_Transparent):
         self, denoiser: Denoiser, sigma_data: float = 0.5, timestep_scaling: float = 10.0
     ) -> None:
         super().__init__()
-        self.denoiser = _unmarked(denoiser, "LCMDenoiser")
+        self.denoiser = _ve(denoiser, "LCMDenoiser")
         if not callable(getattr(denoiser, "sigma_to_t", None)):
             raise TypeError(
                 f"LCMDenoiser needs a denoiser with sigma_to_t, to know the timestep; "
@@ -280,9 +282,7 @@ def as_flow(ve_denoiser: Denoiser, sigma_max: float | None = None) -> nn.Module:
             (put the mark around the result).
         ValueError: ``sigma_max`` is no positive number.
     """
-    _unmarked(ve_denoiser, "as_flow")
-    if getattr(ve_denoiser, "flow", False):
-        raise TypeError(f"as_flow takes a VE denoiser, and {_kind(ve_denoiser)} is a flow model")
+    _ve(ve_denoiser, "as_flow")
     return _VEAsFlow(ve_denoiser, None if sigma_max is None else _positive(sigma_max=sigma_max))
 
 
@@ -312,6 +312,12 @@ def _unmarked(denoiser: Denoiser, owner: str) -> Denoiser:
     return denoiser
 
 
+def _ve(denoiser: Denoiser, owner: str) -> Denoiser:
+    if getattr(_unmarked(denoiser, owner), "flow", False):
+        raise TypeError(f"{owner} takes a VE denoiser, and {_kind(denoiser)} is a flow model")
+    return denoiser
+
+
 def _network(network: Denoiser, owner: str) -> Denoiser:
     if not callable(network):
         raise TypeError(f"{owner} takes a network, (x, t, **extra_args), not {network!r}")
@@ -324,7 +330,7 @@ def _kind(model: Any) -> str:
 
 def _finite(**setting: Any) -> float:
     ((name, value),) = setting.items()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}; it must be a finite number")
     return float(value)
 

@@ -2,7 +2,8 @@
 
 `encode` takes an image up to its latent noise; `mixed_rollout` lets a student and its teacher take
 turns on the way down. Both are made of one deterministic step, Euler's on the probability-flow ODE:
-``x' = D + (x - D)/σ·σ'``. σ is the standard deviation of the noise, latents are in model space.
+``x' = D + (x - D)/σ·σ'``. σ is the standard deviation of the noise, latents are in model space; for
+a flow model σ is τ in [0, 1], and the step has the same form.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def encode(
     sigma_at = sigmas.unbind()
     for i in trange(max(0, len(levels) - 1), disable=disable):
         start = x
-        x, denoised = ddim(denoise, start, levels[i : i + 2])
+        x, denoised = ddim(denoise, start, levels[i], levels[i + 1])
         if callback:
             callback(report(start, i, sigma_at[i], denoised))
     return x
@@ -114,8 +115,8 @@ def mixed_rollout(
         σ_{i,j} = σ_i (1 - j/n)                where σ_{i+1} = 0: equal steps in σ
 
     (Towards σ = 0 the ODE's second derivative in σ is nearly constant, and equal steps are then the
-    best that Euler can take.) Give exactly one of ``teacher_probability`` and ``switch``. With coins
-    each network is called on its own samples alone.
+    best that Euler can take.) Give exactly one of ``teacher_probability`` and ``switch``. Where
+    coins split the batch, each network is called on its own samples alone.
 
     Args:
         student, teacher: denoisers, ``(x, sigma, **extra_args) -> denoised``, over one latent
@@ -147,8 +148,8 @@ def mixed_rollout(
             by `kdpp.editing.inpaint` from several images; at the call that shows it, an output of
             another shape.
 
-    Source: Garg et al., "DDIL", Algorithm 1 (whose β is the student's probability, 1 - p_T) and
-    supplement E, Tables 2 (p_T), 3 and 4 (switch).
+    Source: Garrepalli et al. 2024, "DDIL: Diversity Enhancing Diffusion Distillation with Imitation
+    Learning", Algorithm 1 (its β is the student's probability, 1 - p_T), supplement E, Tables 2-4.
     """
     refuse_unmarked_cfg(student, "student")
     refuse_unmarked_cfg(teacher, "teacher")
@@ -184,7 +185,7 @@ def mixed_rollout(
     for i in trange(steps, disable=disable):
         start = denoised = x
         for leg in legs[i]:
-            moved, estimate = ddim(leg.denoise, leg.own(start), leg.levels)
+            moved, estimate = leg.walk(start)
             x, denoised = leg.put(moved, x), leg.put(estimate, denoised)
         if callback:
             callback(report(start, i, sigma_at[i], denoised))
@@ -199,10 +200,18 @@ class Leg(NamedTuple):
     levels: Sequence[float]
     samples: Tensor | None
 
-    def own(self, x: Tensor) -> Tensor:
-        return x if self.samples is None else x[self.samples]
+    def walk(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Its samples of x at the end of the transition, and their first estimate of x0."""
+        first, *others = pairwise(self.levels)
+        x, estimate = ddim(self.denoise, x if self.samples is None else x[self.samples], *first)
+        if others:  # a network may use its output buffer again
+            estimate = estimate.clone()
+        for pair in others:
+            x, _ = ddim(self.denoise, x, *pair)
+        return x, estimate
 
     def put(self, values: Tensor, x: Tensor) -> Tensor:
+        """x with the values in the place of its samples."""
         return values if self.samples is None else x.index_copy(0, self.samples, values)
 
 
@@ -229,14 +238,10 @@ class Player(NamedTuple):
         return Leg(denoise, levels, samples)
 
 
-def ddim(denoise: Denoise, x: Tensor, levels: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Walk over the levels, up or down; also the first estimate of x0."""
-    estimates = []
-    for sigma, sigma_next in pairwise(levels):
-        denoised, _ = denoise(x, x.new_full(x.shape[:1], sigma))
-        x = torch.lerp(denoised, x, level_ratio(sigma, sigma_next))
-        estimates.append(denoised)
-    return x, estimates[0]
+def ddim(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+    """``(D + (x - D)/σ·σ', D)``, up or down."""
+    denoised, _ = denoise(x, x.new_full(x.shape[:1], sigma))
+    return torch.lerp(denoised, x, level_ratio(sigma, sigma_next)), denoised
 
 
 def between(sigma: float, sigma_next: float, steps: int) -> list[float]:
@@ -249,9 +254,7 @@ def between(sigma: float, sigma_next: float, steps: int) -> list[float]:
     return [sigma, *inner, sigma_next]
 
 
-def toss(
-    steps: int, x: Tensor, probability: float, generator: torch.Generator | None
-) -> Tensor:
+def toss(steps: int, x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """Coins, bool (steps, batch) on the CPU, True with the probability; drawn sample by sample."""
     number = isinstance(probability, numbers.Real) and not isinstance(probability, bool)
     if not (number and 0.0 <= probability <= 1.0):
@@ -262,7 +265,8 @@ def toss(
         uniform = torch.special.ndtr(normal.to("cpu", torch.float64))
     else:
         uniform = torch.rand(shape, generator=generator, device=generator.device).cpu()
-    return (uniform < probability).T
+    heads: Tensor = uniform < probability
+    return heads.T
 
 
 def turns(steps: int, x: Tensor, switch: int | None, first: str) -> Tensor:
@@ -285,7 +289,7 @@ def select(value: Any, samples: Tensor, batch: int) -> Any:
 
 
 def refuse_known_regions(model: Any, name: str) -> None:
-    """ValueError for a model that holds several images: it cannot know which samples it is given."""
+    """ValueError for a model that holds several images: it cannot know whose samples it gets."""
     parts = model.modules() if isinstance(model, torch.nn.Module) else ()
     if any(isinstance(part, Inpainted) and len(part.image) > 1 for part in parts):
         raise ValueError(
