@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Denoise", "OwnCFG", "bind", "refuse_unmarked_cfg"]
+__all__ = [
+    "Denoise",
+    "Denoiser",
+    "OwnCFG",
+    "bind",
+    "refuse_unmarked_cfg",
+    "shaped",
+    "trained_range",
+]
 
 Denoiser = Callable[..., Tensor]
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -43,6 +51,23 @@ class OwnCFG(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         denoised: Tensor = self.model(x, sigma, **extra_args)
         return denoised
+
+
+    @property
+    def flow(self) -> bool:
+        """Whether the model is a flow model, as it says itself."""
+        return bool(getattr(self.model, "flow", False))
+
+
+def trained_range(model: Any) -> tuple[float, float] | None:
+    """(sigma_min, sigma_max) of the first denoiser inside ``model`` that tells them, else None."""
+    while model is not None:
+        low, high = getattr(model, "sigma_min", None), getattr(model, "sigma_max", None)
+        if low is not None and high is not None:
+            return float(low), float(high)
+        inner = getattr(model, "model", None)
+        model = getattr(model, "inner_model", None) if inner is None else inner
+    return None
 
 
 def refuse_unmarked_cfg(model: Any, name: str) -> None:
@@ -107,7 +132,7 @@ def bind(
 
 def _single(model: Denoiser, name: str, kwargs: dict[str, Any]) -> Denoise:
     def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, None]:
-        return _shaped(model(x, sigma, **kwargs), name, x), None
+        return shaped(model(x, sigma, **kwargs), name, x), None
 
     return denoise
 
@@ -115,7 +140,7 @@ def _single(model: Denoiser, name: str, kwargs: dict[str, Any]) -> Denoise:
 def _guided(model: Denoiser, name: str, kwargs: dict[str, Any], scale: float) -> Denoise:
     def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         both_x = torch.cat((x, x))
-        both = _shaped(model(both_x, torch.cat((sigma, sigma)), **kwargs), name, both_x)
+        both = shaped(model(both_x, torch.cat((sigma, sigma)), **kwargs), name, both_x)
         uncond, cond = both.chunk(2)
         return torch.lerp(uncond, cond, scale), uncond
 
@@ -143,8 +168,8 @@ def _bind_own(
         )
 
     def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        denoised = _shaped(model(x, sigma, **kwargs), name, x)
-        return denoised, _shaped(latest_uncond(), f"{name}'s uncond_denoised", x)
+        denoised = shaped(model(x, sigma, **kwargs), name, x)
+        return denoised, shaped(latest_uncond(), f"{name}'s uncond_denoised", x)
 
     return denoise
 
@@ -155,7 +180,7 @@ def _finite(name: str, value: Any) -> float:
     return float(value)
 
 
-def _shaped(output: Any, name: str, x: Tensor) -> Tensor:
+def shaped(output: Any, name: str, x: Tensor) -> Tensor:
     """``output`` in x's dtype, if it is a tensor of x's shape."""
     if not isinstance(output, Tensor):
         raise TypeError(f"the {name} returned {type(output).__name__}; a denoiser returns a tensor")

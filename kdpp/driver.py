@@ -12,88 +12,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from kdpp.denoisers import Denoise, bind
-from kdpp.guidance import Revision, TeacherGuidedDenoiser
-from kdpp.noise import NoiseSampler, checked, host_noise, private_noise
-from kdpp.plan import Row, Step, level_ratio
+from kdpp.denoisers import Denoise, bind, shaped
+from kdpp.guidance import LatentMap, Revision, TeacherGuidedDenoiser
+from kdpp.noise import NoiseSampler, checked, host_noise, private_generator, private_seed
+from kdpp.plan import FLOW, Row, Space, Step
+from kdpp.update import Update
 
-__all__ = ["Callback", "Plan", "run"]
+__all__ = ["Callback", "Plan", "check_latent", "check_sigmas", "run"]
 
 Plan = Callable[[Sequence[float]], Iterable[Step]]
 Callback = Callable[[dict[str, Any]], Any]
-Draw = Callable[[], Tensor]
-
-# The places of a row's tensors; from DIRECTION on come the solver's directions, newest first.
-X, DENOISED, TEACHER, DIRECTION = range(4)
-
-
-class Update(NamedTuple):
-    """A row made ready: one interpolation for each tensor after the first, then the noise."""
-
-    first: int
-    lerps: tuple[tuple[int, float], ...]
-    noise: float | None
-
-    @classmethod
-    def of(cls, row: Row, sigma: float, cfg_pp: bool, teacher_scale: float = 0.0) -> Update:
-        """The weights of a row from x at ``sigma``, the teacher's share in it, folded into lerps.
-
-        ``Σ w_j p_j = lerp(… lerp(p_0, p_1, w_1/(w_0+w_1)) …, p_n, w_n/Σ w)``, the largest weight
-        first: the weights sum to one, so no partial sum vanishes.
-        """
-        taught = row.denoised * teacher_scale
-        weights = [level_ratio(sigma, row.target), row.denoised - taught, taught, *row.direction]
-        if row.direction and not cfg_pp:  # the newest direction is the estimate itself
-            weights[DENOISED] += weights[DIRECTION]
-            weights[DIRECTION] = 0.0
-        terms = sorted(((w, place) for place, w in enumerate(weights) if w), reverse=True)
-        total = 0.0
-        folded = []
-        for weight, place in terms:
-            total += weight
-            folded.append((place, weight / total))
-        return cls(folded[0][0], tuple(folded[1:]), row.noise)
-
-    def __call__(self, points: Sequence[Any], draw: Draw) -> Tensor:
-        result: Tensor = points[self.first]
-        for place, weight in self.lerps:
-            result = torch.lerp(result, points[place], weight)
-        if self.noise is not None:
-            return add_noise(result, self.noise, draw)
-        # A network may use its output buffer again: never hand out that very tensor.
-        return result if self.lerps or self.first == X else result.clone()
-
-
-def add_noise(x: Tensor, scale: float, draw: Draw) -> Tensor:
-    noise = draw()
-    return torch.add(x, noise, alpha=scale) if scale else x
-
-
-class Lesson(NamedTuple):
-    """A guided step's `Revision`, ready to be carried out."""
-
-    revision: Revision
-    renoise: Update
-    teacher: Denoise
-    noise: NoiseSampler
-
-    def __call__(
-        self, point: Tensor, denoised: Tensor, direction: Tensor | None, sigma: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The student's estimate noised again, and the teacher's estimate from it."""
-        sigma_s = point.new_full(point.shape[:1], self.revision.sigma)
-        points = (point, denoised, None, direction)
-        renoised = self.renoise(points, lambda: self.noise(sigma, sigma_s[0]))
-        return renoised, self.teacher(renoised, sigma_s)[0]
-
-    def report(self, denoised: Tensor, renoised: Tensor, taught: Tensor) -> dict[str, Tensor]:
-        """What callbacks learn of a guided step."""
-        return {
-            "denoised_student": denoised,
-            "renoised": renoised,
-            "denoised_teacher": taught,
-            "denoised_revised": torch.lerp(denoised, taught, self.revision.scale),
-        }
+RenoiseNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -108,53 +37,180 @@ def run(
     noise_sampler: NoiseSampler | None = None,
     *,
     cfg_pp: bool = False,
+    default_noise: Callable[[Tensor, Tensor], NoiseSampler] = lambda x, sigmas: host_noise(x),
 ) -> Tensor:
     """Check everything, turn the sigmas into coefficients once, and walk the plan's steps.
 
-    ``cfg_pp``: the solver's direction comes from the student's unconditional estimate. For the
-    other arguments and the errors see `kdpp.solvers`.
+    ``cfg_pp``: the solver's direction comes from the student's unconditional estimate.
+    ``default_noise(x, sigmas)`` makes the noise sampler where none is given. For the other
+    arguments and the errors see `kdpp.solvers`.
     """
     model = check_model(model)
     check_latent(x)
     levels, sigmas = check_sigmas(sigmas)
+    check_kind(levels, model)
     if len(levels) < 2:
         return x
     extra_args = {} if extra_args is None else extra_args
-    steps = list(plan(levels))
+    space = model.space
+    steps = list(plan([space.sigma(level) for level in levels]))
+    revisions = model.revisions(steps, lambda: private_seed(x))
     student = bind(model.student, "student", x, extra_args, needs_uncond=cfg_pp)
-    lessons = prepare_lessons(model, steps, x, extra_args, cfg_pp)
-    updates = prepare_updates(steps, lessons, cfg_pp)
-    noise = checked(noise_sampler or host_noise(x), "noise_sampler", x)
-
+    lessons = prepare_lessons(model, steps, revisions, x, extra_args, cfg_pp)
+    plans = prepare_stages(steps, revisions, space, cfg_pp)
+    if noise_sampler is None and any(step.draws for step in steps):
+        noise_sampler = default_noise(x, sigmas)
     sigma_at = sigmas.unbind()
-    memory = max(1, *(stage.row.memory for step in steps for stage in step.stages))
-    directions: tuple[Tensor | None, ...] = ()
+
+    def draw(i: int, level: float | None) -> Tensor:
+        """Noise from step i's level to ``level``, or to the step's end."""
+        assert noise_sampler is not None
+        end = sigma_at[i + 1] if level is None else sigmas.new_full((), level)
+        return checked(noise_sampler(sigma_at[i], end), "noise_sampler", x)
+
+    memory = max(step.memory for step in steps)
+    states = max(len(stage.row.past) for step in steps for stage in step.stages)
+    earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest first
+    past: tuple[Tensor, ...] = ()  # the states that they began with
     for i in trange(len(steps), disable=disable):
-        step, lesson, sigma = steps[i], lessons[i], sigma_at[i]
-        draw = partial(noise, sigma, sigma_at[i + 1])
+        step, (churn, *stages), here = steps[i], plans[i], lessons[i]
         if step.churn is not None:
-            x = add_noise(x, step.churn, draw)
-        point = x
+            x = churn.update(((x,),), partial(draw, i, None))
+        point, directions = x, earlier
+        taught: tuple[Tensor, ...] = ()
         info: dict[str, Any] = {}
-        for stage, update in zip(step.stages, updates[i]):
-            denoised, uncond = student(point, x.new_full(x.shape[:1], stage.sigma))
+        for stage in stages:
+            denoised, uncond = student(point, x.new_full(x.shape[:1], stage.level))
             direction = uncond if cfg_pp else denoised
-            refuse_reuse(direction, directions[: memory - 1], "student")
-            directions = (direction, *directions)[:memory]
-            taught = None
-            if callback and point is x:
-                info = report(x, i, sigma, step, denoised)
-            if lesson and stage is step.stages[-1]:
-                renoised, taught = lesson(point, denoised, direction, sigma)
-                refuse_reuse(taught, (denoised,), "teacher")
+            refuse_reuse(direction, directions[:memory], "student")
+            directions = (direction, *directions)
+            if callback and stage is stages[0]:
+                info = report(x, i, sigma_at[i], step, denoised)
+            if here and stage is stages[-1]:
+                renoised, taught = teach(here, point, denoised, direction, sigma_at[i])
                 if callback:
-                    info |= lesson.report(denoised, renoised, taught)
+                    info |= report_lessons(here, denoised, renoised, taught)
             # As k-diffusion, after the step's first evaluation; where a teacher speaks, after it.
-            if callback and stage is step.stages[-1 if lesson else 0]:
+            if callback and stage is stages[-1 if here else 0]:
                 callback(info)
-            point = update((x, denoised, taught, *directions), draw)
+            groups = ((x, denoised), taught, directions, past)
+            point = stage.update(groups, partial(draw, i, stage.end))
+        earlier = (directions[len(directions) - len(earlier) - 1], *earlier)[:memory]
+        past = (x, *past)[:states]
         x = point
     return x
+
+
+class Ready(NamedTuple):
+    """A stage made ready: the level its network sees, its update, and the level noise goes to."""
+
+    level: float
+    update: Update
+    end: float | None
+
+
+def prepare_stages(
+    steps: Sequence[Step], revisions: Sequence[Sequence[Revision]], space: Space, cfg_pp: bool
+) -> list[list[Ready]]:
+    """For every step its churn, then its stages; the teachers' shares go into the last one."""
+    plans = []
+    for step, here in zip(steps, revisions):
+        base = step.stages[0].sigma
+        lift = Row(step.sigma, noise=step.churn)
+        plan = [Ready(0.0, Update.of(lift, step.sigma, base, space, cfg_pp), None)]
+        for stage, following in zip(step.stages, [*step.stages[1:], None]):
+            reached = step.sigma_next if following is None else following.sigma
+            scales = [] if following else [revision.scale for revision in here]
+            update = Update.of(stage.row, base, reached, space, cfg_pp, scales)
+            end = space.level(reached) if following else None
+            plan.append(Ready(space.level(stage.sigma), update, end))
+        plans.append(plan)
+    return plans
+
+
+class Lesson(NamedTuple):
+    """A `Revision` made ready to be carried out."""
+
+    level: float
+    scale: float
+    renoise: Update
+    teacher: Denoise
+    maps: tuple[LatentMap, LatentMap] | None
+    mask: Tensor | None
+    noise: RenoiseNoise
+
+    def __call__(
+        self, point: Tensor, denoised: Tensor, direction: Tensor | None, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The student's estimate noised again, and the teacher's estimate from it."""
+        clean = denoised if self.maps is None else self.maps[0](denoised)
+        level = clean.new_full(clean.shape[:1], self.level)
+        draw = partial(self.noise, clean, sigma, level[0])
+        renoised = self.renoise(((point, clean), (), (direction,)), draw)
+        taught, _ = self.teacher(renoised, level)
+        refuse_reuse(taught, (denoised,), "teacher")
+        if self.maps is not None:
+            taught = shaped(self.maps[1](taught), "teacher's map back", denoised)
+        if self.mask is not None:
+            taught = torch.lerp(denoised, taught, self.mask)
+        return renoised, taught
+
+
+def teach(
+    lessons: Sequence[Lesson],
+    point: Tensor,
+    denoised: Tensor,
+    direction: Tensor | None,
+    sigma: Tensor,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What each lesson's teacher was given, and its estimate."""
+    pairs = [lesson(point, denoised, direction, sigma) for lesson in lessons]
+    renoised, taught = zip(*pairs)
+    return renoised, taught
+
+
+def prepare_lessons(
+    model: TeacherGuidedDenoiser,
+    steps: Sequence[Step],
+    revisions: Sequence[Sequence[Revision]],
+    x: Tensor,
+    extra_args: Mapping[str, Any],
+    cfg_pp: bool,
+) -> list[list[Lesson]]:
+    """Every step's lessons; without any, no teacher is bound and no random state is looked at."""
+    used = {revision.teacher for here in revisions for revision in here}
+    if not used:
+        return [[] for _ in steps]
+    noise = renoise_noise(model.renoise_noise_sampler, x)
+    mask = fit_mask(model.teacher_mask, x)
+    bound = {}
+    for j in used:
+        one = model.teachers[j]
+        own = {**extra_args, **(one.extra_args or {})}
+        bound[j] = bind(one.denoiser, "teacher", x, own, one.cfg_scale)
+
+    def lesson(step: Step, revision: Revision) -> Lesson:
+        sigma, space = revision.sigma, model.space
+        update = Update.of(revision.renoise, step.stages[-1].sigma, sigma, space, cfg_pp)
+        maps = model.teachers[revision.teacher].maps
+        teacher = bound[revision.teacher]
+        return Lesson(space.level(sigma), revision.scale, update, teacher, maps, mask, noise)
+
+    return [[lesson(step, r) for r in here] for step, here in zip(steps, revisions)]
+
+
+def renoise_noise(sampler: NoiseSampler | None, x: Tensor) -> RenoiseNoise:
+    """The renoise draws, shaped like their first argument: the caller's, or a private stream."""
+    generator = private_generator(x) if sampler is None else None
+
+    def draw(like: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
+        if sampler is None:
+            return torch.randn(
+                like.shape, generator=generator, device=like.device, dtype=like.dtype
+            )
+        return checked(sampler(sigma, sigma_s), "renoise_noise_sampler", like)
+
+    return draw
 
 
 def refuse_reuse(output: Any, kept: Sequence[Any], name: str) -> None:
@@ -177,40 +233,23 @@ def report(x: Tensor, i: int, sigma: Tensor, step: Step, denoised: Tensor) -> di
     return {"x": x, "i": i, "sigma": sigma, "sigma_hat": churned, "denoised": denoised}
 
 
-def prepare_lessons(
-    model: TeacherGuidedDenoiser,
-    steps: Sequence[Step],
-    x: Tensor,
-    extra_args: Mapping[str, Any],
-    cfg_pp: bool,
-) -> list[Lesson | None]:
-    """Every step's lesson; without any, no teacher is bound and no random state is looked at."""
-    revisions = model.revisions(steps)
-    if not any(revisions):
-        return [None] * len(steps)
-    teacher = bind(model.teacher, "teacher", x, extra_args, model.teacher_cfg_scale)
-    sampler = model.renoise_noise_sampler or private_noise(x)
-    noise = checked(sampler, "renoise_noise_sampler", x)
-
-    def lesson(step: Step, revision: Revision) -> Lesson:
-        renoise = Update.of(revision.renoise, step.stages[-1].sigma, cfg_pp)
-        return Lesson(revision, renoise, teacher, noise)
-
-    return [lesson(step, r) if r else None for step, r in zip(steps, revisions)]
-
-
-def prepare_updates(
-    steps: Sequence[Step], lessons: Sequence[Lesson | None], cfg_pp: bool
-) -> list[list[Update]]:
-    """Every stage's update; the teacher's share goes into the last one of a guided step."""
-    updates = []
-    for step, lesson in zip(steps, lessons):
-        *before, last = (stage.row for stage in step.stages)
-        sigma = step.stages[0].sigma
-        scale = lesson.revision.scale if lesson else 0.0
-        rows = [Update.of(row, sigma, cfg_pp) for row in before]
-        updates.append([*rows, Update.of(last, sigma, cfg_pp, scale)])
-    return updates
+def report_lessons(
+    lessons: Sequence[Lesson],
+    denoised: Tensor,
+    renoised: Sequence[Tensor],
+    taught: Sequence[Tensor],
+) -> dict[str, Any]:
+    """What callbacks learn of a guided step; lists where there are several lessons."""
+    revised = denoised
+    for lesson, estimate in zip(lessons, taught):
+        revised = revised + lesson.scale * (estimate - denoised)
+    one = len(lessons) == 1
+    return {
+        "denoised_student": denoised,
+        "renoised": renoised[0] if one else list(renoised),
+        "denoised_teacher": taught[0] if one else list(taught),
+        "denoised_revised": revised,
+    }
 
 
 def check_model(model: Any) -> TeacherGuidedDenoiser:
@@ -246,3 +285,32 @@ def check_sigmas(sigmas: Any) -> tuple[list[float], Tensor]:
                 f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase"
             )
     return levels, tensor
+
+
+def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser) -> None:
+    """ValueError for a flow model's schedule given to another model, or the reverse."""
+    if model.space is FLOW:
+        if levels and levels[0] > 1.0:
+            raise ValueError(
+                f"sigmas starts at {levels[0]:g}; the student is a flow model, whose levels lie in "
+                "[0, 1] (for a schedule of σ = τ/(1-τ), bring the student over with kdpp.as_ve)"
+            )
+    elif model.flow is None and levels and levels[0] == 1.0 and levels[-1] == 0.0:
+        raise ValueError(
+            "sigmas runs from exactly 1 to 0, as a flow model's do; the student is none. Mark it "
+            "(kdpp.FlowDenoiser, or flow=True), or say flow=False if σ = 1 is meant"
+        )
+
+
+def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask in the latent's dtype and on its device; ValueError where it does not fit."""
+    if mask is None:
+        return None
+    try:
+        mask.expand(x.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"teacher_mask has shape {tuple(mask.shape)}, which does not broadcast to the latent's "
+            f"{tuple(x.shape)}"
+        ) from None
+    return mask.to(x)

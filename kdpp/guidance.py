@@ -1,30 +1,86 @@
-"""The teacher's part: which steps it revises, where its input lies, how much of it is taken."""
+"""The teachers' part: which steps they revise, where their input lies, how much of it is taken."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+import random
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdpp.denoisers import Denoiser, bind, refuse_unmarked_cfg
+from kdpp.denoisers import Denoiser, bind, refuse_unmarked_cfg, trained_range
 from kdpp.noise import NoiseSampler
-from kdpp.plan import Row, Step
+from kdpp.plan import FLOW, VE, Row, Space, Step
 
-__all__ = ["Revision", "TeacherGuidedDenoiser"]
+__all__ = ["NoiseRange", "Revision", "Teacher", "TeacherGuidedDenoiser", "sds_scale"]
+
+Scale = float | Sequence[float] | Callable[[int, float], float]
+Renoise = str | float | Callable[[int, float, float], float]
+LatentMap = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Revision:
-    """One guided step, in numbers: ``x̂_new = (1 - scale)·x̂ + scale·D_ψ(x_s, sigma)``.
+class NoiseRange(NamedTuple):
+    """The steps that start at a level from ``low`` to ``high``, for ``teacher_steps``."""
+
+    low: float
+    high: float
+
+
+def sds_scale(step_size: float, largest: float = 1.0) -> Callable[[int, float], float]:
+    """λ of a gradient step of ``step_size`` on the SDS loss: ``min(largest, step_size/σ_s²)``.
+
+    The loss ‖x - x̂_ψ‖² ᾱ_s/(1 - ᾱ_s) has the weight 1/σ_s²; with a constant λ the paper drops it.
+    Source: Park et al. 2025, section 3.
+    """
+    return lambda step, sigma: min(largest, step_size / sigma**2)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher with settings of its own, where one set of keywords does not serve all.
+
+    The fields are `TeacherGuidedDenoiser`'s keywords for a single teacher, and:
+
+    - ``draws``: fresh draws of ε, each with a call of its own; their estimates are averaged.
+    - ``extra_args``: entries that take the place of the sampler's, such as its own ``cond``.
+    - ``maps``: (there, back) for a teacher in another latent space: the student's estimate goes
+      there clean, is noised and denoised there, and the teacher's estimate comes back. Needs
+      ``renoise_eta=1``: the student's noise has no image in the other space.
+    """
+
+    denoiser: Denoiser
+    scale: Scale = 0.1
+    steps: int | Collection[int] | NoiseRange = 1
+    cfg_scale: float = 7.5
+    renoise: Renoise = "next"
+    renoise_eta: float = 1.0
+    draws: int = 1
+    extra_args: Mapping[str, Any] | None = None
+    maps: tuple[LatentMap, LatentMap] | None = None
+
+    def __post_init__(self) -> None:
+        refuse_unmarked_cfg(self.denoiser, "teacher")
+        _check_steps(self.steps)
+        check_number("teacher_cfg_scale", self.cfg_scale, -math.inf, math.inf)
+        _check_renoise(self.renoise)
+        check_number("renoise_eta", self.renoise_eta, 0.0, 1.0)
+        check_count("draws", self.draws, 1)
+        if self.maps is not None and self.renoise_eta != 1.0:
+            raise ValueError(f"maps need renoise_eta=1, fresh noise; given: {self.renoise_eta!r}")
+
+
+class Revision(NamedTuple):
+    """One teacher's call at one step, in numbers: it adds ``scale·(D_ψ(x_s, sigma) - x̂)``.
 
     ``renoise`` makes x_s from the point that the student saw at σ, its estimate x̂ and direction d:
     ``x_s = x̂ + σ_s (sqrt(1-ρ²)·(point - d)/σ + ρ n)``.
     """
 
+    teacher: int
     scale: float
     sigma: float
     renoise: Row
@@ -47,23 +103,35 @@ class TeacherGuidedDenoiser(nn.Module):
             with x of shape ``(batch, *shape)`` in model space and sigma of shape ``(batch,)``:
             CompVisDenoiser, VDenoiser, …, or any callable, over one latent space. One that does
             its own CFG comes marked, as `kdpp.OwnCFG`. Both get ``extra_args``, less ``uncond`` and
-            ``cond_scale``, which kdpp turns into one batched call of both halves.
-        teacher_scale: λ in [0, 1]. The paper takes 0.1 for SDXL-Turbo and SDXL-Lightning, 0.02 for
-            LCM and DMD2. 0 calls no teacher and draws nothing.
-        teacher_steps: k ≥ 0, how many steps are guided, from the first on; steps of no length do
-            not count.
+            ``cond_scale``, which kdpp turns into one batched call of both halves. ``teacher`` may
+            also be one `Teacher` or several, which then hold the settings; theirs combine as
+            ``x̂_new = (1 - Σλ_j) x̂ + Σ λ_j x̂_ψj``.
+        teacher_scale: λ in [0, 1]: a number, one for each step, or a function of (step, σ_s). The
+            paper takes 0.1 for SDXL-Turbo and SDXL-Lightning, 0.02 for LCM and DMD2. 0 calls no
+            teacher and draws nothing.
+        teacher_steps: the guided steps: k ≥ 0 for the first k; or their indices, negative ones
+            from the end; or a `NoiseRange`. Steps of no length are not guided and not counted.
         teacher_cfg_scale: ω, the teacher's CFG scale; other than 1 it needs ``uncond``.
         renoise: σ_s: "next", the level that the step goes to (s = t - Δt, the paper's best; a step
-            to σ = 0 is not revised then); "current", the step's own (s = t); or a level, σ_s > 0.
+            to σ = 0 is not revised then); "current", the step's own (s = t); "random", log-uniform
+            between the schedule's lowest and highest; a level; or a function of (step, sigma,
+            sigma_next). It is clamped to the range that the teacher was trained on, where the
+            denoiser tells it (sigma_min, sigma_max), and a warning says so once.
         renoise_eta: ρ in [0, 1]: ``ε = sqrt(1-ρ²)·ε̂ + ρ n`` mixes the student's predicted noise
             ``ε̂ = (x - x̂)/σ`` (under CFG++ with x̂_∅) and fresh noise n. 1 is Algorithm 1.
         renoise_noise_sampler: ``(sigma, sigma_next) -> noise``, the source of n, called with the
             step's level and σ_s. By default a generator of its own, which leaves the host's
             random stream where it is and is reproducible under ``torch.manual_seed``.
+        teacher_mask: where the teacher is heard: weights in [0, 1], of a shape that broadcasts to
+            the latent's.
+        extrapolate: allow λ, and their sum, outside [0, 1].
+        flow: whether levels and states are a flow model's (τ in [0, 1], ``(1-τ) x0 + τ n``). By
+            default what the student says of itself (its attribute ``flow``).
 
     Raises:
         TypeError: a model is not callable, or does its own CFG unmarked.
-        ValueError: a setting is outside its range.
+        ValueError: a setting is outside its range, there is no teacher, settings are given beside
+            a `Teacher`, or student and teacher are not both flow models or both not.
 
     Source: Park et al. 2025, "Inference-Time Diffusion Model Distillation", Algorithm 1.
     """
@@ -71,57 +139,191 @@ class TeacherGuidedDenoiser(nn.Module):
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser,
+        teacher: Denoiser | Teacher | Sequence[Teacher],
         *,
-        teacher_scale: float = 0.1,
-        teacher_steps: int = 1,
+        teacher_scale: Scale = 0.1,
+        teacher_steps: int | Collection[int] | NoiseRange = 1,
         teacher_cfg_scale: float = 7.5,
-        renoise: str | float = "next",
+        renoise: Renoise = "next",
         renoise_eta: float = 1.0,
         renoise_noise_sampler: NoiseSampler | None = None,
+        teacher_mask: Tensor | None = None,
+        extrapolate: bool = False,
+        flow: bool | None = None,
     ) -> None:
         super().__init__()
         refuse_unmarked_cfg(student, "student")
-        refuse_unmarked_cfg(teacher, "teacher")
         self.student = student
-        self.teacher = teacher
-        self.teacher_scale = _between(0.0, 1.0, teacher_scale=teacher_scale)
-        self.teacher_steps = _count(teacher_steps=teacher_steps)
-        self.teacher_cfg_scale = _between(-math.inf, math.inf, teacher_cfg_scale=teacher_cfg_scale)
-        self.renoise = _renoise(renoise)
-        self.renoise_eta = _between(0.0, 1.0, renoise_eta=renoise_eta)
+        settings = (teacher_scale, teacher_steps, teacher_cfg_scale, renoise, renoise_eta)
+        self.teachers = _teachers(teacher, settings)
+        self.extrapolate = extrapolate
+        for one in self.teachers:
+            if not isinstance(one.scale, Sequence) and not callable(one.scale):
+                self._check_scale(one.scale)
         self.renoise_noise_sampler = renoise_noise_sampler
+        self.teacher_mask = _check_mask(teacher_mask)
+        self.flow = flow
+        self._networks = nn.ModuleList(
+            one.denoiser for one in self.teachers if isinstance(one.denoiser, nn.Module)
+        )
+        self._trained = [trained_range(one.denoiser) for one in self.teachers]
+        self._warned = False
+        self.space  # noqa: B018 (raises for a pair of different kinds)
+
+    @property
+    def space(self) -> Space:
+        """VE or FLOW; ValueError where student and teachers differ."""
+        kinds = [bool(getattr(self.student, "flow", False))]
+        kinds += [bool(getattr(t.denoiser, "flow", False)) for t in self.teachers]
+        if self.flow is not None:
+            return FLOW if self.flow else VE
+        if len(set(kinds)) > 1:
+            raise ValueError(
+                "student and teacher must both be flow models or both not: bring one over with "
+                "kdpp.as_flow or kdpp.as_ve (or say flow=True or False)"
+            )
+        return FLOW if kinds[0] else VE
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """The student's estimate of x0, guided by ``cond_scale`` where it is given."""
         return bind(self.student, "student", x, extra_args)(x, sigma)[0]
 
-    def revisions(self, steps: Sequence[Step]) -> list[Revision | None]:
-        """The teacher's part in every step, None where it has none."""
-        left = self.teacher_steps if self.teacher_scale > 0.0 else 0
-        revisions: list[Revision | None] = []
-        for step in steps:
-            guided = left > 0 and step.stages[-1].row.denoised != 0.0
-            left -= guided
-            sigma = self._renoise_level(step)
-            revisions.append(self._revision(step, sigma) if guided and sigma > 0.0 else None)
+    def with_denoisers(self, wrap: Callable[[Denoiser], Denoiser]) -> TeacherGuidedDenoiser:
+        """The same guidance of ``wrap(student)`` by ``wrap(teacher)``, for each teacher."""
+        return TeacherGuidedDenoiser(
+            wrap(self.student),
+            [replace(teacher, denoiser=wrap(teacher.denoiser)) for teacher in self.teachers],
+            renoise_noise_sampler=self.renoise_noise_sampler,
+            teacher_mask=self.teacher_mask,
+            extrapolate=self.extrapolate,
+            flow=self.flow,
+        )
+
+    def revisions(self, steps: Sequence[Step], seed: Callable[[], int]) -> list[list[Revision]]:
+        """Every step's revisions, in numbers; ``seed`` gives one for random levels."""
+        revisions: list[list[Revision]] = [[] for _ in steps]
+        for j, teacher in enumerate(self.teachers):
+            level = _renoise_levels(teacher.renoise, steps, self.space, seed)
+            for i in _guided_steps(teacher, steps, self.space):
+                sigma = self._within_training(level(i), j)
+                if sigma == 0.0 and _is_explicit(teacher.steps):
+                    raise ValueError(
+                        f"teacher_steps holds step {i}, which goes to σ = 0, where "
+                        f'renoise={teacher.renoise!r} revises nothing: give a level, renoise=σ_s'
+                    )
+                scale = self._scale(teacher.scale, i, len(steps), sigma) if sigma > 0.0 else 0.0
+                if scale != 0.0:
+                    row = _renoise_row(steps[i].stages[-1].sigma, sigma, teacher.renoise_eta)
+                    one = Revision(j, scale / teacher.draws, sigma, row)
+                    revisions[i] += [one] * teacher.draws
+        for i, step in enumerate(revisions):
+            total = sum(revision.scale for revision in step)
+            if total > 1.0 + 1e-9 and not self.extrapolate:
+                raise ValueError(
+                    f"the teachers' scales sum to {total:g} at step {i}; Σλ must not exceed 1 "
+                    "(unless extrapolate=True)"
+                )
         return revisions
 
-    def _renoise_level(self, step: Step) -> float:
-        if self.renoise == "next":
-            return step.sigma_next
-        return step.sigma if self.renoise == "current" else float(self.renoise)
+    def _scale(self, scale: Scale, i: int, steps: int, sigma: float) -> float:
+        if callable(scale):
+            return self._check_scale(scale(i, self.space.level(sigma)))
+        if isinstance(scale, Sequence):
+            if len(scale) != steps:
+                raise ValueError(
+                    f"teacher_scale holds {len(scale)} numbers for {steps} steps; give one for each"
+                )
+            return self._check_scale(scale[i])
+        return float(scale)
 
-    def _revision(self, step: Step, sigma: float) -> Revision:
-        rho = self.renoise_eta
-        predicted = sigma * math.sqrt(1.0 - rho * rho)
-        direction = (-predicted / step.stages[-1].sigma,)
-        renoise = Row(predicted, 1.0, direction, noise=rho * sigma or None)
-        return Revision(self.teacher_scale, sigma, renoise)
+    def _check_scale(self, scale: Any) -> float:
+        low, high = (-math.inf, math.inf) if self.extrapolate else (0.0, 1.0)
+        return check_number("teacher_scale", scale, low, high)
+
+    def _within_training(self, sigma: float, j: int) -> float:
+        trained = self._trained[j]
+        if trained is None or sigma == 0.0:
+            return sigma
+        clamped = min(max(sigma, self.space.sigma(trained[0])), self.space.sigma(trained[1]))
+        # Schedules start a few float32 roundings above sigma_max.
+        if not math.isclose(clamped, sigma, rel_tol=1e-4) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a level σ_s = {self.space.level(sigma):g} lies outside the teacher's trained "
+                f"range, [{trained[0]:g}, {trained[1]:g}]; it is clamped",
+                stacklevel=2,
+            )
+        return clamped
 
 
-def _between(low: float, high: float, **setting: Any) -> float:
-    ((name, value),) = setting.items()
+def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:
+    """One `Teacher` from a denoiser and the keywords, or those given, without keywords."""
+    given = [teacher] if isinstance(teacher, Teacher) else teacher
+    if not isinstance(given, Sequence):
+        return [Teacher(teacher, *settings)]
+    if not given:
+        raise ValueError("teacher is an empty list; give at least one kdpp.Teacher")
+    for one in given:
+        if not isinstance(one, Teacher):
+            raise TypeError(f"teacher holds a {type(one).__name__}; a list holds kdpp.Teacher only")
+    if settings != (0.1, 1, 7.5, "next", 1.0):
+        raise ValueError("settings of the teacher belong into kdpp.Teacher where one is given")
+    return list(given)
+
+
+def _is_explicit(steps: Any) -> bool:
+    return not isinstance(steps, numbers.Integral | NoiseRange)
+
+
+def _guided_steps(teacher: Teacher, steps: Sequence[Step], space: Space) -> list[int]:
+    """The indices of the steps that the teacher revises; steps of no length are none of them."""
+    able = [i for i, step in enumerate(steps) if step.stages[-1].row.denoised != 0.0]
+    wanted: Any = teacher.steps
+    if isinstance(wanted, numbers.Integral):
+        return able[: int(wanted)]
+    if isinstance(wanted, NoiseRange):
+        return [i for i in able if wanted.low <= space.level(steps[i].sigma) <= wanted.high]
+    count = len(steps)
+    for i in wanted:
+        if not -count <= i < count:
+            raise ValueError(f"teacher_steps holds {i}; the schedule has {count} steps")
+    chosen = {i % count for i in wanted}
+    return [i for i in able if i in chosen]
+
+
+def _renoise_levels(
+    renoise: Renoise, steps: Sequence[Step], space: Space, seed: Callable[[], int]
+) -> Callable[[int], float]:
+    """σ_s for a step's index, before it is clamped."""
+    if renoise == "next":
+        return lambda i: steps[i].sigma_next
+    if renoise == "current":
+        # A flow model's τ = 1 is σ = ∞: all noise, whatever the estimate. Stop just below.
+        return lambda i: min(steps[i].sigma, 1e6)
+    if renoise == "random":
+        levels = [sigma for step in steps for sigma in (step.sigma, step.sigma_next)]
+        inside = [math.log(sigma) for sigma in levels if 0.0 < sigma < math.inf]
+        uniform = random.Random(seed()).uniform
+        return lambda i: math.exp(uniform(min(inside), max(inside)))
+    if callable(renoise):
+
+        def level(i: int) -> float:
+            step = steps[i]
+            value = renoise(i, space.level(step.sigma), space.level(step.sigma_next))
+            return min(space.sigma(check_number("renoise's level", value, 0.0, math.inf)), 1e6)
+
+        return level
+    sigma = min(space.sigma(float(renoise)), 1e6)
+    return lambda i: sigma
+
+
+def _renoise_row(sigma: float, sigma_s: float, rho: float) -> Row:
+    predicted = sigma_s * math.sqrt(1.0 - rho * rho)
+    return Row(predicted, 1.0, (-predicted / sigma,), noise=rho * sigma_s or None)
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """``value`` as a float; ValueError for no finite number in [low, high]."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not (number and low <= value <= high and math.isfinite(value)):
         allowed = f"in [{low:g}, {high:g}]" if math.isfinite(low) else "finite"
@@ -129,17 +331,41 @@ def _between(low: float, high: float, **setting: Any) -> float:
     return float(value)
 
 
-def _count(**setting: Any) -> int:
-    ((name, value),) = setting.items()
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ 0")
+def check_count(name: str, value: Any, low: int) -> int:
+    """``value`` as an int; ValueError for no whole number ≥ low."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ {low}")
     return int(value)
 
 
-def _renoise(value: Any) -> str | float:
-    if value in ("next", "current"):
-        return str(value)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (number and 0.0 < value < math.inf):
-        raise ValueError(f'renoise is {value!r}; it must be "next", "current" or a noise level > 0')
-    return float(value)
+def _check_steps(steps: Any) -> None:
+    if isinstance(steps, NoiseRange):
+        if not 0.0 <= steps.low <= steps.high:
+            raise ValueError(f"teacher_steps is {steps}; it must have 0 ≤ low ≤ high")
+    elif isinstance(steps, Collection) and not isinstance(steps, str):
+        for step in steps:
+            if not isinstance(step, numbers.Integral) or isinstance(step, bool):
+                raise ValueError(f"teacher_steps holds {step!r}; it must hold whole numbers")
+    else:
+        check_count("teacher_steps", steps, 0)
+
+
+def _check_renoise(renoise: Any) -> None:
+    if callable(renoise) or renoise in ("next", "current", "random"):
+        return
+    number = isinstance(renoise, numbers.Real) and not isinstance(renoise, bool)
+    if not (number and 0.0 < renoise < math.inf):
+        raise ValueError(
+            f'renoise is {renoise!r}; it must be "next", "current", "random", a noise level > 0 '
+            "or a function of (step, sigma, sigma_next)"
+        )
+
+
+def _check_mask(mask: Any) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"teacher_mask is a {type(mask).__name__}; it must be a tensor")
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
+        raise ValueError("teacher_mask holds values outside [0, 1]")
+    return mask

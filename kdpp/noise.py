@@ -9,7 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["NoiseSampler", "checked", "host_noise", "private_noise"]
+from kdpp import kdiffusion
+
+__all__ = [
+    "NoiseSampler",
+    "brownian_noise",
+    "checked",
+    "host_noise",
+    "private_generator",
+    "private_noise",
+    "private_seed",
+]
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
@@ -26,11 +36,22 @@ def host_noise(x: Tensor) -> NoiseSampler:
     return lambda sigma, sigma_next: torch.randn_like(x)
 
 
-def private_noise(x: Tensor) -> NoiseSampler:
-    """Noise from a generator of its own, which leaves the host's random streams where they are.
+def brownian_noise(x: Tensor, sigmas: Tensor) -> NoiseSampler:
+    """k-diffusion's Brownian tree over the schedule: increments of one path, normalised.
 
-    The seed is a hash of their states: the same under the same ``torch.manual_seed``, another
-    one once anything has been drawn, as a host does for every batch.
+    Takes one integer from torch's stream for its seed, as k-diffusion does. Raises ImportError
+    without a working k-diffusion.
+    """
+    tree = kdiffusion.sampling.BrownianTreeNoiseSampler
+    sampler: NoiseSampler = tree(x, sigmas[sigmas > 0].min(), sigmas.max())
+    return sampler
+
+
+def private_seed(x: Tensor) -> int:
+    """A seed from the states of torch's random streams, without drawing from them.
+
+    The same under the same ``torch.manual_seed``, another one once anything has been drawn, as a
+    host does for every batch.
     """
     states = [torch.get_rng_state()]
     if x.device.type != "cpu":
@@ -38,23 +59,27 @@ def private_noise(x: Tensor) -> NoiseSampler:
     digest = hashlib.blake2b(b"kdpp renoise", digest_size=8)
     for state in states:
         digest.update(state.numpy().tobytes())
-    seed = int.from_bytes(digest.digest(), "big")
-    generator = torch.Generator(x.device).manual_seed(seed >> 1)  # it takes 63 bits
+    return int.from_bytes(digest.digest(), "big") >> 1  # generators take 63 bits
+
+
+def private_generator(x: Tensor) -> torch.Generator:
+    """A generator on x's device that leaves the host's random streams where they are."""
+    return torch.Generator(x.device).manual_seed(private_seed(x))
+
+
+def private_noise(x: Tensor) -> NoiseSampler:
+    """Noise shaped like x from a `private_generator`."""
+    generator = private_generator(x)
     return lambda sigma, sigma_next: torch.randn(
         x.shape, generator=generator, device=x.device, dtype=x.dtype
     )
 
 
-def checked(sampler: NoiseSampler, name: str, x: Tensor) -> NoiseSampler:
-    """``sampler`` with its output's shape checked and brought to the latent's dtype and device."""
-
-    def draw(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        noise = sampler(sigma, sigma_next)
-        if noise.shape != x.shape:
-            raise ValueError(
-                f"{name} returned noise of shape {tuple(noise.shape)}; "
-                f"the latent has shape {tuple(x.shape)}"
-            )
-        return noise.to(x)
-
-    return draw
+def checked(noise: Tensor, name: str, x: Tensor) -> Tensor:
+    """``noise`` in the latent's dtype and on its device; ValueError for another shape."""
+    if noise.shape != x.shape:
+        raise ValueError(
+            f"{name} returned noise of shape {tuple(noise.shape)}; "
+            f"the latent has shape {tuple(x.shape)}"
+        )
+    return noise.to(x)

@@ -1,20 +1,36 @@
 """The arithmetic of a sampling run: rows of float64 coefficients, made from the sigmas alone.
 
 A solver (see `kdpp.solvers`) turns noise levels into `Step`s; nothing here knows tensors, networks
-or teachers. σ is the standard deviation of the noise, ``x = x0 + σ n`` (variance exploding).
+or teachers. σ is the standard deviation of the noise, ``x = x0 + σ n`` (variance exploding); a flow
+model's state ``(1-τ) x0 + τ n`` is that with ``σ = τ/(1-τ)``, see `Space`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-__all__ = ["Row", "Stage", "Step", "ancestral_split", "euler_row", "level_ratio", "nonnegative"]
+__all__ = [
+    "FLOW",
+    "VE",
+    "Row",
+    "Space",
+    "Stage",
+    "Step",
+    "ancestral_split",
+    "churned",
+    "euler_row",
+    "level_before",
+    "level_ratio",
+    "nonnegative",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One linear update, ``σ_target·(x/σ) + denoised·x̂_new + Σ_j direction[j]·d_j + noise·n``.
+    """One linear update of x: ``target·x/σ + denoised·x̂_new + Σ_j direction[j]·d_j + noise·n``.
 
     - ``x/σ``: the state at the start of the step over its level. A perfect denoiser's x is
       ``x0 + σ n``, so its weight says which level the update goes to, before noise: ``target``.
@@ -22,6 +38,8 @@ class Row:
     - ``d_j``: the estimates that give the solver its direction, newest first. They are never
       revised: x̂ itself, or under CFG++ its unconditional part. This split is what makes one plan
       serve the plain solver, its CFG++ form and the teacher's term (Distillation++, section 7.1).
+    - ``past``: for multistep solvers in x, pairs (weight, σ_j) of the states that earlier steps
+      started from, newest first; each adds ``weight·x_j/σ_j``.
     - ``n``: standard normal noise. ``noise=None`` draws nothing; 0.0 draws and does not use it,
       where k-diffusion does so, to stay on the same random stream.
     """
@@ -30,6 +48,7 @@ class Row:
     denoised: float = 0.0
     direction: tuple[float, ...] = ()
     noise: float | None = None
+    past: tuple[tuple[float, float], ...] = ()
 
     @property
     def memory(self) -> int:
@@ -37,11 +56,12 @@ class Row:
         return max((j + 1 for j, weight in enumerate(self.direction) if weight), default=0)
 
     def check(self, sigma: float) -> None:
-        """ValueError unless ``target/σ``, ``denoised`` and ``direction`` sum to one.
+        """ValueError unless the weights of x, x̂_new, d_j and x_j sum to one.
 
         Only then does moving x0 move the result by as much; other weights are a wrong solver.
         """
-        weights = (level_ratio(sigma, self.target), self.denoised, *self.direction)
+        past = (weight / sigma_j for weight, sigma_j in self.past)
+        weights = (level_ratio(sigma, self.target), self.denoised, *self.direction, *past)
         if not abs(sum(weights) - 1.0) <= 1e-12 * max(1.0, sum(map(abs, weights))):
             raise ValueError(f"the weights of {self} from σ = {sigma!r} sum to {sum(weights)!r}")
 
@@ -72,6 +92,51 @@ class Step:
         for stage in self.stages:
             stage.row.check(self.stages[0].sigma)
 
+    @property
+    def draws(self) -> bool:
+        """Whether it draws noise of the solver's."""
+        return self.churn is not None or any(s.row.noise is not None for s in self.stages)
+
+    @property
+    def memory(self) -> int:
+        """How many estimates made before its newest one it weighs."""
+        return max(0, *(stage.row.memory - 1 for stage in self.stages))
+
+    @classmethod
+    def single(cls, sigma: float, sigma_next: float, row: Row) -> Step:
+        return cls(sigma, sigma_next, (Stage(sigma, row),))
+
+
+class Space(NamedTuple):
+    """How a model writes noise levels and states, against σ and ``x = x0 + σ n``.
+
+    ``sigma(level)`` and ``level(sigma)`` translate levels; a state of the model is ``alpha(σ)·x``.
+    """
+
+    sigma: Callable[[float], float]
+    level: Callable[[float], float]
+    alpha: Callable[[float], float]
+
+
+VE = Space(sigma=float, level=float, alpha=lambda sigma: 1.0)
+"""Variance exploding: levels are σ."""
+
+FLOW = Space(
+    sigma=lambda level: level / (1.0 - level) if level < 1.0 else math.inf,
+    level=lambda sigma: sigma / (1.0 + sigma) if sigma < math.inf else 1.0,
+    alpha=lambda sigma: 1.0 / (1.0 + sigma),
+)
+"""Flow matching, levels τ in [0, 1]: ``(1-τ) x0 + τ n``, so ``σ = τ/(1-τ)`` and α = 1 - τ."""
+
+
+def level_before(sigmas: Sequence[float], i: int) -> int | None:
+    """The last step before i that started above σ_i, at a finite level; None if there is none.
+
+    A multistep solver's previous estimate: a repeated level is a step of no length.
+    """
+    found = next((j for j in reversed(range(i)) if sigmas[j] > sigmas[i]), None)
+    return None if found is None or math.isinf(sigmas[found]) else found
+
 
 def level_ratio(sigma: float, target: float) -> float:
     """``σ_target/σ = e^{-h}``; 1 for a step of no length, also at σ = 0."""
@@ -95,10 +160,11 @@ def ancestral_split(
     as in k-diffusion's ``get_ancestral_step``. Noise is None where the run draws none at all
     (η = 0 or s_noise = 0) and at σ' = 0.
     """
-    spread = math.sqrt(1.0 - level_ratio(sigma, sigma_next) ** 2)
-    sigma_up = min(sigma_next, eta * sigma_next * spread)
-    sigma_down = math.sqrt((sigma_next - sigma_up) * (sigma_next + sigma_up))
     draws = eta * s_noise > 0.0 and sigma_next > 0.0
+    if sigma_next == sigma:
+        return sigma, 0.0 if draws else None
+    sigma_up = min(sigma_next, eta * sigma_next * math.sqrt(1.0 - (sigma_next / sigma) ** 2))
+    sigma_down = math.sqrt((sigma_next - sigma_up) * (sigma_next + sigma_up))
     return sigma_down, s_noise * sigma_up if draws else None
 
 
@@ -107,3 +173,27 @@ def nonnegative(**settings: float) -> None:
     for name, value in settings.items():
         if not value >= 0.0:
             raise ValueError(f"{name} is {value!r}; it must be a number ≥ 0")
+
+
+def churned(
+    sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
+) -> list[tuple[float, float | None]]:
+    """For every step (σ̂, churn): noise of standard deviation ``churn`` lifts x from σ to σ̂.
+
+    ``σ̂ = (1 + γ) σ`` and ``churn = s_noise sqrt(σ̂² - σ²)`` for s_tmin ≤ σ ≤ s_tmax, with
+    ``γ = min(s_churn / steps, sqrt(2) - 1)`` (Karras et al. 2022, Algorithm 2). k-diffusion draws
+    in every step; so does a run that churns in any, to get the same noise.
+    """
+    nonnegative(s_churn=s_churn, s_noise=s_noise)
+    gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2.0) - 1.0)
+    if gamma == 0.0:
+        return [(sigma, None) for sigma in sigmas[:-1]]
+    # A bound that is one of the levels holds it, though float32 has rounded the levels.
+    low, high = s_tmin * (1.0 - 1e-6), s_tmax * (1.0 + 1e-6)
+    levels: list[tuple[float, float | None]] = []
+    for sigma in sigmas[:-1]:
+        inside = low <= sigma <= high and sigma < math.inf
+        sigma_hat = sigma * (1.0 + gamma) if inside else sigma
+        lift = math.sqrt(sigma_hat**2 - sigma**2) if inside else 0.0
+        levels.append((sigma_hat, s_noise * lift))
+    return levels

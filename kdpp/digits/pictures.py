@@ -45,7 +45,8 @@ def draw_guided_step(row: Row, seed: int, path: Path) -> Path:
 
     row.run(seed, CLASSES, keep)
     sigma = row.sigmas[1]
-    scale = row.model.teacher_scale
+    scale = row.model.teachers[0].scale
+    assert isinstance(scale, float)
     shown = {
         f"the student's estimate x̂ (σ = {row.sigmas[0]:.1f})": seen["denoised_student"],
         # Scaled to unit variance, or the noise would leave the range of the picture.

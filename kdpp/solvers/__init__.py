@@ -1,0 +1,81 @@
+"""The solvers: for each one its rows of coefficients, then its public ``sample_*_tg`` function.
+
+Every function samples a `kdpp.TeacherGuidedDenoiser` and takes what k-diffusion's sampler of the
+same name takes, in the same positions:
+
+- ``x``: the starting latent ``(batch, *shape)``, with noise of standard deviation ``sigmas[0]``;
+  floating point, in model space. Never written to; the result has its dtype and device.
+- ``sigmas``: 1-D, non-increasing noise standard deviations, usually ending in 0.
+- ``extra_args``: what the models take: ``cond``, ``uncond``, ``cond_scale``, …
+- ``callback``: called once a step with k-diffusion's dict (``x, i, sigma, sigma_hat, denoised``),
+  at guided steps also ``denoised_student, renoised, denoised_teacher, denoised_revised``.
+- ``disable``: True hides the progress bar.
+- ``eta``: 0 the ODE … 1 fully ancestral; ``s_noise``: factor on added noise;
+  ``noise_sampler(sigma, sigma_next)``: source of standard normal noise, by default k-diffusion's.
+
+They raise TypeError or ValueError, before any network call, for a model that is not wrapped, an
+integer latent, sigmas that are not 1-D, finite, non-negative and non-increasing, a negative eta or
+s_noise, or a missing ``uncond``; at the call that shows it, for output or noise of a wrong shape.
+
+The files: `euler` (first order, random), `singlestep` (two or three evaluations a step),
+`multistep` (2M, LMS, UniPC), `sde`. To add a solver, write both functions in one of them: rows
+from sigmas, and the public function under ``@solver(…)``. Every property test then runs over it.
+"""
+
+from kdpp.solvers.euler import (
+    sample_ddim_stochastic_tg,
+    sample_euler_ancestral_cfg_pp_tg,
+    sample_euler_ancestral_tg,
+    sample_euler_cfg_pp_tg,
+    sample_euler_tg,
+    sample_lcm_tg,
+)
+from kdpp.solvers.multistep import (
+    sample_dpmpp_2m_ancestral_tg,
+    sample_dpmpp_2m_cfg_pp_tg,
+    sample_dpmpp_2m_tg,
+    sample_lms_tg,
+    sample_unipc_tg,
+)
+from kdpp.solvers.registry import SOLVERS, Solver, solver
+from kdpp.solvers.sde import (
+    sample_dpmpp_2m_sde_tg,
+    sample_dpmpp_3m_sde_o3_tg,
+    sample_dpmpp_3m_sde_tg,
+    sample_dpmpp_sde_tg,
+)
+from kdpp.solvers.singlestep import (
+    sample_dpm_2_ancestral_tg,
+    sample_dpm_2_tg,
+    sample_dpm_fast_tg,
+    sample_dpmpp_2s_ancestral_cfg_pp_tg,
+    sample_dpmpp_2s_ancestral_tg,
+    sample_heun_tg,
+)
+
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "sample_ddim_stochastic_tg",
+    "sample_dpm_2_ancestral_tg",
+    "sample_dpm_2_tg",
+    "sample_dpm_fast_tg",
+    "sample_dpmpp_2m_ancestral_tg",
+    "sample_dpmpp_2m_cfg_pp_tg",
+    "sample_dpmpp_2m_sde_tg",
+    "sample_dpmpp_2m_tg",
+    "sample_dpmpp_2s_ancestral_cfg_pp_tg",
+    "sample_dpmpp_2s_ancestral_tg",
+    "sample_dpmpp_3m_sde_o3_tg",
+    "sample_dpmpp_3m_sde_tg",
+    "sample_dpmpp_sde_tg",
+    "sample_euler_ancestral_cfg_pp_tg",
+    "sample_euler_ancestral_tg",
+    "sample_euler_cfg_pp_tg",
+    "sample_euler_tg",
+    "sample_heun_tg",
+    "sample_lcm_tg",
+    "sample_lms_tg",
+    "sample_unipc_tg",
+    "solver",
+]

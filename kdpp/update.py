@@ -1,0 +1,87 @@
+"""Rows of coefficients, made ready to be carried out on tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdpp.plan import VE, Row, Space
+
+__all__ = ["Draw", "Update"]
+
+Draw = Callable[[], Tensor]
+
+# The places of a row's tensors are (group, index); the groups:
+STATE, TEACHERS, DIRECTIONS, PAST = range(4)
+X, DENOISED = (STATE, 0), (STATE, 1)
+
+
+class Update(NamedTuple):
+    """A row made ready: one interpolation for each tensor after the first, a factor, the noise.
+
+    It is called with the groups: (x, x̂), the teachers' estimates, directions and past states, both
+    newest first; ``draw`` makes the noise.
+    """
+
+    first: tuple[int, int]
+    lerps: tuple[tuple[tuple[int, int], float], ...]
+    factor: float
+    noise: float | None
+
+    @classmethod
+    def of(
+        cls,
+        row: Row,
+        sigma: float,
+        reached: float,
+        space: Space,
+        cfg_pp: bool,
+        scales: Sequence[float] = (),
+    ) -> Update:
+        """The weights of a row from x at ``sigma`` to a state at ``reached``, folded into lerps.
+
+        ``Σ w_j p_j = W lerp(… lerp(p_0, p_1, w_1/(w_0+w_1)) …, p_n, w_n/W)``, the largest weight
+        first, so that no partial sum vanishes. ``scales`` are the teachers' λ.
+        """
+        alpha = space.alpha(reached)
+        weights = {
+            X: state_weight(row.target, sigma, reached, space),
+            DENOISED: alpha * row.denoised * (1.0 - sum(scales)),
+        }
+        weights |= {(TEACHERS, j): alpha * row.denoised * scale for j, scale in enumerate(scales)}
+        weights |= {(DIRECTIONS, j): alpha * weight for j, weight in enumerate(row.direction)}
+        weights |= {(PAST, j): alpha * w / space.level(s) for j, (w, s) in enumerate(row.past)}
+        if row.direction and not cfg_pp:  # the newest direction is the estimate itself
+            weights[DENOISED] += weights.pop((DIRECTIONS, 0))
+        terms = sorted(((w, place) for place, w in weights.items() if w), reverse=True)
+        total = 0.0
+        folded = []
+        for weight, place in terms:
+            total += weight
+            folded.append((place, weight / total))
+        factor = 1.0 if space is VE else total
+        return cls(folded[0][0], tuple(folded[1:]), factor, row.noise and alpha * row.noise)
+
+    def __call__(self, groups: Sequence[Sequence[Any]], draw: Draw) -> Tensor:
+        group, index = self.first
+        result: Tensor = groups[group][index]
+        for (group, index), weight in self.lerps:
+            result = torch.lerp(result, groups[group][index], weight)
+        if self.factor != 1.0:
+            result = result * self.factor
+        if self.noise is not None:
+            noise = draw()
+            return torch.add(result, noise, alpha=self.noise) if self.noise else result
+        # A network may use its output buffer again: never hand out that very tensor.
+        fresh = self.lerps or self.factor != 1.0 or self.first == X
+        return result if fresh else result.clone()
+
+
+def state_weight(target: float, sigma: float, reached: float, space: Space) -> float:
+    """The weight of a model's state at ``sigma`` in one at ``reached`` that keeps ``target``/σ."""
+    if target == sigma:
+        return 1.0 if reached == sigma else space.alpha(reached) / space.alpha(sigma)
+    return space.alpha(reached) * target / space.level(sigma)
