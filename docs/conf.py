@@ -11,6 +11,6 @@ myst_heading_anchors = 3
 default_role = "literal"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "solver_table.md"]
 html_theme = "furo"
 html_title = "kdpp"

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import copy
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdpp.denoisers import Denoiser, OwnCFG, refuse_unmarked_cfg
+from kdpp.denoisers import Denoiser, OwnCFG, refuse_unmarked_cfg, shaped
 from kdpp.driver import check_sigmas
 from kdpp.guidance import TeacherGuidedDenoiser
 from kdpp.models import _Transparent
 from kdpp.noise import host_noise
+from kdpp.plan import FLOW
 
 __all__ = ["Inpainted", "image_to_image", "inpaint", "truncate"]
 
 Result = TypeVar("Result")
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def truncate(sigmas: Tensor, strength: float) -> Tensor:
@@ -74,7 +74,8 @@ def image_to_image(
 
     Raises:
         TypeError: image or noise is not a floating-point tensor.
-        ValueError: noise of another shape; sigmas without a level, or not levels of a sampler.
+        ValueError: noise of another shape; sigmas without a level, or not levels of a sampler for
+            this kind of model.
 
     Source: Meng et al. 2022, "SDEdit"; with a distilled model Meng et al. 2023, section 4.2.3.
     """
@@ -82,6 +83,7 @@ def image_to_image(
     levels, sigmas = check_sigmas(sigmas)
     if not levels:
         raise ValueError("sigmas is empty; its first level says how much noise the image gets")
+    check_levels(levels, model)
     start = noised(image, levels[0], fitting_noise(image, noise), is_flow(model))
     return sample(model, start, sigmas, *args, **options)
 
@@ -102,19 +104,24 @@ class Inpainted(_Transparent):
         denoiser: ``(x, sigma, **extra_args) -> denoised``. It may be called on a multiple of the
             batch, as by classifier-free guidance: the stacked copies get the same region.
         image, mask, noise: as in `inpaint`; noise must be given.
+        flow: whether x and sigma are a flow model's.
     """
 
+    _inner = "inner_model"
     image: Tensor
     mask: Tensor
     noise: Tensor
 
-    def __init__(self, denoiser: Denoiser, image: Tensor, mask: Tensor, noise: Tensor) -> None:
+    def __init__(
+        self, denoiser: Denoiser, image: Tensor, mask: Tensor, noise: Tensor, flow: bool = False
+    ) -> None:
         super().__init__()
         check_image(image)
-        self.denoiser = denoiser
+        self.inner_model = denoiser
         self.register_buffer("image", image, persistent=False)
         self.register_buffer("mask", fitting_mask(image, mask), persistent=False)
         self.register_buffer("noise", fitting_noise(image, noise), persistent=False)
+        self.flow = flow
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         """The estimate of x0.
@@ -123,16 +130,9 @@ class Inpainted(_Transparent):
             ValueError: x does not fit the image, or the denoiser's output does not fit x.
         """
         level = sigma.to(x).reshape(-1, *[1] * (x.ndim - 1))
-        image, noise = self._for(x, self.image), self._for(x, self.noise)
-        known = noised(image, level, noise, is_flow(self.denoiser))
+        known = noised(self._for(x, self.image), level, self._for(x, self.noise), self.flow)
         seen = torch.lerp(known, x, self._for(x, self.mask))
-        denoised = self.denoiser(seen, sigma, **extra_args)
-        if denoised.shape != x.shape:
-            raise ValueError(
-                f"the inpainted denoiser returned shape {tuple(denoised.shape)} for an input of "
-                f"shape {tuple(x.shape)}; a denoiser returns the shape it is given"
-            )
-        return self.keep(denoised.to(x))
+        return self.keep(shaped(self.inner_model(seen, sigma, **extra_args), "inpainted model", x))
 
     def keep(self, denoised: Tensor) -> Tensor:
         """An estimate with the image in the known region."""
@@ -154,10 +154,10 @@ class Inpainted(_Transparent):
 def inpaint(model: Any, image: Tensor, mask: Tensor, noise: Tensor | None = None) -> Any:
     """The same model, but it keeps the image where the mask is 0; see `Inpainted`.
 
-    Student and teacher of a `kdpp.TeacherGuidedDenoiser` see the same known region, with the same
+    Student and teachers of a `kdpp.TeacherGuidedDenoiser` see the same known region, with the same
     noise, and the new wrapper has the settings of the old one, which stays as it is. What a sampler
-    returns equals the image where the mask is 0: exactly with kdpp's samplers, up to rounding with
-    k-diffusion's; its schedule must end in 0.
+    returns equals the image where the mask is 0: exactly with kdpp's samplers (LMS: up to
+    rounding), up to rounding with k-diffusion's; its schedule must end in 0.
 
     Args:
         model: a `kdpp.TeacherGuidedDenoiser`, a `kdpp.OwnCFG` (its unconditional estimate, for
@@ -174,38 +174,51 @@ def inpaint(model: Any, image: Tensor, mask: Tensor, noise: Tensor | None = None
     Raises:
         TypeError: image, mask or noise is no tensor of a fitting dtype; the model is not callable
             or does its own CFG unmarked.
-        ValueError: mask or noise of a shape that does not fit, or a mask outside [0, 1].
+        ValueError: mask or noise of a shape that does not fit, a mask outside [0, 1], or a teacher
+            in another latent space (with ``maps``), where the mask has no meaning.
 
     Source: the known region's replacement of Song et al. 2021, "Score-based generative modeling",
     appendix I.2, with one fixed noise.
     """
     check_image(image)
     noise = fitting_noise(image, noise)
-    if isinstance(model, TeacherGuidedDenoiser):
-        student = inpaint(model.student, image, mask, noise)
-        return with_parts(
-            model, student=student, teacher=inpaint(model.teacher, image, mask, noise)
-        )
-    refuse_unmarked_cfg(model, "model")
+    known = (image, mask, noise, is_flow(model))
+    if not isinstance(model, TeacherGuidedDenoiser):
+        refuse_unmarked_cfg(model, "model")
+        return inpaint_denoiser(model, *known)
+    if any(teacher.maps is not None for teacher in model.teachers):
+        raise ValueError("inpaint takes no teacher with maps: the mask is the student's latent's")
+    return model.with_denoisers(lambda denoiser: inpaint_denoiser(denoiser, *known))
+
+
+def inpaint_denoiser(
+    model: Denoiser, image: Tensor, mask: Tensor, noise: Tensor, flow: bool
+) -> Denoiser:
+    """One denoiser, an `OwnCFG` inside its mark."""
     if not isinstance(model, OwnCFG):
-        return Inpainted(model, image, mask, noise)
-    inpainted = Inpainted(model.model, image, mask, noise)
+        return Inpainted(model, image, mask, noise, flow)
+    inpainted = Inpainted(model.model, image, mask, noise, flow)
     latest = model.uncond_denoised
-    uncond_denoised = None if latest is None else lambda: inpainted.keep(latest())
-    return with_parts(model, model=inpainted, uncond_denoised=uncond_denoised)
-
-
-def with_parts(module: Module, **parts: Any) -> Module:
-    """A copy of the module in which these attributes are others; the module stays as it is."""
-    twin = copy.copy(module)
-    twin._modules = module._modules.copy()  # copy.copy shares it
-    for name, part in parts.items():
-        setattr(twin, name, part)
+    twin = copy.copy(model)
+    twin._modules = model._modules.copy()  # copy.copy shares it
+    twin.model = inpainted
+    twin.uncond_denoised = None if latest is None else lambda: inpainted.keep(latest())
     return twin
 
 
 def is_flow(model: Any) -> bool:
-    return bool(getattr(getattr(model, "student", model), "flow", False))
+    if isinstance(model, TeacherGuidedDenoiser):
+        return model.space is FLOW
+    return bool(getattr(model, "flow", False))
+
+
+def check_levels(levels: Sequence[float], model: Any) -> None:
+    """ValueError for levels of σ given to a flow model."""
+    if is_flow(model) and max(levels, default=0.0) > 1.0:
+        raise ValueError(
+            f"sigmas holds {max(levels):g}; the model is a flow model, whose levels lie in [0, 1] "
+            "(for levels of σ = τ/(1-τ), bring it over with kdpp.models.as_ve)"
+        )
 
 
 def noised(image: Tensor, sigma: Any, noise: Tensor, flow: bool) -> Tensor:

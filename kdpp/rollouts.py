@@ -9,7 +9,6 @@ a flow model σ is τ in [0, 1], and the step has the same form.
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,8 +19,9 @@ from tqdm.auto import trange
 
 from kdpp.denoisers import Denoise, Denoiser, bind, refuse_unmarked_cfg
 from kdpp.driver import Callback, check_latent, check_sigmas
-from kdpp.editing import Inpainted
-from kdpp.noise import private_noise
+from kdpp.editing import Inpainted, check_levels
+from kdpp.guidance import TeacherGuidedDenoiser, check_count, check_number
+from kdpp.noise import private_generator
 from kdpp.plan import level_ratio
 
 __all__ = ["Rollout", "encode", "mixed_rollout"]
@@ -59,8 +59,9 @@ def encode(
 
     Raises:
         TypeError: the model is not callable or does its own CFG unmarked; x is not floating point.
-        ValueError: sigmas are not 1-D, finite, positive and non-decreasing, or ``uncond`` is
-            missing where CFG needs it; at the call that shows it, an output of another shape.
+        ValueError: sigmas are not 1-D, finite, positive and non-decreasing, or above 1 for a flow
+            model; ``uncond`` is missing where CFG needs it; at the call that shows it, an output of
+            another shape.
 
     Source: Song et al. 2020 (DDIM), section 4.3; the step inside Meng et al. 2023, "On Distillation
     of Guided Diffusion Models", Algorithm 5.
@@ -68,6 +69,7 @@ def encode(
     refuse_unmarked_cfg(model, "model")
     check_latent(x)
     levels, sigmas = check_rising(sigmas)
+    check_levels(levels, model)
     denoise = bind(model, "model", x, {} if extra_args is None else extra_args)
     sigma_at = sigmas.unbind()
     for i in trange(max(0, len(levels) - 1), disable=disable):
@@ -143,10 +145,10 @@ def mixed_rollout(
 
     Raises:
         TypeError: a model is not callable or does its own CFG unmarked; x is not floating point.
-        ValueError: both or none of ``teacher_probability`` and ``switch``, a setting outside its
-            range, bad sigmas, a missing ``uncond``, or coins that split the batch of a model made
-            by `kdpp.editing.inpaint` from several images; at the call that shows it, an output of
-            another shape.
+        ValueError: both or none of ``teacher_probability`` and ``switch``; a setting outside its
+            range; bad sigmas, or above 1 for flow models; a flow model with one that is none; a
+            missing ``uncond``; coins that split the batch of a model made by `kdpp.editing.inpaint`
+            from several images; at the call that shows it, an output of another shape.
 
     Source: Garrepalli et al. 2024, "DDIL: Diversity Enhancing Diffusion Distillation with Imitation
     Learning", Algorithm 1 (its β is the student's probability, 1 - p_T), supplement E, Tables 2-4.
@@ -155,8 +157,9 @@ def mixed_rollout(
     refuse_unmarked_cfg(teacher, "teacher")
     check_latent(x)
     levels, sigmas = check_sigmas(sigmas)
+    check_levels(levels, TeacherGuidedDenoiser(student, teacher))
     steps = max(0, len(levels) - 1)
-    whole(1, math.inf, teacher_substeps=teacher_substeps)
+    check_count("teacher_substeps", teacher_substeps, 1)
     if (teacher_probability is None) == (switch is None):
         raise ValueError(
             f"teacher_probability is {teacher_probability!r} and switch is {switch!r}; "
@@ -256,25 +259,22 @@ def between(sigma: float, sigma_next: float, steps: int) -> list[float]:
 
 def toss(steps: int, x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """Coins, bool (steps, batch) on the CPU, True with the probability; drawn sample by sample."""
-    number = isinstance(probability, numbers.Real) and not isinstance(probability, bool)
-    if not (number and 0.0 <= probability <= 1.0):
-        raise ValueError(f"teacher_probability is {probability!r}; it must be a number in [0, 1]")
-    shape = (x.shape[0], steps)
-    if generator is None:
-        normal = private_noise(x.new_empty(shape, dtype=torch.float32))(x, x)
-        uniform = torch.special.ndtr(normal.to("cpu", torch.float64))
-    else:
-        uniform = torch.rand(shape, generator=generator, device=generator.device).cpu()
+    check_number("teacher_probability", probability, 0.0, 1.0)
+    coins = private_generator(x) if generator is None else generator
+    uniform = torch.rand((x.shape[0], steps), generator=coins, device=coins.device).cpu()
     heads: Tensor = uniform < probability
     return heads.T
 
 
-def turns(steps: int, x: Tensor, switch: int | None, first: str) -> Tensor:
+def turns(steps: int, x: Tensor, switch: Any, first: str) -> Tensor:
     """Who takes which transition, bool (steps, batch) on the CPU, with one switch for all."""
     if first not in ("teacher", "student"):
         raise ValueError(f'first is {first!r}; it must be "teacher" or "student"')
-    before = torch.arange(steps) < whole(0, steps, switch=switch)
-    return (before == (first == "teacher"))[:, None].repeat(1, x.shape[0])
+    if check_count("switch", switch, 0) > steps:
+        raise ValueError(f"switch is {switch}; the schedule has {steps} transitions")
+    before = torch.arange(steps) < switch
+    by_teacher: Tensor = before == (first == "teacher")
+    return by_teacher[:, None].repeat(1, x.shape[0])
 
 
 def select(value: Any, samples: Tensor, batch: int) -> Any:
@@ -322,13 +322,3 @@ def check_rising(sigmas: Any) -> tuple[list[float], Tensor]:
                 "must not decrease: sigmas.flip(0)"
             )
     return levels, tensor
-
-
-def whole(low: float, high: float, **setting: Any) -> int:
-    """The setting, if it is a whole number in the range."""
-    ((name, value),) = setting.items()
-    number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not (number and low <= value <= high):
-        allowed = f"in [{low}, {high}]" if math.isfinite(high) else f"≥ {low}"
-        raise ValueError(f"{name} is {value!r}; it must be a whole number {allowed}")
-    return int(value)

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.metadata
+import os
 import re
 import runpy
 import subprocess
@@ -73,3 +74,18 @@ def test_readme_commands_and_links():
 def test_extras_are_declared(extra):
     """Every extra that the docs name exists."""
     assert extra in importlib.metadata.metadata("kdpp").get_all("Provides-Extra")
+
+
+def test_the_page_on_adding_a_solver():
+    """Its code, under 30 lines, is a solver; the property tests run over it unasked and pass."""
+    page = ROOT / "docs" / "adding_a_solver.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) < 30
+    suites = ["properties", "order", "parity", "cost", "input", "random_stream"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", "midpoint",
+         *(f"tests/test_{name}.py" for name in suites)],
+        cwd=ROOT, env={**os.environ, "KDPP_SOLVER_PAGE": str(page)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60

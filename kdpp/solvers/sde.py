@@ -189,7 +189,7 @@ def sample_dpmpp_3m_sde_tg(
     )  # fmt: skip
 
 
-@solver(order=3, needs=NEEDS)
+@solver(order=3, needs=NEEDS, extra=1)
 def sample_dpmpp_3m_sde_o3_tg(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
     callback: Callback | None = None, disable: bool | None = None,

@@ -286,7 +286,7 @@ def stage_row(
     return Row(sigma * float(weights[0]), denoised, (newest - denoised, *older), noise)
 
 
-@solver(order=3, evaluations=3, needs="σ_min > 0; steps are its own")
+@solver(order=2, evaluations=3, needs="σ_min > 0; its steps are its own")
 def sample_dpm_fast_tg(
     model: Any, x: Tensor, sigma_min: float, sigma_max: float, n: int,
     extra_args: ExtraArgs = None, callback: Callback | None = None, disable: bool | None = None,
@@ -294,9 +294,10 @@ def sample_dpm_fast_tg(
 ) -> Tensor:
     """DPM-Solver-fast: ``n`` evaluations from ``sigma_max`` to ``sigma_min``, in steps of order 3.
 
-    Steps are equal in -log σ; the last one or two are of lower order, as the count demands. It
-    ends at sigma_min > 0. The teacher revises a guided step's newest estimate, with coefficient 1.
-    The callback's dict also has ``t`` = -log σ and ``t_up``.
+    Steps are equal in -log σ; the last one or two are of lower order, as the count demands, which
+    holds the run to order 2 (3 where n = 2 modulo 3). It ends at sigma_min > 0. The teacher revises
+    a guided step's newest estimate, with coefficient 1. The callback's dict also has ``t`` = -log σ
+    and ``t_up``.
 
     Raises ValueError for levels that are not 0 < sigma_min ≤ sigma_max < ∞ and for n < 1.
     Source: Lu et al. 2022 (DPM-Solver), as in k-diffusion.

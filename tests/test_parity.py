@@ -1,0 +1,272 @@
+"""Every solver against k-diffusion, the DPM-Solver++ paper and method-by-method references."""
+
+import k_diffusion.sampling as k_sampling
+import pytest
+import torch
+
+import kdpp
+import problems
+import reference
+from problems import (
+    SCHEDULES,
+    Echo,
+    Problem,
+    Tape,
+    accepts,
+    gaussian,
+    karras,
+    relative,
+    run,
+)
+
+SOLVERS = problems.on_schedules(kdpp.SOLVERS)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+GUIDANCE_OFF = {
+    "scale 0": {"teacher_scale": 0.0, "teacher_steps": 3},
+    "no steps": {"teacher_scale": 0.7, "teacher_steps": 0},
+}
+CHURN = [
+    {"s_churn": 2.0},
+    {"s_churn": 40.0, "s_noise": 1.007},
+    {"s_churn": 4.0, "s_tmin": 0.3, "s_tmax": 8.0},
+    {"s_churn": 4.0, "s_tmin": 20.0},
+    {"s_churn": 4.0, "s_tmin": float(SCHEDULES["karras"][2]), "s_tmax": 14.6146},
+]
+ANCESTRAL = [
+    {"eta": 0.0},
+    {"eta": 0.5},
+    {"eta": 1.0},
+    {"eta": 1.0, "s_noise": 0.9},
+    {"eta": 1.7},
+]
+
+
+def variants(solver):
+    """The settings of a solver's own parameters that the tests run through."""
+    churn = CHURN if accepts(solver, "s_churn") else []
+    return [{}, *churn, *(ANCESTRAL if accepts(solver, "eta") else [])]
+
+
+def name_of(parameter):
+    """A readable test id."""
+    return getattr(parameter, "name", None) or (str(parameter) if parameter != {} else "default")
+
+
+def namesake(solver):
+    """k-diffusion's sampler of the same name, None if there is none."""
+    return getattr(k_sampling, solver.name.removesuffix("_tg"), None)
+
+
+IN_K_DIFFUSION = [s for s in SOLVERS if namesake(s) is not None]
+EVERY_VARIANT = [(solver, options) for solver in SOLVERS for options in variants(solver)]
+K_DIFFUSIONS = [(solver, options) for solver, options in EVERY_VARIANT if solver in IN_K_DIFFUSION]
+over_k_diffusion = pytest.mark.parametrize(("solver", "options"), K_DIFFUSIONS, ids=name_of)
+over_everything = pytest.mark.parametrize(("solver", "options"), EVERY_VARIANT, ids=name_of)
+over_schedules = pytest.mark.parametrize("sigmas", SCHEDULES.values(), ids=SCHEDULES)
+
+
+def k_diffusion(solver, problem, x, sigmas, **options):
+    """k-diffusion's sampler of the same name on the student alone."""
+    scale = problem.extra_args["cond_scale"]
+
+    def model(x, sigma, cond, uncond, cond_scale):
+        free = problem.student(x, sigma, cond=uncond)
+        return free + scale * (problem.student(x, sigma, cond=cond) - free)
+
+    sample = namesake(solver)
+    try:
+        return sample(model, x, sigmas, extra_args=problem.extra_args, disable=True, **options)
+    except UnboundLocalError:
+        return pytest.skip("k-diffusion's own sampler fails on a single step to 0")
+
+
+def test_every_solver_has_something_to_be_compared_with():
+    """A solver that is added needs a namesake in k-diffusion or a reference of its own."""
+    lonely = [s.name for s in SOLVERS if namesake(s) is None and s.name not in reference.REFERENCES]
+    assert not lonely, f"write a reference for {lonely} in tests/reference.py"
+
+
+@pytest.mark.parametrize("off", GUIDANCE_OFF.values(), ids=GUIDANCE_OFF)
+@over_schedules
+@over_k_diffusion
+def test_without_guidance_it_is_k_diffusions_sampler(solver, options, sigmas, off):
+    """λ = 0 or k = 0, float64: same seed, same draws, the same image to 1e-12."""
+    problem = Problem()
+    x = problem.start(sigmas)
+    torch.manual_seed(11)
+    expected = k_diffusion(solver, problem, x, sigmas, **options)
+    torch.manual_seed(11)
+    found = run(solver, problem.guided(**off), x, sigmas, extra_args=problem.extra_args, **options)
+    assert relative(found, expected) <= TOLERANCE[torch.float64]
+
+
+@over_schedules
+@over_k_diffusion
+def test_without_guidance_it_is_k_diffusions_sampler_in_float32(solver, options, sigmas):
+    """λ = 0, float32 latent and sigmas: the same image to 1e-5."""
+    problem = Problem(dtype=torch.float32)
+    x, sigmas = problem.start(sigmas), sigmas.float()
+    torch.manual_seed(12)
+    expected = k_diffusion(solver, problem, x, sigmas, **options)
+    torch.manual_seed(12)
+    model = problem.guided(teacher_scale=0.0)
+    found = run(solver, model, x, sigmas, extra_args=problem.extra_args, **options)
+    assert found.dtype == torch.float32
+    assert relative(found, expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("solver", IN_K_DIFFUSION, ids=name_of)
+def test_many_steps_in_float32(solver):
+    """Rounding does not pile up: 200 float32 steps still agree to 1e-5."""
+    problem, sigmas = Problem(dtype=torch.float32), karras(200)
+    x = problem.start(sigmas)
+    torch.manual_seed(13)
+    expected = k_diffusion(solver, problem, x.double(), sigmas, **noise_for(solver, x.double()))
+    torch.manual_seed(13)
+    model, options = problem.guided(teacher_scale=0.0), noise_for(solver, x)
+    found = run(solver, model, x, sigmas, extra_args=problem.extra_args, **options)
+    assert relative(found, expected) <= TOLERANCE[torch.float32]
+
+
+def noise_for(solver, x, seed=3):
+    """A noise sampler of the test's own, for the solvers that take one."""
+    return {"noise_sampler": Tape(x, seed)} if accepts(solver, "noise_sampler") else {}
+
+
+@over_schedules
+@pytest.mark.parametrize("solver", IN_K_DIFFUSION, ids=name_of)
+def test_a_custom_noise_sampler_is_asked_as_by_k_diffusion(solver, sigmas):
+    """The host's noise sampler sees the same levels in the same order, and the image agrees."""
+    if not accepts(solver, "noise_sampler"):
+        pytest.skip("takes no noise sampler")
+    problem = Problem()
+    x = problem.start(sigmas)
+    theirs, ours = Tape(x, 4), Tape(x, 4)
+    expected = k_diffusion(solver, problem, x, sigmas, noise_sampler=theirs)
+    model = problem.guided(teacher_scale=0.0)
+    found = run(solver, model, x, sigmas, extra_args=problem.extra_args, noise_sampler=ours)
+    assert relative(found, expected) <= TOLERANCE[torch.float64]
+    assert levels(ours.asked) == pytest.approx(levels(theirs.asked), rel=1e-12)
+
+
+def levels(asked):
+    """A tape's record as a flat list of numbers."""
+    return [float(level) for pair in asked for level in pair]
+
+
+@pytest.mark.parametrize("solver", IN_K_DIFFUSION, ids=name_of)
+def test_the_global_stream_ends_where_k_diffusions_does(solver):
+    """A run that uses noise consumes exactly the numbers that k-diffusion's consumes."""
+    problem, sigmas = Problem(), karras(5)
+    options = {"s_churn": 3.0} if accepts(solver, "s_churn") else {}
+    if not options and not accepts(solver, "noise_sampler"):
+        pytest.skip("uses no noise")
+    x = problem.start(sigmas)
+    torch.manual_seed(14)
+    k_diffusion(solver, problem, x, sigmas, **options)
+    expected = torch.randn(3)
+    torch.manual_seed(14)
+    model = problem.guided(teacher_scale=0.5, teacher_steps=2)
+    run(solver, model, x, sigmas, extra_args=problem.extra_args, **options)
+    assert torch.equal(torch.randn(3), expected)
+
+
+@over_schedules
+@over_everything
+def test_a_teacher_that_agrees_changes_nothing(solver, options, sigmas):
+    """Teacher ≡ what the student says: any λ, any k, the unguided image."""
+    problem = Problem()
+    echo, x = Echo(problem.student), problem.start(sigmas)
+
+    def sample(**guidance):
+        torch.manual_seed(15)
+        guidance.setdefault("teacher_cfg_scale", problem.cond_scale)
+        model = kdpp.TeacherGuidedDenoiser(echo.student, echo.teacher, **guidance)
+        return run(solver, model, x, sigmas, extra_args=problem.extra_args, **options)
+
+    unguided = sample(teacher_scale=0.0)
+    assert relative(sample(teacher_scale=0.6, teacher_steps=99), unguided) <= 1e-12
+
+
+GUIDANCE = [
+    {"teacher_scale": 0.0},
+    {"teacher_scale": 0.1},
+    {"teacher_scale": 0.5, "teacher_steps": 99},
+    {"teacher_scale": 1.0, "teacher_steps": 2},
+    {"teacher_scale": 0.5, "teacher_steps": 2, "renoise_eta": 0.0},
+    {"teacher_scale": 0.5, "teacher_steps": 99, "renoise_eta": 0.6},
+    {"teacher_scale": 0.5, "teacher_steps": 99, "renoise": 0.25},
+    {"teacher_scale": 0.5, "teacher_steps": 99, "renoise": 0.25, "renoise_eta": 0.0},
+    {"teacher_scale": 0.5, "teacher_steps": 99, "renoise": "current", "renoise_eta": 0.6},
+]
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE, ids=name_of)
+@over_everything
+def test_with_a_teacher_it_is_the_reference(solver, options, guidance):
+    """λ > 0: every solver, setting and renoise agrees with the literal formulas to 1e-12."""
+    if solver.name not in reference.REFERENCES:
+        pytest.skip("no reference is written for this solver")
+    problem = Problem()
+    for sigmas in SCHEDULES.values():
+        x = problem.start(sigmas)
+        torch.manual_seed(16)
+        expected = reference.expected(solver, problem, x, sigmas, guidance, **options)
+        torch.manual_seed(16)
+        found = problem.sample(solver, x, sigmas, guidance, **options)
+        assert relative(found, expected) <= TOLERANCE[torch.float64], sigmas
+
+
+@pytest.mark.parametrize("cond_scale", [0.0, 0.6, 1.0, 7.5])
+@pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
+def test_every_guidance_scale_agrees_with_the_reference(solver, cond_scale):
+    """The student's and the teacher's CFG scales enter where the formulas have them."""
+    if solver.name not in reference.REFERENCES:
+        pytest.skip("no reference is written for this solver")
+    problem, sigmas = Problem(cond_scale=cond_scale, teacher_cfg_scale=cond_scale), karras(6)
+    x, guidance = problem.start(sigmas), {"teacher_scale": 0.3, "teacher_steps": 3}
+    expected = reference.expected(solver, problem, x, sigmas, guidance)
+    assert relative(problem.sample(solver, x, sigmas, guidance), expected) <= 1e-12
+
+
+PAPERS = {"sample_dpmpp_2s_ancestral_tg": "dpmpp_2s_vp", "sample_dpmpp_2m_tg": "dpmpp_2m_vp"}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", PAPERS)
+def test_it_is_the_dpm_solver_papers_algorithm(name, seed):
+    """2S and 2M agree with Algorithms 1 and 2, written in VP notation, to 1e-12."""
+    solver = next(s for s in SOLVERS if s.name == name)
+    problem, sigmas = Problem(student=gaussian(seed)), karras(4 + seed)[:-1]
+    if seed % 2:
+        problem = Problem()
+    x = problem.start(sigmas)
+    expected = getattr(reference, PAPERS[name])(problem.estimate, x, sigmas)
+    found = problem.sample(solver, x, sigmas, {"teacher_scale": 0.0}, eta=0.0)
+    assert relative(found, expected) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("r", [0.3, 0.8])
+@pytest.mark.parametrize("cfg_pp", [False, True])
+def test_2s_with_its_middle_point_elsewhere(cfg_pp, r, eta):
+    """2S agrees with its formula for any stage position r, not only for 1/2."""
+    problem, sigmas, guidance = Problem(), karras(5), {"teacher_scale": 0.4, "teacher_steps": 3}
+    x = problem.start(sigmas)
+    name = "dpmpp_2s_ancestral_cfg_pp" if cfg_pp else "dpmpp_2s_ancestral"
+    solver = next(s for s in SOLVERS if s.name == f"sample_{name}_tg")
+    expected = reference.expected(solver, problem, x, sigmas, guidance, eta=eta, r=r)
+    found = problem.sample(solver, x, sigmas, guidance, eta=eta, r=r)
+    assert relative(found, expected) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s.cfg_pp], ids=name_of)
+def test_plus_plus_at_scale_0_is_the_plain_solver_without_a_condition(solver):
+    """CFG++ with cond_scale = 0: estimate and direction are both the unconditional ones."""
+    plain = next(s for s in SOLVERS if s.name == solver.name.replace("_cfg_pp", ""))
+    problem, sigmas = Problem(cond_scale=0.0), karras(6)
+    x = problem.start(sigmas)
+    off = {"teacher_scale": 0.0}
+    torch.manual_seed(17)
+    expected = problem.sample(plain, x, sigmas, off)
+    assert relative(problem.sample(solver, x, sigmas, off), expected) <= 1e-12
