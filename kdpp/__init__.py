@@ -8,7 +8,17 @@ ICCV 2025). `SOLVERS` lists them.
 from kdpp import kdiffusion
 from kdpp._version import __version__
 from kdpp.denoisers import OwnCFG
+from kdpp.editing import image_to_image, inpaint, truncate
 from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
+from kdpp.models import (
+    FlowDenoiser,
+    GuidanceConditioned,
+    LCMDenoiser,
+    X0Denoiser,
+    as_flow,
+    as_ve,
+)
+from kdpp.rollouts import Rollout, encode, mixed_rollout
 from kdpp.solvers import (
     SOLVERS,
     sample_ddim_stochastic_tg,
@@ -36,12 +46,23 @@ from kdpp.solvers import (
 
 __all__ = [
     "SOLVERS",
+    "FlowDenoiser",
+    "GuidanceConditioned",
+    "LCMDenoiser",
     "NoiseRange",
     "OwnCFG",
+    "Rollout",
     "Teacher",
     "TeacherGuidedDenoiser",
+    "X0Denoiser",
     "__version__",
+    "as_flow",
+    "as_ve",
+    "encode",
+    "image_to_image",
+    "inpaint",
     "kdiffusion",
+    "mixed_rollout",
     "sample_ddim_stochastic_tg",
     "sample_dpm_2_ancestral_tg",
     "sample_dpm_2_tg",
@@ -64,4 +85,5 @@ __all__ = [
     "sample_lms_tg",
     "sample_unipc_tg",
     "sds_scale",
+    "truncate",
 ]

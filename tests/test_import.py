@@ -16,7 +16,7 @@ import torch, kdpp
 model = kdpp.TeacherGuidedDenoiser(lambda x, sigma: x / 2, lambda x, sigma: x / 3,
                                    teacher_cfg_scale=1)
 for solver in kdpp.SOLVERS.values():
-    if not solver.cfg_pp:
+    if not (solver.cfg_pp or solver.needs):
         x = solver.sample(model, torch.randn(2, 1, 4, 4), torch.tensor([2.0, 1.0, 0.0]))
         assert x.isfinite().all()
 """
@@ -97,11 +97,19 @@ def imports(module):
     ("module", "allowed"),
     [
         ("plan", set()),
-        ("noise", set()),
+        ("noise", {"kdpp"}),
         ("denoisers", set()),
         ("guidance", {"denoisers", "noise", "plan"}),
-        ("driver", {"denoisers", "guidance", "noise", "plan"}),
-        ("solvers", {"driver", "noise", "plan"}),
+        ("update", {"plan"}),
+        ("driver", {"denoisers", "guidance", "noise", "plan", "update"}),
+        ("solvers/euler", {"driver", "noise", "plan", "solvers.registry"}),
+        ("solvers/singlestep", {"driver", "noise", "plan", "solvers.registry"}),
+        ("solvers/multistep", {"driver", "noise", "plan", "solvers.registry"}),
+        ("solvers/sde", {"driver", "noise", "plan", "solvers.multistep", "solvers.registry",
+                         "solvers.singlestep"}),
+        ("models", {"denoisers"}),
+        ("rollouts", {"denoisers", "driver", "noise", "editing"}),
+        ("editing", {"denoisers", "driver", "guidance", "models", "noise"}),
         ("kdiffusion", set()),
     ],
 )
