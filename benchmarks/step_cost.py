@@ -10,6 +10,7 @@ measured where it is installed: its scheduler of the same solver runs in the sam
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import platform
 import statistics
@@ -116,9 +117,12 @@ def measure(name: str, shape: tuple[int, ...], pairs: int) -> dict[str, Any]:
     def sigmas(steps: int) -> torch.Tensor:
         return sampling.get_sigmas_karras(steps, 0.0292, 14.6146)
 
+    # Plain noise for the SDE solvers, whose default tree would outweigh everything else.
+    tree = "noise_sampler" in inspect.signature(theirs).parameters
+    options = {"noise_sampler": lambda *_: torch.randn_like(x)} if tree else {}
     runs = {
-        "kdpp": lambda steps: ours(wrapped, x, sigmas(steps), disable=True),
-        "k-diffusion": lambda steps: theirs(identity, x, sigmas(steps), disable=True),
+        "kdpp": lambda steps: ours(wrapped, x, sigmas(steps), disable=True, **options),
+        "k-diffusion": lambda steps: theirs(identity, x, sigmas(steps), disable=True, **options),
     }
     counts = {library: count(run, x.numel()) for library, run in runs.items()}
     diffusers = diffusers_run(name, x)
@@ -135,8 +139,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")  # k-diffusion's dependencies, at import
-    names = [n for n in (s.removeprefix("sample_").removesuffix("_tg") for s in kdpp.SOLVERS)
-             if hasattr(kdpp.kdiffusion.sampling, f"sample_{n}")]  # fmt: skip
+    names = [s.removeprefix("sample_").removesuffix("_tg") for s in kdpp.SOLVERS]
+    names.remove("dpm_fast")  # it makes its own steps
+    names = [n for n in names if hasattr(kdpp.kdiffusion.sampling, f"sample_{n}")]
     cells = [(name, shape) for shape in SHAPES for name in names]
     rows = [measure(*cell, settings.pairs) for cell in tqdm(cells, desc="measuring")]
     print(f"torch {torch.__version__}, {platform.machine()} CPU, {torch.get_num_threads()} threads")

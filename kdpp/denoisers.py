@@ -199,7 +199,7 @@ def _paired(uncond: Any, cond: Any, path: str, batch: int) -> Any:
     if isinstance(cond, list | tuple) and isinstance(uncond, list | tuple):
         if len(cond) == len(uncond):
             items = enumerate(zip(uncond, cond))
-            return type(cond)([_paired(u, c, f"{path}[{i}]", batch) for i, (u, c) in items])
+            return _like(cond, [_paired(u, c, f"{path}[{i}]", batch) for i, (u, c) in items])
     elif isinstance(cond, Tensor) and isinstance(uncond, Tensor):
         if cond.ndim and cond.shape == uncond.shape and cond.shape[0] == batch:
             return torch.cat((uncond, cond))
@@ -216,10 +216,15 @@ def _twice(value: Any, batch: int) -> Any:
     if isinstance(value, Mapping):
         return {key: _twice(item, batch) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)([_twice(item, batch) for item in value])
+        return _like(value, [_twice(item, batch) for item in value])
     if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
         return torch.cat((value, value))
     return value
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """``items`` in a list, tuple or named tuple of ``value``'s type."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _describe(value: Any) -> str:

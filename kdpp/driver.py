@@ -80,14 +80,14 @@ def run(
         taught: tuple[Tensor, ...] = ()
         info: dict[str, Any] = {}
         for stage in stages:
-            denoised, uncond = student(point, x.new_full(x.shape[:1], stage.level))
-            direction = uncond if cfg_pp else denoised
-            refuse_reuse(direction, directions[:memory], "student")
-            directions = (direction, *directions)
+            level = x.new_full(x.shape[:1], stage.level)
+            with unwritten(directions[:memory], "student"):
+                denoised, uncond = student(point, level)
+            directions = (uncond if cfg_pp else denoised, *directions)
             if callback and stage is stages[0]:
                 info = report(x, i, sigma_at[i], step, denoised)
             if here and stage is stages[-1]:
-                renoised, taught = teach(here, point, denoised, direction, sigma_at[i])
+                renoised, taught = teach(here, point, denoised, directions[0], sigma_at[i])
                 if callback:
                     info |= report_lessons(here, denoised, renoised, taught)
             # As k-diffusion, after the step's first evaluation; where a teacher speaks, after it.
@@ -140,15 +140,20 @@ class Lesson(NamedTuple):
     noise: RenoiseNoise
 
     def __call__(
-        self, point: Tensor, denoised: Tensor, direction: Tensor | None, sigma: Tensor
+        self,
+        point: Tensor,
+        denoised: Tensor,
+        direction: Tensor,
+        sigma: Tensor,
+        others: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """The student's estimate noised again, and the teacher's estimate from it."""
         clean = denoised if self.maps is None else self.maps[0](denoised)
         level = clean.new_full(clean.shape[:1], self.level)
-        draw = partial(self.noise, clean, sigma, level[0])
+        draw = partial(self.noise, clean, sigma, clean.new_full((), self.level))
         renoised = self.renoise(((point, clean), (), (direction,)), draw)
-        taught, _ = self.teacher(renoised, level)
-        refuse_reuse(taught, (denoised,), "teacher")
+        with unwritten((denoised, *others), "teacher"):
+            taught, _ = self.teacher(renoised, level)
         if self.maps is not None:
             taught = shaped(self.maps[1](taught), "teacher's map back", denoised)
         if self.mask is not None:
@@ -160,12 +165,15 @@ def teach(
     lessons: Sequence[Lesson],
     point: Tensor,
     denoised: Tensor,
-    direction: Tensor | None,
+    direction: Tensor,
     sigma: Tensor,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What each lesson's teacher was given, and its estimate."""
-    pairs = [lesson(point, denoised, direction, sigma) for lesson in lessons]
-    renoised, taught = zip(*pairs)
+    renoised: tuple[Tensor, ...] = ()
+    taught: tuple[Tensor, ...] = ()
+    for lesson in lessons:
+        given, estimate = lesson(point, denoised, direction, sigma, taught)
+        renoised, taught = (*renoised, given), (*taught, estimate)
     return renoised, taught
 
 
@@ -213,17 +221,27 @@ def renoise_noise(sampler: NoiseSampler | None, x: Tensor) -> RenoiseNoise:
     return draw
 
 
-def refuse_reuse(output: Any, kept: Sequence[Any], name: str) -> None:
-    """ValueError where a network answered in a tensor that holds an answer still in use."""
-    if any(memory_of(output) == memory_of(tensor) for tensor in kept):
-        raise ValueError(
-            f"the {name} returned the same memory twice, and the first answer, now overwritten, "
-            "is still in use; return a new tensor from every call (clone the output)"
-        )
+class unwritten:
+    """ValueError where a network writes its answer over ``tensors``, earlier ones still in use.
 
+    By torch's count of in-place writes, which inference mode and compiled code do not keep.
+    """
 
-def memory_of(tensor: Tensor) -> tuple[int, Any]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    def __init__(self, tensors: Sequence[Any], name: str) -> None:
+        counted = not torch.compiler.is_compiling()
+        self.tensors = [t for t in tensors if counted and not t.is_inference()]
+        self.writes = [tensor._version for tensor in self.tensors]
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None and self.writes != [tensor._version for tensor in self.tensors]:
+            raise ValueError(
+                f"the {self.name} wrote its answer into memory that holds an earlier one, still in "
+                "use; return a new tensor from every call (clone the output)"
+            )
 
 
 def report(x: Tensor, i: int, sigma: Tensor, step: Step, denoised: Tensor) -> dict[str, Any]:
@@ -273,6 +291,8 @@ def check_latent(x: Any) -> None:
 def check_sigmas(sigmas: Any) -> tuple[list[float], Tensor]:
     """The levels as float64 numbers, read once, and as the tensor that callbacks see."""
     tensor = torch.as_tensor(sigmas)
+    if tensor.is_complex():
+        raise TypeError(f"sigmas has dtype {tensor.dtype}; levels must be real numbers")
     if tensor.ndim != 1:
         raise ValueError(f"sigmas has shape {tuple(tensor.shape)}; it must be 1-D")
     levels: list[float] = tensor.detach().to("cpu", torch.float64).tolist()

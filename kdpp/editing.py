@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdpp.denoisers import Denoiser, OwnCFG, refuse_unmarked_cfg, shaped
 from kdpp.driver import check_sigmas
 from kdpp.guidance import TeacherGuidedDenoiser
-from kdpp.models import _Transparent
 from kdpp.noise import host_noise
 from kdpp.plan import FLOW
 
@@ -88,7 +87,7 @@ def image_to_image(
     return sample(model, start, sigmas, *args, **options)
 
 
-class Inpainted(_Transparent):
+class Inpainted(nn.Module):
     """A denoiser that knows a part of the image; `inpaint` makes one.
 
     With the mask m, 0 where the image x0* is known::
@@ -107,7 +106,6 @@ class Inpainted(_Transparent):
         flow: whether x and sigma are a flow model's.
     """
 
-    _inner = "inner_model"
     image: Tensor
     mask: Tensor
     noise: Tensor

@@ -160,6 +160,11 @@ class TeacherGuidedDenoiser(nn.Module):
         for one in self.teachers:
             if not isinstance(one.scale, Sequence) and not callable(one.scale):
                 self._check_scale(one.scale)
+        if renoise_noise_sampler is not None and not callable(renoise_noise_sampler):
+            raise TypeError(
+                f"renoise_noise_sampler is {renoise_noise_sampler!r}; it must be a function, "
+                "(sigma, sigma_next) -> noise"
+            )
         self.renoise_noise_sampler = renoise_noise_sampler
         self.teacher_mask = _check_mask(teacher_mask)
         self.flow = flow

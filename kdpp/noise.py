@@ -55,7 +55,9 @@ def private_seed(x: Tensor) -> int:
     """
     states = [torch.get_rng_state()]
     if x.device.type != "cpu":
-        states.append(torch.get_device_module(x.device).get_rng_state(x.device))
+        module = torch.get_device_module(x.device)
+        indexed = x.device.type in ("cuda", "xpu")
+        states.append(module.get_rng_state(x.device) if indexed else module.get_rng_state())
     digest = hashlib.blake2b(b"kdpp renoise", digest_size=8)
     for state in states:
         digest.update(state.numpy().tobytes())
@@ -77,6 +79,8 @@ def private_noise(x: Tensor) -> NoiseSampler:
 
 def checked(noise: Tensor, name: str, x: Tensor) -> Tensor:
     """``noise`` in the latent's dtype and on its device; ValueError for another shape."""
+    if not isinstance(noise, Tensor):
+        raise TypeError(f"{name} returned {type(noise).__name__}; it must return a tensor of noise")
     if noise.shape != x.shape:
         raise ValueError(
             f"{name} returned noise of shape {tuple(noise.shape)}; "

@@ -70,6 +70,7 @@ def encode(
     check_latent(x)
     levels, sigmas = check_rising(sigmas)
     check_levels(levels, model)
+    model = model.student if isinstance(model, TeacherGuidedDenoiser) else model
     denoise = bind(model, "model", x, {} if extra_args is None else extra_args)
     sigma_at = sigmas.unbind()
     for i in trange(max(0, len(levels) - 1), disable=disable):
@@ -158,31 +159,23 @@ def mixed_rollout(
     check_latent(x)
     levels, sigmas = check_sigmas(sigmas)
     check_levels(levels, TeacherGuidedDenoiser(student, teacher))
-    steps = max(0, len(levels) - 1)
     check_count("teacher_substeps", teacher_substeps, 1)
+    steps = max(0, len(levels) - 1)
     if (teacher_probability is None) == (switch is None):
         raise ValueError(
             f"teacher_probability is {teacher_probability!r} and switch is {switch!r}; "
             "give exactly one of them"
         )
-    if teacher_probability is not None:
+    if switch is None:
         by_teacher = toss(steps, x, teacher_probability, generator)
     else:
         by_teacher = turns(steps, x, switch, first)
-
-    extra_args = {} if extra_args is None else extra_args
     players = (
         Player(teacher, "teacher", teacher_cfg_scale, teacher_substeps),
         Player(student, "student", None, 1),
     )
-    legs = [
-        [
-            player.leg(x, pair, extra_args, chosen)
-            for player, chosen in zip(players, (row, ~row))
-            if chosen.any()
-        ]
-        for pair, row in zip(pairwise(levels), by_teacher)
-    ]
+    legs = prepare_legs(players, levels, by_teacher, x, {} if extra_args is None else extra_args)
+
     sigma_at = sigmas.unbind()
     states = [x]
     for i in trange(steps, disable=disable):
@@ -241,6 +234,24 @@ class Player(NamedTuple):
         return Leg(denoise, levels, samples)
 
 
+def prepare_legs(
+    players: tuple[Player, Player],
+    levels: Sequence[float],
+    by_teacher: Tensor,
+    x: Tensor,
+    extra_args: Mapping[str, Any],
+) -> list[list[Leg]]:
+    """Every transition's legs, of those who have samples in it: teacher, student."""
+    return [
+        [
+            player.leg(x, pair, extra_args, chosen)
+            for player, chosen in zip(players, (row, ~row))
+            if chosen.any()
+        ]
+        for pair, row in zip(pairwise(levels), by_teacher)
+    ]
+
+
 def ddim(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
     """``(D + (x - D)/σ·σ', D)``, up or down."""
     denoised, _ = denoise(x, x.new_full(x.shape[:1], sigma))
@@ -257,7 +268,7 @@ def between(sigma: float, sigma_next: float, steps: int) -> list[float]:
     return [sigma, *inner, sigma_next]
 
 
-def toss(steps: int, x: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
+def toss(steps: int, x: Tensor, probability: Any, generator: torch.Generator | None) -> Tensor:
     """Coins, bool (steps, batch) on the CPU, True with the probability; drawn sample by sample."""
     check_number("teacher_probability", probability, 0.0, 1.0)
     coins = private_generator(x) if generator is None else generator
@@ -266,7 +277,7 @@ def toss(steps: int, x: Tensor, probability: float, generator: torch.Generator |
     return heads.T
 
 
-def turns(steps: int, x: Tensor, switch: Any, first: str) -> Tensor:
+def turns(steps: int, x: Tensor, switch: int, first: str) -> Tensor:
     """Who takes which transition, bool (steps, batch) on the CPU, with one switch for all."""
     if first not in ("teacher", "student"):
         raise ValueError(f'first is {first!r}; it must be "teacher" or "student"')

@@ -243,7 +243,6 @@ def test_a_model_that_says_its_schedule_still_says_it():
     holder.inner_model = Scheduled()
     for model in (Scheduled(), holder):
         assert trained_range(Inpainted(model, IMAGE, MASK, NOISE)) == (0.1, 7.0)
-    assert not hasattr(inpaint(mixture(), IMAGE, MASK, NOISE), "sigma_max")
 
 
 def test_the_estimate_reads_nothing_back():

@@ -302,7 +302,6 @@ def test_a_flow_teachers_trained_range_is_in_tau():
 # ------------------------------------------------------------------------- from τ = 1 on
 
 
-@over_models
 @over_solvers
 @pytest.mark.parametrize(
     "settings",
@@ -319,11 +318,11 @@ def test_a_flow_teachers_trained_range_is_in_tau():
     ids=str,
 )
 @pytest.mark.parametrize("options", [{}, {"eta": 0.5, "s_churn": 3.0}, {"eta": 0.0}], ids=str)
-def test_from_pure_noise_everything_is_finite(solver, models, settings, options):
+def test_from_pure_noise_everything_is_finite(solver, settings, options):
     """τ = 1, guided in every way or not, with noise of every kind or none."""
     settings = {"teacher_scale": 0.4, "teacher_steps": 4, **settings}
     told = []
-    model = pair(models, True, **settings)
+    model = pair(MODELS["mixture"], True, **settings)
     x = seeded(2, *SHAPE, seed=9)
     found = sample(solver, model, FROM_NOISE, x, callback=told.append, **options)
     assert found.isfinite().all()

@@ -92,14 +92,15 @@ def test_one_step_is_the_formula_with_guidance():
 
 
 def test_a_wrapper_encodes_with_its_student():
-    student, (cond, uncond) = mixture(), conditions(2)
-    model = kdpp.TeacherGuidedDenoiser(student, NeverCalled())
+    cond, uncond = conditions(2)
     extra = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
-    found, expected = (
-        encode(m, seeded(2, *SHAPE, seed=1), rising(4), extra, disable=True)
-        for m in (model, student)
-    )
-    torch.testing.assert_close(found, expected)
+    for student in (mixture(), kdpp.OwnCFG(CFGDenoiser(mixture()))):
+        model = kdpp.TeacherGuidedDenoiser(student, NeverCalled())
+        found, expected = (
+            encode(m, seeded(2, *SHAPE, seed=1), rising(4), extra, disable=True)
+            for m in (model, student)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_flow_model_encodes_to_the_same_latent():
