@@ -411,6 +411,15 @@ def test_random_levels_are_log_uniform_in_the_schedule():
     assert float(place[0]) >= -1e-12 and float(place[-1]) <= 1 + 1e-12
 
 
+def test_random_levels_reach_down_to_a_last_level_above_0():
+    """A schedule that ends at σ > 0 holds that level too."""
+    levels = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        levels += renoise_levels(ONE_STEP, renoise="random")
+    assert 2.0 < min(levels) < 2.5 and 4.0 < max(levels) < 5.0
+
+
 @pytest.mark.xfail(strict=True, reason="every teacher's generator has the same seed")
 def test_random_levels_of_two_teachers_are_two():
     """Two teachers with renoise="random" are not asked at one and the same level."""

@@ -219,7 +219,7 @@ def test_a_constant_denoiser_is_reached(solver, sigmas, guidance, options):
     model = Constant(seeded(*SHAPE, seed=8))
     problem = Problem(student=model, teacher=model)
     found = sample(solver, problem, sigmas, guidance, **options)
-    assert relative(found, model.value.expand_as(found)) <= 10 * EPS
+    assert relative(found, model.value.expand_as(found)) <= 20 * EPS
 
 
 @over_solvers
@@ -312,14 +312,9 @@ def test_repeats_stay_finite_with_noise(solver, sigmas, doubled, guidance):
     assert found.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "solver", [s for s in SOLVERS if s not in DETERMINISTIC], ids=lambda s: s.name
-)
-def test_multistep_random_renoises_at_a_repeated_level(solver):
+def test_multistep_random_renoises_at_a_repeated_level():
     """LCM's step of no length is estimate + sigma * noise, once more, without the teacher."""
-    if solver.name not in reference.REFERENCES:
-        pytest.skip("no reference is written for this solver")
-    problem = Problem()
+    solver, problem = kdpp.SOLVERS["sample_lcm_tg"], Problem()
     sigmas = torch.tensor([9.0, 9.0, 3.0, 3.0, 0.0], dtype=torch.float64)
     x, off = problem.start(sigmas), {"teacher_scale": 0.0}
     expected = reference.expected(solver, problem, x, sigmas, off)
