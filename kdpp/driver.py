@@ -85,7 +85,7 @@ def run(
                 denoised, uncond = student(point, level)
             directions = (uncond if cfg_pp else denoised, *directions)
             if callback and stage is stages[0]:
-                info = report(x, i, sigma_at[i], step, denoised)
+                info = report(x, i, sigma_at[i], step, denoised, stage.level)
             if here and stage is stages[-1]:
                 renoised, taught = teach(here, point, denoised, directions[0], sigma_at[i])
                 if callback:
@@ -186,11 +186,11 @@ def prepare_lessons(
     cfg_pp: bool,
 ) -> list[list[Lesson]]:
     """Every step's lessons; without any, no teacher is bound and no random state is looked at."""
+    mask = fit_mask(model.teacher_mask, x)
     used = {revision.teacher for here in revisions for revision in here}
     if not used:
         return [[] for _ in steps]
     noise = renoise_noise(model.renoise_noise_sampler, x)
-    mask = fit_mask(model.teacher_mask, x)
     bound = {}
     for j in used:
         one = model.teachers[j]
@@ -244,10 +244,11 @@ class unwritten:
             )
 
 
-def report(x: Tensor, i: int, sigma: Tensor, step: Step, denoised: Tensor) -> dict[str, Any]:
-    """What k-diffusion tells its callbacks."""
-    sigma_hat = step.stages[0].sigma
-    churned = sigma if sigma_hat == step.sigma else sigma * (sigma_hat / step.sigma)
+def report(
+    x: Tensor, i: int, sigma: Tensor, step: Step, denoised: Tensor, level: float
+) -> dict[str, Any]:
+    """What k-diffusion tells its callbacks; ``level`` is what the network was told."""
+    churned = sigma if step.churn is None else sigma.new_full((), level)
     return {"x": x, "i": i, "sigma": sigma, "sigma_hat": churned, "denoised": denoised}
 
 

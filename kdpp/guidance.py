@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -30,13 +31,18 @@ class NoiseRange(NamedTuple):
     high: float
 
 
-def sds_scale(step_size: float, largest: float = 1.0) -> Callable[[int, float], float]:
+def sds_scale(
+    step_size: float, largest: float = 1.0, *, flow: bool = False
+) -> Callable[[int, float], float]:
     """λ of a gradient step of ``step_size`` on the SDS loss: ``min(largest, step_size/σ_s²)``.
 
     The loss ‖x - x̂_ψ‖² ᾱ_s/(1 - ᾱ_s) has the weight 1/σ_s²; with a constant λ the paper drops it.
+    For a flow model's levels, ``flow=True``: σ_s = τ/(1-τ). Raises ValueError for a negative step.
     Source: Park et al. 2025, section 3.
     """
-    return lambda step, sigma: min(largest, step_size / sigma**2)
+    check_number("step_size", step_size, 0.0, math.inf)
+    noise = FLOW.sigma if flow else VE.sigma
+    return lambda step, sigma: min(largest, step_size / noise(sigma) ** 2)
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,16 @@ class Teacher:
         _check_renoise(self.renoise)
         check_number("renoise_eta", self.renoise_eta, 0.0, 1.0)
         check_count("draws", self.draws, 1)
-        if self.maps is not None and self.renoise_eta != 1.0:
-            raise ValueError(f"maps need renoise_eta=1, fresh noise; given: {self.renoise_eta!r}")
+        fresh = self.renoise_eta == 1.0
+        if self.draws > 1 and self.renoise_eta == 0.0:
+            raise ValueError(f"draws={self.draws} with renoise_eta=0 are one and the same draw")
+        if self.maps is not None and not (_is_pair_of_functions(self.maps) and fresh):
+            raise ValueError(
+                f"maps is {self.maps!r} with renoise_eta={self.renoise_eta!r}; it must be two "
+                "functions, (there, back), with renoise_eta=1, fresh noise"
+            )
+        if not isinstance(self.extra_args, Mapping | None):
+            raise TypeError(f"extra_args is {self.extra_args!r}; it must be a dict")
 
 
 class Revision(NamedTuple):
@@ -158,7 +172,10 @@ class TeacherGuidedDenoiser(nn.Module):
         self.teachers = _teachers(teacher, settings)
         self.extrapolate = extrapolate
         for one in self.teachers:
-            if not isinstance(one.scale, Sequence) and not callable(one.scale):
+            if isinstance(one.scale, list | tuple):
+                for scale in one.scale:
+                    self._check_scale(scale)
+            elif not callable(one.scale):
                 self._check_scale(one.scale)
         if renoise_noise_sampler is not None and not callable(renoise_noise_sampler):
             raise TypeError(
@@ -173,7 +190,8 @@ class TeacherGuidedDenoiser(nn.Module):
         )
         self._trained = [trained_range(one.denoiser) for one in self.teachers]
         self._warned = False
-        self.space  # noqa: B018 (raises for a pair of different kinds)
+        for one in self.teachers:
+            _check_level(one.renoise, self.space)
 
     @property
     def space(self) -> Space:
@@ -208,7 +226,12 @@ class TeacherGuidedDenoiser(nn.Module):
         """Every step's revisions, in numbers; ``seed`` gives one for random levels."""
         revisions: list[list[Revision]] = [[] for _ in steps]
         for j, teacher in enumerate(self.teachers):
-            level = _renoise_levels(teacher.renoise, steps, self.space, seed)
+            if isinstance(teacher.scale, Sequence) and len(teacher.scale) != len(steps):
+                raise ValueError(
+                    f"teacher_scale holds {len(teacher.scale)} numbers for {len(steps)} steps; "
+                    "give one for each"
+                )
+            level = _renoise_levels(teacher.renoise, steps, self.space, partial(_mixed, seed, j))
             for i in _guided_steps(teacher, steps, self.space):
                 sigma = self._within_training(level(i), j)
                 if sigma == 0.0 and _is_explicit(teacher.steps):
@@ -216,7 +239,7 @@ class TeacherGuidedDenoiser(nn.Module):
                         f"teacher_steps holds step {i}, which goes to σ = 0, where "
                         f'renoise={teacher.renoise!r} revises nothing: give a level, renoise=σ_s'
                     )
-                scale = self._scale(teacher.scale, i, len(steps), sigma) if sigma > 0.0 else 0.0
+                scale = self._scale(teacher.scale, i, sigma) if sigma > 0.0 else 0.0
                 if scale != 0.0:
                     row = _renoise_row(steps[i].stages[-1].sigma, sigma, teacher.renoise_eta)
                     one = Revision(j, scale / teacher.draws, sigma, row)
@@ -230,16 +253,10 @@ class TeacherGuidedDenoiser(nn.Module):
                 )
         return revisions
 
-    def _scale(self, scale: Scale, i: int, steps: int, sigma: float) -> float:
+    def _scale(self, scale: Scale, i: int, sigma: float) -> float:
         if callable(scale):
             return self._check_scale(scale(i, self.space.level(sigma)))
-        if isinstance(scale, Sequence):
-            if len(scale) != steps:
-                raise ValueError(
-                    f"teacher_scale holds {len(scale)} numbers for {steps} steps; give one for each"
-                )
-            return self._check_scale(scale[i])
-        return float(scale)
+        return float(scale[i] if isinstance(scale, Sequence) else scale)
 
     def _check_scale(self, scale: Any) -> float:
         low, high = (-math.inf, math.inf) if self.extrapolate else (0.0, 1.0)
@@ -271,9 +288,15 @@ def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:
     for one in given:
         if not isinstance(one, Teacher):
             raise TypeError(f"teacher holds a {type(one).__name__}; a list holds kdpp.Teacher only")
-    if settings != (0.1, 1, 7.5, "next", 1.0):
+    defaults = (0.1, 1, 7.5, "next", 1.0)
+    if not all(type(a) is type(b) and a == b for a, b in zip(settings, defaults)):
         raise ValueError("settings of the teacher belong into kdpp.Teacher where one is given")
     return list(given)
+
+
+def _mixed(seed: Callable[[], int], j: int) -> str:
+    """A seed of teacher j's own."""
+    return f"{seed()} {j}"
 
 
 def _is_explicit(steps: Any) -> bool:
@@ -282,12 +305,18 @@ def _is_explicit(steps: Any) -> bool:
 
 def _guided_steps(teacher: Teacher, steps: Sequence[Step], space: Space) -> list[int]:
     """The indices of the steps that the teacher revises; steps of no length are none of them."""
-    able = [i for i, step in enumerate(steps) if step.stages[-1].row.denoised != 0.0]
+    able = [
+        i
+        for i, step in enumerate(steps)
+        if step.sigma_next < step.sigma and step.stages[-1].row.denoised != 0.0
+    ]
     wanted: Any = teacher.steps
     if isinstance(wanted, numbers.Integral):
         return able[: int(wanted)]
     if isinstance(wanted, NoiseRange):
-        return [i for i in able if wanted.low <= space.level(steps[i].sigma) <= wanted.high]
+        # A bound that is one of the levels holds it, though float32 has rounded the levels.
+        low, high = wanted.low * (1.0 - 1e-6), wanted.high * (1.0 + 1e-6)
+        return [i for i in able if low <= space.level(steps[i].sigma) <= high]
     count = len(steps)
     for i in wanted:
         if not -count <= i < count:
@@ -297,7 +326,7 @@ def _guided_steps(teacher: Teacher, steps: Sequence[Step], space: Space) -> list
 
 
 def _renoise_levels(
-    renoise: Renoise, steps: Sequence[Step], space: Space, seed: Callable[[], int]
+    renoise: Renoise, steps: Sequence[Step], space: Space, seed: Callable[[], str]
 ) -> Callable[[int], float]:
     """σ_s for a step's index, before it is clamped."""
     if renoise == "next":
@@ -345,7 +374,8 @@ def check_count(name: str, value: Any, low: int) -> int:
 
 def _check_steps(steps: Any) -> None:
     if isinstance(steps, NoiseRange):
-        if not 0.0 <= steps.low <= steps.high:
+        numeric = all(isinstance(bound, numbers.Real) for bound in steps)
+        if not (numeric and 0.0 <= steps.low <= steps.high):
             raise ValueError(f"teacher_steps is {steps}; it must have 0 ≤ low ≤ high")
     elif isinstance(steps, Collection) and not isinstance(steps, str):
         for step in steps:
@@ -366,11 +396,22 @@ def _check_renoise(renoise: Any) -> None:
         )
 
 
+def _check_level(renoise: Renoise, space: Space) -> None:
+    if space is FLOW and isinstance(renoise, numbers.Real) and renoise > 1.0:
+        raise ValueError(f"renoise is {renoise!r}; a flow model's levels lie in (0, 1]")
+
+
+def _is_pair_of_functions(maps: Any) -> bool:
+    return isinstance(maps, Sequence) and len(maps) == 2 and all(map(callable, maps))
+
+
 def _check_mask(mask: Any) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"teacher_mask is a {type(mask).__name__}; it must be a tensor")
+    if mask.is_complex():
+        raise TypeError(f"teacher_mask has dtype {mask.dtype}; it must hold real weights")
     if not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError("teacher_mask holds values outside [0, 1]")
     return mask

@@ -8,6 +8,7 @@ model's state ``(1-τ) x0 + τ n`` is that with ``σ = τ/(1-τ)``, see `Space`.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -169,9 +170,9 @@ def ancestral_split(
 
 
 def nonnegative(**settings: float) -> None:
-    """Raise ValueError for a setting that is negative or NaN."""
+    """Raise ValueError for a setting that is no number, negative or NaN."""
     for name, value in settings.items():
-        if not value >= 0.0:
+        if not (isinstance(value, numbers.Real) and value >= 0.0):
             raise ValueError(f"{name} is {value!r}; it must be a number ≥ 0")
 
 

@@ -286,7 +286,6 @@ def test_a_noise_range_passes_over_a_step_to_0():
     assert guided_steps(guided(teacher_steps=NoiseRange(0.0, 1.0))) == [3]
 
 
-@pytest.mark.xfail(strict=True, reason="bounds miss levels that float32 has rounded past them")
 def test_a_noise_range_holds_levels_that_float32_has_rounded():
     """A bound that is one of the levels holds it in a float32 schedule too."""
     sigmas = torch.tensor([14.61, 1.63, 0.645, 0.277, 0.0])
@@ -302,19 +301,7 @@ def test_a_noise_range_that_is_none(bad):
         guided(teacher_steps=NoiseRange(*bad))
 
 
-@pytest.mark.parametrize(
-    "solver",
-    [
-        pytest.param(
-            solver,
-            id=solver.name,
-            marks=pytest.mark.xfail(strict=True, reason="LCM's repeated level is guided"),
-        )
-        if solver.name == "sample_lcm_tg"
-        else pytest.param(solver, id=solver.name)
-        for solver in SOLVERS
-    ],
-)
+@over_solvers
 def test_steps_of_no_length_are_not_counted(solver):
     """[10, 10, 4, …]: the first guided step is the one that moves; an index on it does nothing."""
     repeated = torch.cat([SIGMAS[:1], SIGMAS])
@@ -420,7 +407,6 @@ def test_random_levels_reach_down_to_a_last_level_above_0():
     assert 2.0 < min(levels) < 2.5 and 4.0 < max(levels) < 5.0
 
 
-@pytest.mark.xfail(strict=True, reason="every teacher's generator has the same seed")
 def test_random_levels_of_two_teachers_are_two():
     """Two teachers with renoise="random" are not asked at one and the same level."""
     counted = [Counted(TEACHER), Counted(TEACHER)]
@@ -554,8 +540,9 @@ def test_teachers_that_are_none(teacher, settings, error, match):
         ({"draws": 0}, "draws"),
         ({"draws": 1.5}, "draws"),
         ({"maps": (torch.clone, torch.clone), "renoise_eta": 0.5}, "renoise_eta=1"),
+        ({"draws": 2, "renoise_eta": 0.0}, "one and the same draw"),
     ],
-    ids=str,
+    ids=lambda parameter: "-".join(parameter),
 )
 def test_bad_settings_of_a_teacher(settings, match):
     """Refused when the Teacher is made."""
@@ -563,8 +550,11 @@ def test_bad_settings_of_a_teacher(settings, match):
         Teacher(TEACHER, **settings)
 
 
-@pytest.mark.parametrize("maps", [5, (torch.clone,), (1, 2), (torch.clone, None), "there"], ids=str)
-@pytest.mark.xfail(strict=True, reason="maps are not checked until they are called")
+@pytest.mark.parametrize(
+    "maps",
+    [5, (torch.clone,), (1, 2), (torch.clone, None), "there"],
+    ids=["number", "one function", "numbers", "no way back", "string"],
+)
 def test_maps_that_are_no_pair_of_functions(maps):
     """Refused when the Teacher is made, by name."""
     with pytest.raises((TypeError, ValueError), match="maps"):

@@ -268,7 +268,6 @@ def test_orders_that_it_has_not(order):
 
 
 @pytest.mark.parametrize("order", [1.0, 2.0, 3.0])
-@pytest.mark.xfail(strict=True, reason="a whole float passes the check and cannot slice")
 def test_an_order_that_is_a_whole_float(order):
     """Either refused as any other, or taken as the whole number."""
     model = guided(teacher_scale=0.0)

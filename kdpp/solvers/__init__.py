@@ -10,6 +10,8 @@ same name takes, in the same positions:
 - ``callback``: called once a step with k-diffusion's dict (``x, i, sigma, sigma_hat, denoised``),
   at guided steps also ``denoised_student, renoised, denoised_teacher, denoised_revised``.
 - ``disable``: True hides the progress bar.
+- ``s_churn``, ``s_tmin``, ``s_tmax``: Karras et al.'s churn and the σ that it is bounded to; for a
+  flow model σ = τ/(1-τ).
 - ``eta``: 0 the ODE … 1 fully ancestral; ``s_noise``: factor on added noise;
   ``noise_sampler(sigma, sigma_next)``: source of standard normal noise, by default k-diffusion's.
 

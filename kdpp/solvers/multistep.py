@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -137,7 +138,7 @@ def adams_bashforth(nodes: Sequence[float], end: float) -> list[float]:
 
 def check_order(order: int, low: int, high: int) -> None:
     """ValueError for an order that the solver does not have."""
-    if order not in range(low, high + 1):
+    if not isinstance(order, numbers.Integral) or not low <= order <= high:
         raise ValueError(f"order is {order!r}; it must be a whole number from {low} to {high}")
 
 
@@ -167,7 +168,6 @@ def unipc(sigmas: Sequence[float], order: int) -> Iterator[Step]:
     """
     check_order(order, 1, 3)
     used: dict[int, int] = {}  # the order of the prediction that left a step
-    left = len(sigmas) - 1
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         ratio = level_ratio(sigma, sigma_next)
         left = sum(a > b for a, b in pairwise(sigmas[i:]))

@@ -75,8 +75,8 @@ def sde_split(
     sigma: float, sigma_next: float, eta: float, s_noise: float
 ) -> tuple[float, float | None]:
     """(σ_down, noise) of the exact SDE: ``σ' e^{-ηh}`` and ``s_noise σ' sqrt(1 - e^{-2ηh})``."""
-    if math.isinf(sigma) or sigma_next == 0.0:
-        return ancestral_split(sigma, sigma_next, min(eta, 1.0), s_noise)
+    if sigma_next in (0.0, sigma):
+        return ancestral_split(sigma, sigma_next, eta, s_noise)
     decay = (sigma_next / sigma) ** eta
     noise = s_noise * sigma_next * math.sqrt(1.0 - decay * decay)
     return sigma_next * decay, noise if eta * s_noise > 0.0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -16,6 +17,7 @@ from torch import Tensor
 from kdpp.driver import Callback, run
 from kdpp.noise import NoiseSampler
 from kdpp.plan import (
+    VE,
     Row,
     Stage,
     Step,
@@ -171,7 +173,7 @@ def dpmpp_2s_ancestral(
 
 def check_middle(r: float) -> None:
     """ValueError for a middle point outside its step."""
-    if not 0.0 < r <= 1.0:
+    if not (isinstance(r, numbers.Real) and 0.0 < r <= 1.0):
         raise ValueError(f"r is {r!r}; the middle point lies in (0, 1] of the step")
 
 
@@ -299,23 +301,29 @@ def sample_dpm_fast_tg(
     a guided step's newest estimate, with coefficient 1. The callback's dict also has ``t`` = -log σ
     and ``t_up``.
 
-    Raises ValueError for levels that are not 0 < sigma_min ≤ sigma_max < ∞ and for n < 1.
+    Raises ValueError for levels that are not 0 < sigma_min ≤ sigma_max < ∞ (a flow model's: below
+    τ = 1) and for n < 1.
     Source: Lu et al. 2022 (DPM-Solver), as in k-diffusion.
     """
-    if not 0.0 < sigma_min <= sigma_max < math.inf:
+    numeric = all(isinstance(level, numbers.Real | Tensor) for level in (sigma_min, sigma_max))
+    if not (numeric and 0.0 < sigma_min <= sigma_max < math.inf):
         raise ValueError(
             f"sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; "
             "they must be 0 < sigma_min ≤ sigma_max < inf"
         )
-    if n != int(n) or n < 1:
+    if not isinstance(n, numbers.Integral) or n < 1:
         raise ValueError(f"n is {n!r}; it must be a whole number of evaluations ≥ 1")
+    space = getattr(model, "space", VE)
+    low, high = space.sigma(float(sigma_min)), space.sigma(float(sigma_max))
+    if math.isinf(high):
+        raise ValueError(f"sigma_max is {sigma_max!r}, σ = ∞: steps equal in -log σ start below")
     orders = fast_orders(int(n))
-    levels = np.geomspace(sigma_max, sigma_min, len(orders) + 1)
+    sigmas = np.geomspace(high, low, len(orders) + 1).tolist()
+    levels = torch.tensor([space.level(sigma) for sigma in sigmas], dtype=torch.float64)
 
     def tell(info: dict[str, Any]) -> None:
         if callback is not None:
             callback({**info, "t": -info["sigma"].log(), "t_up": -info["sigma_hat"].log()})
 
     plan = partial(dpm_fast, orders=orders, eta=eta, s_noise=s_noise)
-    sigmas = torch.from_numpy(levels)
-    return run(plan, model, x, sigmas, extra_args, callback and tell, disable, noise_sampler)
+    return run(plan, model, x, levels, extra_args, callback and tell, disable, noise_sampler)
