@@ -108,8 +108,8 @@ def imports(module):
         ("solvers/sde", {"driver", "noise", "plan", "solvers.multistep", "solvers.registry",
                          "solvers.singlestep"}),
         ("models", {"denoisers"}),
-        ("rollouts", {"denoisers", "driver", "noise", "editing"}),
-        ("editing", {"denoisers", "driver", "guidance", "models", "noise"}),
+        ("editing", {"denoisers", "driver", "guidance", "models", "noise", "plan"}),
+        ("rollouts", {"denoisers", "driver", "editing", "guidance", "noise", "plan"}),
         ("kdiffusion", set()),
     ],
 )

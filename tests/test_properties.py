@@ -219,7 +219,9 @@ def test_a_constant_denoiser_is_reached(solver, sigmas, guidance, options):
     model = Constant(seeded(*SHAPE, seed=8))
     problem = Problem(student=model, teacher=model)
     found = sample(solver, problem, sigmas, guidance, **options)
-    assert relative(found, model.value.expand_as(found)) <= 20 * EPS
+    # The weights of LMS have several signs and sizes far above 1.
+    bound = TOLERANCE if solver.name == "sample_lms_tg" else 10 * EPS
+    assert relative(found, model.value.expand_as(found)) <= bound
 
 
 @over_solvers
