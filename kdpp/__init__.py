@@ -5,7 +5,7 @@
 ICCV 2025). `SOLVERS` lists them.
 """
 
-from kdpp import kdiffusion
+from kdpp import kdiffusion, solvers
 from kdpp._version import __version__
 from kdpp.denoisers import OwnCFG
 from kdpp.editing import image_to_image, inpaint, truncate
@@ -19,33 +19,13 @@ from kdpp.models import (
     as_ve,
 )
 from kdpp.rollouts import Rollout, encode, mixed_rollout
-from kdpp.solvers import (
-    SOLVERS,
-    sample_ddim_stochastic_tg,
-    sample_dpm_2_ancestral_tg,
-    sample_dpm_2_tg,
-    sample_dpm_fast_tg,
-    sample_dpmpp_2m_ancestral_tg,
-    sample_dpmpp_2m_cfg_pp_tg,
-    sample_dpmpp_2m_sde_tg,
-    sample_dpmpp_2m_tg,
-    sample_dpmpp_2s_ancestral_cfg_pp_tg,
-    sample_dpmpp_2s_ancestral_tg,
-    sample_dpmpp_3m_sde_o3_tg,
-    sample_dpmpp_3m_sde_tg,
-    sample_dpmpp_sde_tg,
-    sample_euler_ancestral_cfg_pp_tg,
-    sample_euler_ancestral_tg,
-    sample_euler_cfg_pp_tg,
-    sample_euler_tg,
-    sample_heun_tg,
-    sample_lcm_tg,
-    sample_lms_tg,
-    sample_unipc_tg,
-)
+from kdpp.solvers.euler import *
+from kdpp.solvers.multistep import *
+from kdpp.solvers.registry import SOLVERS, Solver, solver
+from kdpp.solvers.sde import *
+from kdpp.solvers.singlestep import *
 
 __all__ = [
-    "SOLVERS",
     "FlowDenoiser",
     "GuidanceConditioned",
     "LCMDenoiser",
@@ -63,27 +43,7 @@ __all__ = [
     "inpaint",
     "kdiffusion",
     "mixed_rollout",
-    "sample_ddim_stochastic_tg",
-    "sample_dpm_2_ancestral_tg",
-    "sample_dpm_2_tg",
-    "sample_dpm_fast_tg",
-    "sample_dpmpp_2m_ancestral_tg",
-    "sample_dpmpp_2m_cfg_pp_tg",
-    "sample_dpmpp_2m_sde_tg",
-    "sample_dpmpp_2m_tg",
-    "sample_dpmpp_2s_ancestral_cfg_pp_tg",
-    "sample_dpmpp_2s_ancestral_tg",
-    "sample_dpmpp_3m_sde_o3_tg",
-    "sample_dpmpp_3m_sde_tg",
-    "sample_dpmpp_sde_tg",
-    "sample_euler_ancestral_cfg_pp_tg",
-    "sample_euler_ancestral_tg",
-    "sample_euler_cfg_pp_tg",
-    "sample_euler_tg",
-    "sample_heun_tg",
-    "sample_lcm_tg",
-    "sample_lms_tg",
-    "sample_unipc_tg",
     "sds_scale",
     "truncate",
 ]
+__all__ += solvers.__all__

@@ -9,8 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdpp import kdiffusion
-
 __all__ = [
     "NoiseSampler",
     "brownian_noise",
@@ -42,7 +40,9 @@ def brownian_noise(x: Tensor, sigmas: Tensor) -> NoiseSampler:
     Takes one integer from torch's stream for its seed, as k-diffusion does. Raises ImportError
     without a working k-diffusion.
     """
-    tree = kdiffusion.sampling.BrownianTreeNoiseSampler
+    from kdpp.kdiffusion import sampling
+
+    tree = sampling.BrownianTreeNoiseSampler
     sampler: NoiseSampler = tree(x, sigmas[sigmas > 0].min(), sigmas.max())
     return sampler
 

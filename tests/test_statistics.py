@@ -183,9 +183,9 @@ def test_multistep_random_keeps_the_marginal_of_a_perfect_student(solver):
         assert float((ratios - 1).abs().max()) < SAMPLING_ERROR
 
 
-def spread_at_every_level(solver, steps):
+def spread_at_every_level(solver, steps, **options):
     """The largest relative error of the variance over the levels, without sampling error."""
-    variances, levels = exact_variances(solver, steps)
+    variances, levels = exact_variances(solver, steps, **options)
     return max(abs(v / marginal(s) - 1) for v, s in zip(variances, levels))
 
 
@@ -195,3 +195,4 @@ def test_stochastic_ddim_approaches_the_marginal():
     coarse, fine = (spread_at_every_level(solver, steps) for steps in (200, 800))
     assert fine < coarse / 3
     assert fine < 0.02
+    assert spread_at_every_level(solver, 800, s_noise=1.02) > 0.03  # the noise alone is 4 % more

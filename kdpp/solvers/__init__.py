@@ -24,60 +24,15 @@ The files: `euler` (first order, random), `singlestep` (two or three evaluations
 from sigmas, and the public function under ``@solver(…)``. Every property test then runs over it.
 """
 
-from kdpp.solvers.euler import (
-    sample_ddim_stochastic_tg,
-    sample_euler_ancestral_cfg_pp_tg,
-    sample_euler_ancestral_tg,
-    sample_euler_cfg_pp_tg,
-    sample_euler_tg,
-    sample_lcm_tg,
-)
-from kdpp.solvers.multistep import (
-    sample_dpmpp_2m_ancestral_tg,
-    sample_dpmpp_2m_cfg_pp_tg,
-    sample_dpmpp_2m_tg,
-    sample_lms_tg,
-    sample_unipc_tg,
-)
+from kdpp.solvers import euler, multistep, sde, singlestep
+from kdpp.solvers.euler import *
+from kdpp.solvers.multistep import *
 from kdpp.solvers.registry import SOLVERS, Solver, solver
-from kdpp.solvers.sde import (
-    sample_dpmpp_2m_sde_tg,
-    sample_dpmpp_3m_sde_o3_tg,
-    sample_dpmpp_3m_sde_tg,
-    sample_dpmpp_sde_tg,
-)
-from kdpp.solvers.singlestep import (
-    sample_dpm_2_ancestral_tg,
-    sample_dpm_2_tg,
-    sample_dpm_fast_tg,
-    sample_dpmpp_2s_ancestral_cfg_pp_tg,
-    sample_dpmpp_2s_ancestral_tg,
-    sample_heun_tg,
-)
+from kdpp.solvers.sde import *
+from kdpp.solvers.singlestep import *
 
-__all__ = [
-    "SOLVERS",
-    "Solver",
-    "sample_ddim_stochastic_tg",
-    "sample_dpm_2_ancestral_tg",
-    "sample_dpm_2_tg",
-    "sample_dpm_fast_tg",
-    "sample_dpmpp_2m_ancestral_tg",
-    "sample_dpmpp_2m_cfg_pp_tg",
-    "sample_dpmpp_2m_sde_tg",
-    "sample_dpmpp_2m_tg",
-    "sample_dpmpp_2s_ancestral_cfg_pp_tg",
-    "sample_dpmpp_2s_ancestral_tg",
-    "sample_dpmpp_3m_sde_o3_tg",
-    "sample_dpmpp_3m_sde_tg",
-    "sample_dpmpp_sde_tg",
-    "sample_euler_ancestral_cfg_pp_tg",
-    "sample_euler_ancestral_tg",
-    "sample_euler_cfg_pp_tg",
-    "sample_euler_tg",
-    "sample_heun_tg",
-    "sample_lcm_tg",
-    "sample_lms_tg",
-    "sample_unipc_tg",
-    "solver",
-]
+__all__ = ["SOLVERS", "Solver", "solver"]
+__all__ += euler.__all__
+__all__ += multistep.__all__
+__all__ += sde.__all__
+__all__ += singlestep.__all__

@@ -15,6 +15,15 @@ from kdpp.noise import NoiseSampler
 from kdpp.plan import Row, Stage, Step, ancestral_split, churned, euler_row, nonnegative
 from kdpp.solvers.registry import ExtraArgs, solver
 
+__all__ = [
+    "sample_ddim_stochastic_tg",
+    "sample_euler_ancestral_cfg_pp_tg",
+    "sample_euler_ancestral_tg",
+    "sample_euler_cfg_pp_tg",
+    "sample_euler_tg",
+    "sample_lcm_tg",
+]
+
 
 def euler(
     sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float

@@ -20,6 +20,14 @@ from kdpp.noise import NoiseSampler
 from kdpp.plan import Row, Step, ancestral_split, euler_row, level_before, level_ratio, nonnegative
 from kdpp.solvers.registry import ExtraArgs, solver
 
+__all__ = [
+    "sample_dpmpp_2m_ancestral_tg",
+    "sample_dpmpp_2m_cfg_pp_tg",
+    "sample_dpmpp_2m_tg",
+    "sample_lms_tg",
+    "sample_unipc_tg",
+]
+
 
 def dpmpp_2m(sigmas: Sequence[float], eta: float = 0.0, s_noise: float = 1.0) -> Iterator[Step]:
     """``x̂_new + e^{-h} (x - d) + (1 - e^{-h})/(2r)·(d - d_prev) + σ_up n``.

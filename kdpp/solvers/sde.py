@@ -30,6 +30,13 @@ from kdpp.solvers.multistep import estimates_row
 from kdpp.solvers.registry import ExtraArgs, solver
 from kdpp.solvers.singlestep import check_middle, is_first_order, two_stages
 
+__all__ = [
+    "sample_dpmpp_2m_sde_tg",
+    "sample_dpmpp_3m_sde_o3_tg",
+    "sample_dpmpp_3m_sde_tg",
+    "sample_dpmpp_sde_tg",
+]
+
 NEEDS = "k-diffusion (Brownian tree)"
 
 

@@ -29,6 +29,15 @@ from kdpp.plan import (
 )
 from kdpp.solvers.registry import ExtraArgs, solver
 
+__all__ = [
+    "sample_dpm_2_ancestral_tg",
+    "sample_dpm_2_tg",
+    "sample_dpm_fast_tg",
+    "sample_dpmpp_2s_ancestral_cfg_pp_tg",
+    "sample_dpmpp_2s_ancestral_tg",
+    "sample_heun_tg",
+]
+
 
 def two_stages(
     sigma: float,
