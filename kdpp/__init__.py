@@ -26,12 +26,14 @@ from kdpp.solvers.sde import *
 from kdpp.solvers.singlestep import *
 
 __all__ = [
+    "SOLVERS",
     "FlowDenoiser",
     "GuidanceConditioned",
     "LCMDenoiser",
     "NoiseRange",
     "OwnCFG",
     "Rollout",
+    "Solver",
     "Teacher",
     "TeacherGuidedDenoiser",
     "X0Denoiser",
@@ -44,6 +46,7 @@ __all__ = [
     "kdiffusion",
     "mixed_rollout",
     "sds_scale",
+    "solver",
     "truncate",
 ]
 __all__ += solvers.__all__

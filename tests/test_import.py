@@ -97,7 +97,7 @@ def imports(module):
     ("module", "allowed"),
     [
         ("plan", set()),
-        ("noise", {"kdpp"}),
+        ("noise", {"kdiffusion"}),
         ("denoisers", set()),
         ("guidance", {"denoisers", "noise", "plan"}),
         ("update", {"plan"}),
