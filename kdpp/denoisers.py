@@ -62,9 +62,9 @@ class OwnCFG(nn.Module):
 def trained_range(model: Any) -> tuple[float, float] | None:
     """(sigma_min, sigma_max) of the first denoiser inside ``model`` that tells them, else None."""
     while model is not None:
-        low, high = getattr(model, "sigma_min", None), getattr(model, "sigma_max", None)
-        if low is not None and high is not None:
-            return float(low), float(high)
+        bounds = getattr(model, "sigma_min", None), getattr(model, "sigma_max", None)
+        if all(isinstance(bound, numbers.Real | Tensor) for bound in bounds):
+            return float(bounds[0]), float(bounds[1])  # type: ignore[arg-type]
         inner = getattr(model, "model", None)
         model = getattr(model, "inner_model", None) if inner is None else inner
     return None
@@ -189,7 +189,7 @@ def shaped(output: Any, name: str, x: Tensor) -> Tensor:
             f"the {name} returned shape {tuple(output.shape)} for an input of shape "
             f"{tuple(x.shape)}; a denoiser returns the shape it is given"
         )
-    return output.to(x.dtype)
+    return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
 def _paired(uncond: Any, cond: Any, path: str, batch: int) -> Any:

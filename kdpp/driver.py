@@ -73,9 +73,9 @@ def run(
     earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest first
     past: tuple[Tensor, ...] = ()  # the states that they began with
     for i in trange(len(steps), disable=disable):
-        step, (churn, *stages), here = steps[i], plans[i], lessons[i]
-        if step.churn is not None:
-            x = churn.update(((x,),), partial(draw, i, None))
+        step, (churn, stages), here = steps[i], plans[i], lessons[i]
+        if churn is not None:
+            x = churn(((x,),), partial(draw, i, None))
         point, directions = x, earlier
         taught: tuple[Tensor, ...] = ()
         info: dict[str, Any] = {}
@@ -111,20 +111,23 @@ class Ready(NamedTuple):
 
 def prepare_stages(
     steps: Sequence[Step], revisions: Sequence[Sequence[Revision]], space: Space, cfg_pp: bool
-) -> list[list[Ready]]:
-    """For every step its churn, then its stages; the teachers' shares go into the last one."""
+) -> list[tuple[Update | None, list[Ready]]]:
+    """For every step its churn and its stages; the teachers' shares go into the last one."""
     plans = []
     for step, here in zip(steps, revisions):
         base = step.stages[0].sigma
-        lift = Row(step.sigma, noise=step.churn)
-        plan = [Ready(0.0, Update.of(lift, step.sigma, base, space, cfg_pp), None)]
+        churn = None
+        if step.churn is not None:
+            lift = Row(step.sigma, noise=step.churn)
+            churn = Update.of(lift, step.sigma, base, space, cfg_pp)
+        stages = []
         for stage, following in zip(step.stages, [*step.stages[1:], None]):
             reached = step.sigma_next if following is None else following.sigma
             scales = [] if following else [revision.scale for revision in here]
             update = Update.of(stage.row, base, reached, space, cfg_pp, scales)
             end = space.level(reached) if following else None
-            plan.append(Ready(space.level(stage.sigma), update, end))
-        plans.append(plan)
+            stages.append(Ready(space.level(stage.sigma), update, end))
+        plans.append((churn, stages))
     return plans
 
 

@@ -298,3 +298,28 @@ def test_wrong_model_and_latent():
 def test_levels_that_are_one():
     """sigma_min = sigma_max: nowhere to go, nothing is called."""
     assert torch.equal(sample(guided(), 5, 3.0, 3.0), X)
+
+
+@pytest.mark.parametrize(("s_noise", "right"), [(1.0, True), (1.02, False)])
+def test_it_keeps_the_marginal(s_noise, right):
+    """Ancestral, on a Gaussian: variance c + sigma² at every level; 2 % more noise shows."""
+    variance, count = 0.5, 60_000
+    bound = 4.5 * math.sqrt(2 / count) + 0.004  # of the sample, and the solver's own at these steps
+
+    def denoiser(x, sigma):
+        return variance * x / (variance + sigma.reshape(-1, 1) ** 2)
+
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(count, 1, generator=generator) * math.sqrt(variance + HIGH**2)
+    seen = []
+
+    def measure(info):
+        exact = variance + float(info["sigma"]) ** 2
+        seen.append(abs(float(info["x"].double().var()) / exact - 1))
+
+    model = TeacherGuidedDenoiser(denoiser, denoiser, teacher_steps=0)
+    kdpp.sample_dpm_fast_tg(
+        model, x, LOW, HIGH, 899, None, measure, True, 1.0, s_noise,
+        lambda sigma, sigma_next: torch.randn(x.shape, generator=generator),
+    )  # fmt: skip
+    assert (max(seen) < bound) == right

@@ -119,3 +119,21 @@ def test_data_flows_one_way(module, allowed):
     assert ours <= allowed
     assert not packages & {"k_diffusion", "modules", "comfy", "diffusers"}
     assert module != "plan" or "torch" not in packages
+
+
+def test_what_needs_k_diffusion_says_so():
+    """Without it an SDE solver asks for it by name, and runs with a noise sampler instead."""
+    code = (
+        "import sys; sys.modules['k_diffusion'] = None\n"
+        "import torch, kdpp\n"
+        "model = kdpp.TeacherGuidedDenoiser(lambda x, s: x / 2, lambda x, s: x, teacher_steps=0)\n"
+        "x, sigmas = torch.ones(1, 1, 2, 2), torch.tensor([2.0, 1.0, 0.0])\n"
+        "try: kdpp.sample_dpmpp_sde_tg(model, x, sigmas)\n"
+        "except ImportError as error: print(error)\n"
+        "noise = lambda sigma, sigma_next: torch.randn_like(x)\n"
+        "print(kdpp.sample_dpmpp_sde_tg(model, x, sigmas, noise_sampler=noise).isfinite().all())\n"
+    )
+    run = python(code)
+    message, result = run.stdout.strip().splitlines()
+    assert "pip install 'k-diffusion" in message
+    assert result == "tensor(True)", run.stderr
