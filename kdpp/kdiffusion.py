@@ -7,6 +7,7 @@ not. One that a host has loaded already is the one used.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 _PARTS = ("external", "layers", "sampling", "utils")
@@ -16,7 +17,10 @@ def __getattr__(name: str) -> Any:
     if name not in _PARTS:
         raise AttributeError(f"kdpp.kdiffusion has {', '.join(_PARTS)}; not {name!r}")
     try:
-        return importlib.import_module(f"k_diffusion.{name}")
+        with warnings.catch_warnings():
+            # clip-anytorch's, about the very module that the pin on setuptools keeps in place.
+            warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+            return importlib.import_module(f"k_diffusion.{name}")
     except Exception as error:  # a broken dependency of it raises anything
         raise ImportError(
             "this needs a working k-diffusion: pip install 'k-diffusion==0.1.1.post1' "
