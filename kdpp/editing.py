@@ -9,6 +9,7 @@ space.
 from __future__ import annotations
 
 import copy
+import inspect
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -59,7 +60,9 @@ def image_to_image(
     For a flow model, whose levels are τ, the start is ``(1-τ_0) image + τ_0 n``.
 
     Args:
-        sample: any sampler that takes ``(model, x, sigmas, …)``: kdpp's or k-diffusion's.
+        sample: any sampler that takes ``(model, x, sigmas, …)``, kdpp's or k-diffusion's; or, as
+            DPM-Solver fast and adaptive, ``(model, x, sigma_min, sigma_max, …)``, which get the
+            schedule's first level and its last above 0.
         model: what that sampler takes.
         image: ``(batch, *shape)``, floating point. Never written to.
         sigmas: 1-D, non-increasing levels; ``σ_0 = sigmas[0]`` says how much of the image goes. To
@@ -84,6 +87,9 @@ def image_to_image(
         raise ValueError("sigmas is empty; its first level says how much noise the image gets")
     check_levels(levels, model)
     start = noised(image, levels[0], fitting_noise(image, noise), is_flow(model))
+    if "sigma_min" in inspect.signature(sample).parameters:
+        low = min((level for level in levels if level > 0.0), default=0.0)
+        return sample(model, start, low, levels[0], *args, **options)
     return sample(model, start, sigmas, *args, **options)
 
 

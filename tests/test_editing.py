@@ -372,6 +372,22 @@ def test_little_noise_keeps_the_image_much_noise_forgets_it():
     assert kept[0] > 0.95 and kept[-1] < 0.3
 
 
+@pytest.mark.parametrize("sample", ["kdpp", "dpm_fast", "dpm_adaptive"])
+def test_image_to_image_with_samplers_that_make_their_own_levels(sample):
+    """DPM-Solver fast and adaptive get the first level and the last above 0, in place of sigmas."""
+    levels = SIGMAS[1:]
+    low, high = float(levels[-2]), float(levels[0])
+    start = IMAGE + high * NOISE
+    model = kdpp.TeacherGuidedDenoiser(mixture(0), mixture(1), teacher_cfg_scale=1.0)
+    run = kdpp.sample_dpm_fast_tg if sample == "kdpp" else stock(sample)
+    count = () if sample == "dpm_adaptive" else (6,)
+    torch.manual_seed(1)
+    expected = run(model, start, low, high, *count, disable=True)
+    torch.manual_seed(1)
+    found = image_to_image(run, model, IMAGE, levels, *count, noise=NOISE, disable=True)
+    assert torch.equal(found, expected)
+
+
 def test_one_noise_for_image_to_image_and_inpainting():
     """The known region of the start is then what the models see."""
     given, sigmas = problem(), truncate(SIGMAS, 0.6)
