@@ -1,6 +1,7 @@
 """The table of solvers in the docs: what each claims, and what was measured.
 
     python benchmarks/solver_table.py > docs/solver_table.md
+    python benchmarks/solver_table.py --plot docs/images/solver_errors.png
 
 Orders: deterministic runs (η = 0, no teacher) on five Gaussians with the closed-form solution of
 the probability-flow ODE, σ from 10 to 0.2 in equal steps of -log σ; the fitted slope of
@@ -207,7 +208,36 @@ HEAD = ["sampler", "evaluations a step", "order", "stochastic", "needs", "measur
 HEAD += [f"log-uniform, {n}" for n in EVALUATIONS] + [f"Karras, {n}" for n in EVALUATIONS]
 
 
+PLOTTED = ("euler", "dpmpp_2m", "unipc", "dpmpp_2s_ancestral", "heun", "dpmpp_3m_sde",
+           "dpmpp_3m_sde_o3")  # fmt: skip
+
+
+def plot(path: str) -> None:
+    """Error against evaluations on both kinds of levels, at the evaluations really made."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2, sharey=True), ("log-uniform", "Karras")):
+        for short in tqdm(PLOTTED, desc=name):
+            solver = kdpp.SOLVERS[f"sample_{short}_tg"]
+            made = [solver.evaluations * k + 1 + solver.extra for k in range(1, 20)]
+            made = [n for n in made if 3 <= n <= 20]
+            errors = [few_step_error(solver, {}, name, n) for n in made]
+            axes.loglog(made, errors, marker=".", label=short)
+        axes.set_title(f"{name} levels")
+        axes.set_xlabel("network evaluations")
+        axes.set_xticks([3, 4, 6, 8, 12, 20], ["3", "4", "6", "8", "12", "20"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("rms error, 5 mixtures")
+    figure.axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
+    if len(sys.argv) == 3 and sys.argv[1] == "--plot":
+        plot(sys.argv[2])
+        return
     print("| " + " | ".join(HEAD) + " |")
     print("|" + "---|" * len(HEAD))
     for line in tqdm(lines(), desc="measuring", file=sys.stderr):
