@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from contextlib import nullcontext
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = ["Callback", "Plan", "check_latent", "check_sigmas", "run"]
 Plan = Callable[[Sequence[float]], Iterable[Step]]
 Callback = Callable[[dict[str, Any]], Any]
 RenoiseNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+nothing = nullcontext()
 
 
 @torch.no_grad()
@@ -53,12 +55,12 @@ def run(
         return x
     extra_args = {} if extra_args is None else extra_args
     space = model.space
-    steps = list(plan([space.sigma(level) for level in levels]))
+    steps = planned(plan, tuple(space.sigma(level) for level in levels))
     revisions = model.revisions(steps, lambda: private_seed(x))
     student = bind(model.student, "student", x, extra_args, needs_uncond=cfg_pp)
     lessons = prepare_lessons(model, steps, revisions, x, extra_args, cfg_pp)
-    plans = prepare_stages(steps, revisions, space, cfg_pp)
-    if noise_sampler is None and any(step.draws for step in steps):
+    ready = prepare_steps(steps, tuple(map(tuple, revisions)), space, cfg_pp)
+    if noise_sampler is None and any(one.draws for one in ready):
         noise_sampler = default_noise(x, sigmas)
     sigma_at = sigmas.unbind()
 
@@ -68,12 +70,11 @@ def run(
         end = sigma_at[i + 1] if level is None else sigmas.new_full((), level)
         return checked(noise_sampler(sigma_at[i], end), "noise_sampler", x)
 
-    memory = max(step.memory for step in steps)
-    states = max(len(stage.row.past) for step in steps for stage in step.stages)
+    memory, states = max(one.memory for one in ready), max(one.states for one in ready)
     earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest first
     past: tuple[Tensor, ...] = ()  # the states that they began with
     for i in trange(len(steps), disable=disable):
-        step, (churn, stages), here = steps[i], plans[i], lessons[i]
+        churn, stages, here = ready[i].churn, ready[i].stages, lessons[i]
         if churn is not None:
             x = churn(((x,),), partial(draw, i, None))
         point, directions = x, earlier
@@ -81,11 +82,11 @@ def run(
         info: dict[str, Any] = {}
         for stage in stages:
             level = x.new_full(x.shape[:1], stage.level)
-            with unwritten(directions[:memory], "student"):
+            with unwritten(directions[:memory], "student") if directions else nothing:
                 denoised, uncond = student(point, level)
             directions = (uncond if cfg_pp else denoised, *directions)
             if callback and stage is stages[0]:
-                info = report(x, i, sigma_at[i], step, denoised, stage.level)
+                info = report(x, i, sigma_at[i], denoised, stage.level if churn else None)
             if here and stage is stages[-1]:
                 renoised, taught = teach(here, point, denoised, directions[0], sigma_at[i])
                 if callback:
@@ -101,7 +102,25 @@ def run(
     return x
 
 
-class Ready(NamedTuple):
+def planned(plan: Plan, sigmas: tuple[float, ...]) -> tuple[Step, ...]:
+    """The plan's steps; those of a schedule that was planned before are kept."""
+    function, settings = (plan.func, plan.keywords) if isinstance(plan, partial) else (plan, {})
+    try:
+        return _planned(function, tuple(settings.items()), sigmas)
+    except TypeError:  # a setting that cannot be hashed; the plan itself says what is wrong with it
+        return tuple(plan(sigmas))
+
+
+@lru_cache(maxsize=64)
+def _planned(
+    function: Callable[..., Iterable[Step]],
+    settings: tuple[tuple[str, Any], ...],
+    sigmas: tuple[float, ...],
+) -> tuple[Step, ...]:
+    return tuple(function(sigmas, **dict(settings)))
+
+
+class ReadyStage(NamedTuple):
     """A stage made ready: the level its network sees, its update, and the level noise goes to."""
 
     level: float
@@ -109,11 +128,25 @@ class Ready(NamedTuple):
     end: float | None
 
 
-def prepare_stages(
-    steps: Sequence[Step], revisions: Sequence[Sequence[Revision]], space: Space, cfg_pp: bool
-) -> list[tuple[Update | None, list[Ready]]]:
-    """For every step its churn and its stages; the teachers' shares go into the last one."""
-    plans = []
+class ReadyStep(NamedTuple):
+    """A step made ready: its churn, its stages, and what of the past it needs."""
+
+    churn: Update | None
+    stages: tuple[ReadyStage, ...]
+    draws: bool
+    memory: int
+    states: int
+
+
+@lru_cache(maxsize=64)
+def prepare_steps(
+    steps: tuple[Step, ...],
+    revisions: tuple[tuple[Revision, ...], ...],
+    space: Space,
+    cfg_pp: bool,
+) -> list[ReadyStep]:
+    """Every step made ready; the teachers' shares go into its last stage."""
+    ready = []
     for step, here in zip(steps, revisions):
         base = step.stages[0].sigma
         churn = None
@@ -126,9 +159,10 @@ def prepare_stages(
             scales = [] if following else [revision.scale for revision in here]
             update = Update.of(stage.row, base, reached, space, cfg_pp, scales)
             end = space.level(reached) if following else None
-            stages.append(Ready(space.level(stage.sigma), update, end))
-        plans.append((churn, stages))
-    return plans
+            stages.append(ReadyStage(space.level(stage.sigma), update, end))
+        states = max(len(stage.row.past) for stage in step.stages)
+        ready.append(ReadyStep(churn, tuple(stages), step.draws, step.memory, states))
+    return ready
 
 
 class Lesson(NamedTuple):
@@ -248,10 +282,10 @@ class unwritten:
 
 
 def report(
-    x: Tensor, i: int, sigma: Tensor, step: Step, denoised: Tensor, level: float
+    x: Tensor, i: int, sigma: Tensor, denoised: Tensor, level: float | None
 ) -> dict[str, Any]:
-    """What k-diffusion tells its callbacks; ``level`` is what the network was told."""
-    churned = sigma if step.churn is None else sigma.new_full((), level)
+    """What k-diffusion tells its callbacks; ``level`` is where churn has lifted x."""
+    churned = sigma if level is None else sigma.new_full((), level)
     return {"x": x, "i": i, "sigma": sigma, "sigma_hat": churned, "denoised": denoised}
 
 

@@ -75,7 +75,7 @@ class Stage:
     row: Row
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """From ``sigma`` to ``sigma_next`` in one or more stages; the last one's estimate is revised.
 

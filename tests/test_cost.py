@@ -298,6 +298,21 @@ def test_the_result_is_nobody_elses_memory(solver, levels, cond_scale):
         assert found.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
+def test_a_schedule_is_planned_once(monkeypatch):
+    """The same sampler, settings and levels: the coefficients are those of the run before."""
+    made = []
+    check = kdpp.plan.Row.check
+    monkeypatch.setattr(kdpp.plan.Row, "check", lambda row, s: made.append(row) or check(row, s))
+    problem, sigmas = Problem(), karras(7) * 0.9
+    x = problem.start(sigmas)
+    solver = kdpp.SOLVERS["sample_dpmpp_2m_ancestral_tg"]
+    counts = []
+    for eta in (1.0, 1.0, 0.5, 1.0):
+        run(solver, problem.guided(), x, sigmas, extra_args=problem.extra_args, eta=eta)
+        counts.append(len(made))
+    assert counts == [7, 7, 14, 14]
+
+
 KEEP_NOTHING = {
     "sample_euler_tg",
     "sample_euler_ancestral_tg",

@@ -326,7 +326,7 @@ def sample_dpm_fast_tg(
     low, high = space.sigma(float(sigma_min)), space.sigma(float(sigma_max))
     if math.isinf(high):
         raise ValueError(f"sigma_max is {sigma_max!r}, σ = ∞: steps equal in -log σ start below")
-    orders = fast_orders(int(n))
+    orders = tuple(fast_orders(int(n)))
     sigmas = np.geomspace(high, low, len(orders) + 1).tolist()
     levels = torch.tensor([space.level(sigma) for sigma in sigmas], dtype=torch.float64)
 
