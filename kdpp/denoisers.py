@@ -7,13 +7,14 @@ x0. Guidance is ``D^w = D_∅ + w (D_c - D_∅)`` with w the CFG scale (1: no gu
 from __future__ import annotations
 
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from kdpp.checks import check_number
 
 __all__ = [
     "Denoise",
@@ -51,7 +52,6 @@ class OwnCFG(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         denoised: Tensor = self.model(x, sigma, **extra_args)
         return denoised
-
 
     @property
     def flow(self) -> bool:
@@ -112,7 +112,7 @@ def bind(
     cond, uncond = rest.pop("cond", None), rest.pop("uncond", None)
     own_scale = rest.pop("cond_scale", 1.0)
     argument = "cond_scale" if cfg_scale is None else f"{name}_cfg_scale"
-    scale = _finite(argument, own_scale if cfg_scale is None else cfg_scale)
+    scale = check_number(argument, own_scale if cfg_scale is None else cfg_scale)
     if scale == 1.0 and not needs_uncond:
         if "cond" in extra_args:
             rest["cond"] = cond
@@ -157,7 +157,7 @@ def _bind_own(
 ) -> Denoise:
     kwargs = dict(extra_args)
     if cfg_scale is not None:
-        kwargs["cond_scale"] = _finite(f"{name}_cfg_scale", cfg_scale)
+        kwargs["cond_scale"] = check_number(f"{name}_cfg_scale", cfg_scale)
     if not needs_uncond:
         return _single(model, name, kwargs)
     latest_uncond = model.uncond_denoised
@@ -172,12 +172,6 @@ def _bind_own(
         return denoised, shaped(latest_uncond(), f"{name}'s uncond_denoised", x)
 
     return denoise
-
-
-def _finite(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number")
-    return float(value)
 
 
 def shaped(output: Any, name: str, x: Tensor) -> Tensor:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache, partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from kdpp.checks import check_latent, check_sigmas
 from kdpp.denoisers import Denoise, bind, shaped
 from kdpp.guidance import LatentMap, Revision, TeacherGuidedDenoiser
 from kdpp.noise import NoiseSampler, checked, host_noise, private_generator, private_seed
 from kdpp.plan import FLOW, Row, Space, Step
 from kdpp.update import Update
 
-__all__ = ["Callback", "Plan", "check_latent", "check_sigmas", "run"]
+__all__ = ["Callback", "Plan", "report", "run"]
 
 Plan = Callable[[Sequence[float]], Iterable[Step]]
 Callback = Callable[[dict[str, Any]], Any]
@@ -106,18 +105,16 @@ def planned(plan: Plan, sigmas: tuple[float, ...]) -> tuple[Step, ...]:
     """The plan's steps; those of a schedule that was planned before are kept."""
     function, settings = (plan.func, plan.keywords) if isinstance(plan, partial) else (plan, {})
     try:
-        return _planned(function, tuple(settings.items()), sigmas)
+        return _planned(function, sigmas, **settings)
     except TypeError:  # a setting that cannot be hashed; the plan itself says what is wrong with it
         return tuple(plan(sigmas))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)  # 2 and 2.0 are equal, and not both an order
 def _planned(
-    function: Callable[..., Iterable[Step]],
-    settings: tuple[tuple[str, Any], ...],
-    sigmas: tuple[float, ...],
+    function: Callable[..., Iterable[Step]], sigmas: tuple[float, ...], **settings: Any
 ) -> tuple[Step, ...]:
-    return tuple(function(sigmas, **dict(settings)))
+    return tuple(function(sigmas, **settings))
 
 
 class ReadyStage(NamedTuple):
@@ -144,7 +141,7 @@ def prepare_steps(
     revisions: tuple[tuple[Revision, ...], ...],
     space: Space,
     cfg_pp: bool,
-) -> list[ReadyStep]:
+) -> tuple[ReadyStep, ...]:
     """Every step made ready; the teachers' shares go into its last stage."""
     ready = []
     for step, here in zip(steps, revisions):
@@ -162,7 +159,7 @@ def prepare_steps(
             stages.append(ReadyStage(space.level(stage.sigma), update, end))
         states = max(len(stage.row.past) for stage in step.stages)
         ready.append(ReadyStep(churn, tuple(stages), step.draws, step.memory, states))
-    return ready
+    return tuple(ready)
 
 
 class Lesson(NamedTuple):
@@ -282,7 +279,7 @@ class unwritten:
 
 
 def report(
-    x: Tensor, i: int, sigma: Tensor, denoised: Tensor, level: float | None
+    x: Tensor, i: int, sigma: Tensor, denoised: Tensor, level: float | None = None
 ) -> dict[str, Any]:
     """What k-diffusion tells its callbacks; ``level`` is where churn has lifted x."""
     churned = sigma if level is None else sigma.new_full((), level)
@@ -315,34 +312,6 @@ def check_model(model: Any) -> TeacherGuidedDenoiser:
             "wrap it, kdpp.TeacherGuidedDenoiser(student, teacher)"
         )
     return model
-
-
-def check_latent(x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is a {type(x).__name__}; it must be a tensor (batch, *shape)")
-    if not x.is_floating_point():
-        raise TypeError(f"x has dtype {x.dtype}; a latent must be floating point")
-    if x.ndim == 0:
-        raise ValueError("x has no dimensions; it must be a batch, (batch, *shape)")
-
-
-def check_sigmas(sigmas: Any) -> tuple[list[float], Tensor]:
-    """The levels as float64 numbers, read once, and as the tensor that callbacks see."""
-    tensor = torch.as_tensor(sigmas)
-    if tensor.is_complex():
-        raise TypeError(f"sigmas has dtype {tensor.dtype}; levels must be real numbers")
-    if tensor.ndim != 1:
-        raise ValueError(f"sigmas has shape {tuple(tensor.shape)}; it must be 1-D")
-    levels: list[float] = tensor.detach().to("cpu", torch.float64).tolist()
-    for sigma in levels:
-        if not 0.0 <= sigma < math.inf:
-            raise ValueError(f"sigmas holds {sigma!r}; every level must be a finite number ≥ 0")
-    for sigma, sigma_next in pairwise(levels):
-        if sigma_next > sigma:
-            raise ValueError(
-                f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase"
-            )
-    return levels, tensor
 
 
 def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser) -> None:

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from kdpp.checks import check_sigmas
 from kdpp.denoisers import Denoiser, OwnCFG, refuse_unmarked_cfg, shaped
-from kdpp.driver import check_sigmas
 from kdpp.guidance import TeacherGuidedDenoiser
 from kdpp.noise import host_noise
 from kdpp.plan import FLOW

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from kdpp.checks import check_count, check_number
 from kdpp.denoisers import Denoiser, bind, refuse_unmarked_cfg, trained_range
 from kdpp.noise import NoiseSampler
 from kdpp.plan import FLOW, VE, Row, Space, Step
@@ -354,22 +355,6 @@ def _renoise_levels(
 def _renoise_row(sigma: float, sigma_s: float, rho: float) -> Row:
     predicted = sigma_s * math.sqrt(1.0 - rho * rho)
     return Row(predicted, 1.0, (-predicted / sigma,), noise=rho * sigma_s or None)
-
-
-def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """``value`` as a float; ValueError for no finite number in [low, high]."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (number and low <= value <= high and math.isfinite(value)):
-        allowed = f"in [{low:g}, {high:g}]" if math.isfinite(low) else "finite"
-        raise ValueError(f"{name} is {value!r}; it must be a number, {allowed}")
-    return float(value)
-
-
-def check_count(name: str, value: Any, low: int) -> int:
-    """``value`` as an int; ValueError for no whole number ≥ low."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < low:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number ≥ {low}")
-    return int(value)
 
 
 def _check_steps(steps: Any) -> None:

@@ -11,13 +11,13 @@ For ε and v networks take k-diffusion's own: CompVisDenoiser, CompVisVDenoiser,
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdpp.checks import check_number
 from kdpp.denoisers import Denoiser, OwnCFG
 
 __all__ = [
@@ -83,8 +83,8 @@ class LCMDenoiser(_Transparent):
                 f"LCMDenoiser needs a denoiser with sigma_to_t, to know the timestep; "
                 f"{_kind(denoiser)} has none: wrap the network in k-diffusion's CompVisDenoiser"
             )
-        self.sigma_data = _positive(sigma_data=sigma_data)
-        self.timestep_scaling = _positive(timestep_scaling=timestep_scaling)
+        self.sigma_data = _positive("sigma_data", sigma_data)
+        self.timestep_scaling = _positive("timestep_scaling", timestep_scaling)
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         level = _precise(sigma)
@@ -157,7 +157,7 @@ class GuidanceConditioned(_Transparent, OwnCFG):
         if not (isinstance(argument, str) and argument.isidentifier()):
             raise ValueError(f"argument is {argument!r}; it must be the name of an argument")
         self.argument = argument
-        self.offset = _finite(offset=offset)
+        self.offset = check_number("offset", offset)
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         if "cond_scale" not in extra_args:
@@ -166,7 +166,7 @@ class GuidanceConditioned(_Transparent, OwnCFG):
                 "extra_args['cond_scale'], the CFG scale (1 is no guidance), from which its "
                 f"{self.argument} = cond_scale + {self.offset:g} is made"
             )
-        weight = _finite(cond_scale=extra_args.pop("cond_scale")) + self.offset
+        weight = check_number("cond_scale", extra_args.pop("cond_scale")) + self.offset
         extra_args.pop("uncond", None)
         weights = {self.argument: x.new_full(x.shape[:1], weight)}
         return self.model(x, sigma, **extra_args, **weights).to(x.dtype)
@@ -198,7 +198,7 @@ class FlowDenoiser(nn.Module):
     def __init__(self, network: Denoiser, time_scale: float = 1.0) -> None:
         super().__init__()
         self.network = _network(network, "FlowDenoiser")
-        self.time_scale = _positive(time_scale=time_scale)
+        self.time_scale = _positive("time_scale", time_scale)
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         velocity = self.network(x, self.time_scale * sigma, **extra_args)
@@ -283,7 +283,7 @@ def as_flow(ve_denoiser: Denoiser, sigma_max: float | None = None) -> nn.Module:
         ValueError: ``sigma_max`` is no positive number.
     """
     _ve(ve_denoiser, "as_flow")
-    return _VEAsFlow(ve_denoiser, None if sigma_max is None else _positive(sigma_max=sigma_max))
+    return _VEAsFlow(ve_denoiser, None if sigma_max is None else _positive("sigma_max", sigma_max))
 
 
 def _precise(sigma: Tensor) -> Tensor:
@@ -328,15 +328,7 @@ def _kind(model: Any) -> str:
     return type(model).__name__
 
 
-def _finite(**setting: Any) -> float:
-    ((name, value),) = setting.items()
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number")
-    return float(value)
-
-
-def _positive(**setting: Any) -> float:
-    ((name, value),) = setting.items()
-    if not _finite(**setting) > 0.0:
+def _positive(name: str, value: Any) -> float:
+    if not check_number(name, value) > 0.0:
         raise ValueError(f"{name} is {value!r}; it must be greater than 0")
     return float(value)

@@ -15,7 +15,6 @@ __all__ = [
     "checked",
     "host_noise",
     "private_generator",
-    "private_noise",
     "private_seed",
 ]
 
@@ -67,14 +66,6 @@ def private_seed(x: Tensor) -> int:
 def private_generator(x: Tensor) -> torch.Generator:
     """A generator on x's device that leaves the host's random streams where they are."""
     return torch.Generator(x.device).manual_seed(private_seed(x))
-
-
-def private_noise(x: Tensor) -> NoiseSampler:
-    """Noise shaped like x from a `private_generator`."""
-    generator = private_generator(x)
-    return lambda sigma, sigma_next: torch.randn(
-        x.shape, generator=generator, device=x.device, dtype=x.dtype
-    )
 
 
 def checked(noise: Tensor, name: str, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ a flow model σ is τ in [0, 1], and the step has the same form.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -17,10 +16,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from kdpp.checks import check_count, check_latent, check_number, check_sigmas, read_levels
 from kdpp.denoisers import Denoise, Denoiser, bind, refuse_unmarked_cfg
-from kdpp.driver import Callback, check_latent, check_sigmas
+from kdpp.driver import Callback, report
 from kdpp.editing import Inpainted, check_levels
-from kdpp.guidance import TeacherGuidedDenoiser, check_count, check_number
+from kdpp.guidance import TeacherGuidedDenoiser
 from kdpp.noise import private_generator
 from kdpp.plan import level_ratio
 
@@ -309,23 +309,14 @@ def refuse_known_regions(model: Any, name: str) -> None:
         )
 
 
-def report(x: Tensor, i: int, sigma: Tensor, denoised: Tensor) -> dict[str, Any]:
-    """What k-diffusion tells its callbacks."""
-    return {"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised}
-
-
 def check_rising(sigmas: Any) -> tuple[list[float], Tensor]:
-    """The levels of an encoding as float64 numbers, read once, and as a tensor."""
-    tensor = torch.as_tensor(sigmas)
-    if tensor.ndim != 1:
-        raise ValueError(f"sigmas has shape {tuple(tensor.shape)}; it must be 1-D")
-    levels: list[float] = tensor.detach().to("cpu", torch.float64).tolist()
-    for sigma in levels:
-        if not 0.0 < sigma < math.inf:
-            raise ValueError(
-                f"sigmas holds {sigma!r}; to encode, every level must be a finite number > 0 "
-                "(leave the 0 out: nothing can be told from x = x0)"
-            )
+    """`read_levels` of an encoding; ValueError where it holds 0 or falls."""
+    levels, tensor = read_levels(sigmas)
+    if 0.0 in levels:
+        raise ValueError(
+            "sigmas holds 0.0; to encode, every level must be a finite number > 0 "
+            "(leave the 0 out: nothing can be told from x = x0)"
+        )
     for sigma, sigma_next in pairwise(levels):
         if sigma_next < sigma:
             raise ValueError(

@@ -24,7 +24,7 @@ def load_data(split: Split = "all") -> tuple[Tensor, Tensor]:
     not writers: a writer may have digits on both sides.
 
     Source: `sklearn.datasets.load_digits`, the test part of the UCI "Optical Recognition of
-    Handwritten Digits" (Alpaydin and Kaynak, 1998, CC BY 4.0).
+    Handwritten Digits" (Alpaydin and Kaynak, 1998).
 
     Raises ValueError for an unknown split, ModuleNotFoundError where scikit-learn is missing.
     """

@@ -205,7 +205,7 @@ def sample_dpmpp_3m_sde_o3_tg(
     """DPM-Solver++(3M) SDE of true third order: ``… + φ_2 d' - 2 φ_3 d'' + …``.
 
     One evaluation a step, and one more in the first, which is 2S: an Euler start would hold the
-    whole run to order 2. At 4 to 8 steps it was slightly worse than `sample_dpmpp_3m_sde_tg`.
+    whole run to order 2. With few steps it was mostly worse than `sample_dpmpp_3m_sde_tg`.
 
     Source: the expansion of the exponential integral, Lu et al. 2022 (DPM-Solver++), section 4.
     """
