@@ -7,6 +7,7 @@ ICCV 2025). `SOLVERS` lists them.
 
 from kdpp import kdiffusion, solvers
 from kdpp._version import __version__
+from kdpp.capture import capture
 from kdpp.denoisers import OwnCFG
 from kdpp.editing import image_to_image, inpaint, truncate
 from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
@@ -24,6 +25,7 @@ from kdpp.solvers.multistep import *
 from kdpp.solvers.registry import SOLVERS, Solver, solver
 from kdpp.solvers.sde import *
 from kdpp.solvers.singlestep import *
+from kdpp.stacking import stack_teachers
 
 __all__ = [
     "SOLVERS",
@@ -40,6 +42,7 @@ __all__ = [
     "__version__",
     "as_flow",
     "as_ve",
+    "capture",
     "encode",
     "image_to_image",
     "inpaint",
@@ -47,6 +50,7 @@ __all__ = [
     "mixed_rollout",
     "sds_scale",
     "solver",
+    "stack_teachers",
     "truncate",
 ]
 __all__ += solvers.__all__

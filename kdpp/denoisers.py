@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,14 @@ from torch import Tensor, nn
 from kdpp.checks import check_number
 
 __all__ = [
+    "Call",
     "Denoise",
     "Denoiser",
+    "Halves",
     "OwnCFG",
     "bind",
+    "halves",
+    "map_rows",
     "refuse_unmarked_cfg",
     "shaped",
     "trained_range",
@@ -87,27 +92,35 @@ def refuse_unmarked_cfg(model: Any, name: str) -> None:
         )
 
 
-def bind(
+class Halves(NamedTuple):
+    """What a denoiser is called with beside x and sigma: once, or for CFG's two halves."""
+
+    conditions: tuple[dict[str, Any], ...]
+    """Its keywords: one dict, or those of the unconditional and of the conditional half."""
+    scale: float
+    """w; of no meaning where there is one dict."""
+
+    def join(self, answers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """``(D_∅ + w (D_c - D_∅), D_∅)`` of the two halves; one answer as it is."""
+        if len(answers) == 1:
+            return answers[0], None
+        uncond, cond = answers
+        return torch.lerp(uncond, cond, self.scale), uncond
+
+
+def halves(
     model: Denoiser,
     name: str,
-    x: Tensor,
     extra_args: Mapping[str, Any],
     cfg_scale: float | None = None,
     needs_uncond: bool = False,
-) -> Denoise:
-    """Fix everything about the calls that a run makes but x and sigma.
-
-    Args:
-        name: "student" or "teacher", for messages.
-        cfg_scale: w; None takes ``extra_args["cond_scale"]``, 1 if there is none.
-        needs_uncond: the unconditional estimate is wanted even at w = 1 (CFG++).
-
-    Raises:
-        ValueError: ``uncond`` is missing where CFG needs it, does not fit ``cond``, or the scale is
-            no finite number. The returned function raises it for an output of another shape than x.
-    """
+) -> Halves:
+    """What ``extra_args`` and the CFG scale ask of this denoiser; arguments as in `bind`."""
     if isinstance(model, OwnCFG):
-        return _bind_own(model, name, x, extra_args, cfg_scale, needs_uncond)
+        kwargs = dict(extra_args)
+        if cfg_scale is not None:
+            kwargs["cond_scale"] = check_number(f"{name}_cfg_scale", cfg_scale)
+        return Halves((kwargs,), 1.0)
     rest = dict(extra_args)
     cond, uncond = rest.pop("cond", None), rest.pop("uncond", None)
     own_scale = rest.pop("cond_scale", 1.0)
@@ -116,7 +129,7 @@ def bind(
     if scale == 1.0 and not needs_uncond:
         if "cond" in extra_args:
             rest["cond"] = cond
-        return _single(model, name, rest)
+        return Halves((rest,), scale)
     if cond is None or uncond is None:
         raise ValueError(
             f"the {name} needs extra_args['cond'] and extra_args['uncond'] for "
@@ -124,42 +137,98 @@ def bind(
             + f"; given: {sorted(extra_args) or 'nothing'}. Give both"
             + ("" if needs_uncond else f", or set {argument}=1 for no guidance")
         )
-    batch = x.shape[0]
-    rest = {key: _twice(value, batch) for key, value in rest.items()}
-    rest["cond"] = _paired(uncond, cond, "cond", batch)
-    return _guided(model, name, rest, scale)
+    return Halves(({**rest, "cond": uncond}, {**rest, "cond": cond}), scale)
 
 
-def _single(model: Denoiser, name: str, kwargs: dict[str, Any]) -> Denoise:
-    def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, None]:
-        return shaped(model(x, sigma, **kwargs), name, x), None
-
-    return denoise
-
-
-def _guided(model: Denoiser, name: str, kwargs: dict[str, Any], scale: float) -> Denoise:
-    def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        both_x = torch.cat((x, x))
-        both = shaped(model(both_x, torch.cat((sigma, sigma)), **kwargs), name, both_x)
-        uncond, cond = both.chunk(2)
-        return torch.lerp(uncond, cond, scale), uncond
-
-    return denoise
-
-
-def _bind_own(
-    model: OwnCFG,
+def bind(
+    model: Denoiser,
     name: str,
     x: Tensor,
     extra_args: Mapping[str, Any],
-    cfg_scale: float | None,
-    needs_uncond: bool,
+    cfg_scale: float | None = None,
+    needs_uncond: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    max_batch: int | None = None,
 ) -> Denoise:
-    kwargs = dict(extra_args)
-    if cfg_scale is not None:
-        kwargs["cond_scale"] = check_number(f"{name}_cfg_scale", cfg_scale)
-    if not needs_uncond:
-        return _single(model, name, kwargs)
+    """Fix everything about the calls that a run makes but x and sigma.
+
+    Args:
+        name: "student" or "teacher", for messages.
+        cfg_scale: w; None takes ``extra_args["cond_scale"]``, 1 if there is none.
+        needs_uncond: the unconditional estimate is wanted even at w = 1 (CFG++).
+        dtype, max_batch: as in `Call`.
+
+    Raises:
+        ValueError: ``uncond`` is missing where CFG needs it, does not fit ``cond``, or the scale is
+            no finite number. The returned function raises it for an output of another shape than x.
+    """
+    given = halves(model, name, extra_args, cfg_scale, needs_uncond)
+    call = Call(model, name, given.conditions, len(x), dtype=dtype, max_batch=max_batch)
+    if isinstance(model, OwnCFG) and needs_uncond:
+        return _bind_own(model, name, call)
+    if len(given.conditions) == 1:
+        return lambda x, sigma: (call(x, sigma), None)
+
+    def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
+        return given.join(call.parts((x, x), (sigma, sigma)))
+
+    return denoise
+
+
+class Call:
+    """A network's call for one or several parts of a batch, each with keywords of its own.
+
+    The parts are concatenated, batch-first tensors in their keywords too. The network is given
+    ``dtype`` (None: what x has), and its answer comes back in x's dtype. ``max_batch`` caps the
+    rows of a call; more are split evenly over ``ceil(rows / max_batch)`` calls. What does its own
+    CFG (`OwnCFG`) sees to that itself and is never split.
+
+    Raises:
+        ValueError: keywords that do not fit into one batch; in a call, an output of another shape.
+    """
+
+    def __init__(
+        self,
+        model: Denoiser,
+        name: str,
+        conditions: Sequence[Mapping[str, Any]],
+        batch: int,
+        *,
+        dtype: torch.dtype | None = None,
+        max_batch: int | None = None,
+    ) -> None:
+        self.model, self.name, self.dtype = model, name, dtype
+        joined = _joined(conditions, "", batch) if len(conditions) > 1 else dict(conditions[0])
+        rows = batch * len(conditions)
+        capped = max_batch is not None and not isinstance(model, OwnCFG)
+        count = max(1, -(-rows // max_batch)) if capped and max_batch else 1
+        cuts = [partial(_chunk, count=count, j=j) for j in range(count)]
+        self.chunks = [joined] if count == 1 else [map_rows(joined, rows, cut) for cut in cuts]
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        if len(self.chunks) > 1:
+            return self._in_chunks(x, sigma)
+        given = x if self.dtype is None else x.to(self.dtype)
+        return shaped(self.model(given, sigma, **self.chunks[0]), self.name, x)
+
+    def parts(self, xs: Sequence[Tensor], sigmas: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The answers for the parts, in their order."""
+        if len(xs) == 1:
+            return (self(xs[0], sigmas[0]),)
+        return self(torch.cat(tuple(xs)), torch.cat(tuple(sigmas))).chunk(len(xs))
+
+    def _in_chunks(self, x: Tensor, sigma: Tensor) -> Tensor:
+        count = len(self.chunks)
+        rows = zip(x.tensor_split(count), sigma.tensor_split(count), self.chunks)
+        answers = []
+        for part, level, kwargs in rows:
+            given = part if self.dtype is None else part.to(self.dtype)
+            answers.append(shaped(self.model(given, level, **kwargs), self.name, part))
+        return torch.cat(answers)
+
+
+def _bind_own(model: OwnCFG, name: str, call: Call) -> Denoise:
     latest_uncond = model.uncond_denoised
     if latest_uncond is None:
         raise ValueError(
@@ -168,8 +237,7 @@ def _bind_own(
         )
 
     def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        denoised = shaped(model(x, sigma, **kwargs), name, x)
-        return denoised, shaped(latest_uncond(), f"{name}'s uncond_denoised", x)
+        return call(x, sigma), shaped(latest_uncond(), f"{name}'s uncond_denoised", x)
 
     return denoise
 
@@ -186,34 +254,49 @@ def shaped(output: Any, name: str, x: Tensor) -> Tensor:
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
-def _paired(uncond: Any, cond: Any, path: str, batch: int) -> Any:
-    """Concatenate two equal structures of batch-first tensors, ``(2·batch, …)``, uncond first."""
-    if isinstance(cond, Mapping) and isinstance(uncond, Mapping) and cond.keys() == uncond.keys():
-        return {k: _paired(uncond[k], v, f"{path}[{k!r}]", batch) for k, v in cond.items()}
-    if isinstance(cond, list | tuple) and isinstance(uncond, list | tuple):
-        if len(cond) == len(uncond):
-            items = enumerate(zip(uncond, cond))
-            return _like(cond, [_paired(u, c, f"{path}[{i}]", batch) for i, (u, c) in items])
-    elif isinstance(cond, Tensor) and isinstance(uncond, Tensor):
-        if cond.ndim and cond.shape == uncond.shape and cond.shape[0] == batch:
-            return torch.cat((uncond, cond))
-    elif type(cond) is type(uncond) and not isinstance(cond, Mapping) and cond == uncond:
-        return cond
+def _joined(parts: Sequence[Any], path: str, batch: int) -> Any:
+    """Equal structures joined: batch-first tensors concatenated, anything else the same in all."""
+    first = parts[0]
+    if all(isinstance(p, Mapping) and p.keys() == first.keys() for p in parts):
+        return {key: _joined([p[key] for p in parts], _inside(path, key), batch) for key in first}
+    if all(isinstance(p, list | tuple) and len(p) == len(first) for p in parts):
+        columns = enumerate(zip(*parts))
+        return _like(first, [_joined(column, _inside(path, i), batch) for i, column in columns])
+    if all(isinstance(p, Tensor) for p in parts):
+        if first.ndim and all(p.shape == first.shape for p in parts) and len(first) == batch:
+            return torch.cat(tuple(parts))
+        if all(p is first for p in parts):
+            return first
+    elif all(p is first or (type(p) is type(first) and p == first) for p in parts):
+        return first
+    other = next((p for p in parts if p is not first), first)
     raise ValueError(
-        f"extra_args: {path} and its uncond do not fit into one batch of {batch} + {batch}: "
-        f"{_describe(cond)} and {_describe(uncond)}; both must be batch-first and alike"
+        f"extra_args: {path} does not fit into one batch of {' + '.join([str(batch)] * len(parts))}"
+        f": {_describe(other)} and {_describe(first)}; both must be batch-first and alike"
     )
 
 
-def _twice(value: Any, batch: int) -> Any:
-    """Repeat every batch-first tensor in a nested structure; leave anything else as it is."""
+def _inside(path: str, key: Any) -> str:
+    return f"{path}[{key!r}]" if path else str(key)
+
+
+def map_rows(value: Any, rows: int | None, change: Callable[[Tensor], Any]) -> Any:
+    """Change every tensor of so many rows (None: every tensor) in a nested structure.
+
+    Anything else is left as it is.
+    """
     if isinstance(value, Mapping):
-        return {key: _twice(item, batch) for key, item in value.items()}
+        return {key: map_rows(item, rows, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return _like(value, [_twice(item, batch) for item in value])
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-        return torch.cat((value, value))
+        return _like(value, [map_rows(item, rows, change) for item in value])
+    if isinstance(value, Tensor) and (rows is None or (value.ndim and len(value) == rows)):
+        return change(value)
     return value
+
+
+def _chunk(rows: Tensor, count: int, j: int) -> Tensor:
+    """The j-th of ``count`` nearly equal parts."""
+    return rows.tensor_split(count)[j]
 
 
 def _like(value: Any, items: list[Any]) -> Any:

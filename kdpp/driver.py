@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from functools import cached_property, lru_cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm.auto import trange
 
 from kdpp.checks import check_latent, check_sigmas
-from kdpp.denoisers import Denoise, bind, shaped
-from kdpp.guidance import LatentMap, Revision, TeacherGuidedDenoiser
+from kdpp.denoisers import bind
+from kdpp.guidance import Revision, TeacherGuidedDenoiser
+from kdpp.lessons import Lesson, check_unwritten, plan_lessons, prepare_guided, writes
 from kdpp.noise import NoiseSampler, checked, host_noise, private_generator, private_seed
 from kdpp.plan import FLOW, Row, Space, Step
 from kdpp.update import Update
@@ -22,8 +23,6 @@ __all__ = ["Callback", "Plan", "report", "run"]
 
 Plan = Callable[[Sequence[float]], Iterable[Step]]
 Callback = Callable[[dict[str, Any]], Any]
-RenoiseNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
-nothing = nullcontext()
 
 
 @torch.no_grad()
@@ -49,56 +48,104 @@ def run(
     model = check_model(model)
     check_latent(x)
     levels, sigmas = check_sigmas(sigmas)
-    check_kind(levels, model)
+    space = model.space
+    check_kind(levels, model, space)
     if len(levels) < 2:
         return x
+    course = chart(plan, model, levels, space, cfg_pp, lambda: private_seed(x))
+    this = Run(course, model, levels, sigmas, noise_sampler, default_noise)
+    recorded = RECORDED.get()
+    if recorded is not None:
+        recorded.append(this)
+        return x
+    told = None if callback is None else Told(callback, sigmas.unbind())
+    indices = range(len(course.steps)) if disable else trange(len(course.steps), disable=disable)
+    state, dtype = this.state(x)
+    noise, table = this.noise(state), course.table(x)
     extra_args = {} if extra_args is None else extra_args
-    space = model.space
-    steps = planned(plan, tuple(space.sigma(level) for level in levels))
-    revisions = model.revisions(steps, lambda: private_seed(x))
-    student = bind(model.student, "student", x, extra_args, needs_uncond=cfg_pp)
-    lessons = prepare_lessons(model, steps, revisions, x, extra_args, cfg_pp)
-    ready = prepare_steps(steps, tuple(map(tuple, revisions)), space, cfg_pp)
-    if noise_sampler is None and any(one.draws for one in ready):
-        noise_sampler = default_noise(x, sigmas)
-    sigma_at = sigmas.unbind()
+    image = walk(course, model, state, table, extra_args, noise, indices, told, dtype)
+    return image.to(x.dtype)
 
-    def draw(i: int, level: float | None) -> Tensor:
-        """Noise from step i's level to ``level``, or to the step's end."""
-        assert noise_sampler is not None
-        end = sigma_at[i + 1] if level is None else sigmas.new_full((), level)
-        return checked(noise_sampler(sigma_at[i], end), "noise_sampler", x)
 
-    memory, states = max(one.memory for one in ready), max(one.states for one in ready)
-    earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest first
-    past: tuple[Tensor, ...] = ()  # the states that they began with
-    for i in trange(len(steps), disable=disable):
-        churn, stages, here = ready[i].churn, ready[i].stages, lessons[i]
-        if churn is not None:
-            x = churn(((x,),), partial(draw, i, None))
-        point, directions = x, earlier
-        taught: tuple[Tensor, ...] = ()
-        info: dict[str, Any] = {}
-        for stage in stages:
-            level = x.new_full(x.shape[:1], stage.level)
-            with unwritten(directions[:memory], "student") if directions else nothing:
-                denoised, uncond = student(point, level)
-            directions = (uncond if cfg_pp else denoised, *directions)
-            if callback and stage is stages[0]:
-                info = report(x, i, sigma_at[i], denoised, stage.level if churn else None)
-            if here and stage is stages[-1]:
-                renoised, taught = teach(here, point, denoised, directions[0], sigma_at[i])
-                if callback:
-                    info |= report_lessons(here, denoised, renoised, taught)
-            # As k-diffusion, after the step's first evaluation; where a teacher speaks, after it.
-            if callback and stage is stages[-1 if here else 0]:
-                callback(info)
-            groups = ((x, denoised), taught, directions, past)
-            point = stage.update(groups, partial(draw, i, stage.end))
-        earlier = (directions[len(directions) - len(earlier) - 1], *earlier)[:memory]
-        past = (x, *past)[:states]
-        x = point
-    return x
+class Run(NamedTuple):
+    """A run that is planned and not begun: all of it but the latent and the conditions."""
+
+    course: Course
+    model: TeacherGuidedDenoiser
+    levels: Sequence[float]
+    sigmas: Tensor
+    noise_sampler: NoiseSampler | None
+    default_noise: Callable[[Tensor, Tensor], NoiseSampler]
+
+    def state(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+        """The state to start from, and what the networks are given if that is another dtype."""
+        small = x.dtype in (torch.float16, torch.bfloat16)
+        return (x.float(), x.dtype) if small and self.model.float32_state else (x, None)
+
+    def noise(self, state: Tensor) -> Noise:
+        """The sources of noise for one run from this state."""
+        noise = Noise(
+            self.model.renoise_noise_sampler, state, self.levels, self.sigmas, self.course.teaches
+        )
+        if self.course.draws:
+            given = self.noise_sampler
+            noise.sampler = self.default_noise(state, self.sigmas) if given is None else given
+        return noise
+
+
+RECORDED: ContextVar[list[Run] | None] = ContextVar("RECORDED", default=None)
+"""Where a list is set, `run` appends the run to it instead of carrying it out."""
+
+
+class ReadyStage(NamedTuple):
+    """A stage made ready: which evaluation it is, its update, and the level noise goes to."""
+
+    evaluation: int
+    update: Update
+    end: float | None
+
+
+class ReadyStep(NamedTuple):
+    """A step made ready: its churn, its stages, and its teachers' lessons."""
+
+    churn: Update | None
+    lifted: float | None
+    stages: tuple[ReadyStage, ...]
+    lessons: tuple[Lesson, ...]
+
+
+class Course(NamedTuple):
+    """A run in numbers, before any tensor: the same for every run of these settings."""
+
+    steps: tuple[ReadyStep, ...]
+    levels: tuple[float, ...]
+    """What the student is told, evaluation by evaluation."""
+    memory: int
+    """How many of the directions that earlier steps began with are kept."""
+    states: int
+    """How many of the states that earlier steps began with are kept."""
+    draws: bool
+    teaches: bool
+    cfg_pp: bool
+
+    def table(self, x: Tensor) -> Sequence[Tensor]:
+        """The student's levels as tensors ``(batch,)`` on x's device; copied there once."""
+        levels = torch.tensor(self.levels, dtype=x.dtype).to(x.device, non_blocking=x.is_cuda)
+        return levels[:, None].expand(-1, len(x)).contiguous().unbind()
+
+
+def chart(
+    plan: Plan,
+    model: TeacherGuidedDenoiser,
+    levels: Sequence[float],
+    space: Space,
+    cfg_pp: bool,
+    seed: Callable[[], int],
+) -> Course:
+    """The run's coefficients, from its levels and settings; ``seed`` is for random levels."""
+    steps = planned(plan, tuple(map(space.sigma, levels)))
+    revisions = model.revisions(steps, seed)
+    return ready(steps, tuple(map(tuple, revisions)), space, cfg_pp)
 
 
 def planned(plan: Plan, sigmas: tuple[float, ...]) -> tuple[Step, ...]:
@@ -117,33 +164,16 @@ def _planned(
     return tuple(function(sigmas, **settings))
 
 
-class ReadyStage(NamedTuple):
-    """A stage made ready: the level its network sees, its update, and the level noise goes to."""
-
-    level: float
-    update: Update
-    end: float | None
-
-
-class ReadyStep(NamedTuple):
-    """A step made ready: its churn, its stages, and what of the past it needs."""
-
-    churn: Update | None
-    stages: tuple[ReadyStage, ...]
-    draws: bool
-    memory: int
-    states: int
-
-
 @lru_cache(maxsize=64)
-def prepare_steps(
+def ready(
     steps: tuple[Step, ...],
     revisions: tuple[tuple[Revision, ...], ...],
     space: Space,
     cfg_pp: bool,
-) -> tuple[ReadyStep, ...]:
+) -> Course:
     """Every step made ready; the teachers' shares go into its last stage."""
-    ready = []
+    made = []
+    levels: list[float] = []
     for step, here in zip(steps, revisions):
         base = step.stages[0].sigma
         churn = None
@@ -156,126 +186,145 @@ def prepare_steps(
             scales = [] if following else [revision.scale for revision in here]
             update = Update.of(stage.row, base, reached, space, cfg_pp, scales)
             end = space.level(reached) if following else None
-            stages.append(ReadyStage(space.level(stage.sigma), update, end))
-        states = max(len(stage.row.past) for stage in step.stages)
-        ready.append(ReadyStep(churn, tuple(stages), step.draws, step.memory, states))
-    return tuple(ready)
+            stages.append(ReadyStage(len(levels), update, end))
+            levels.append(space.level(stage.sigma))
+        lifted = space.level(base) if churn else None
+        lessons = plan_lessons(here, step.stages[-1].sigma, space, cfg_pp)
+        made.append(ReadyStep(churn, lifted, tuple(stages), lessons))
+    return Course(
+        tuple(made),
+        tuple(levels),
+        memory=max(step.memory for step in steps),
+        states=max(len(stage.row.past) for step in steps for stage in step.stages),
+        draws=any(step.draws for step in steps),
+        teaches=any(revisions),
+        cfg_pp=cfg_pp,
+    )
 
 
-class Lesson(NamedTuple):
-    """A `Revision` made ready to be carried out."""
+class Source(Protocol):
+    """Where `walk` gets noise from."""
 
-    level: float
-    scale: float
-    renoise: Update
-    teacher: Denoise
-    maps: tuple[LatentMap, LatentMap] | None
-    mask: Tensor | None
-    noise: RenoiseNoise
+    def between(self, step: int, level: float | None) -> Tensor:
+        """From the step's level to ``level`` (None: to the step's end), shaped like the latent."""
 
-    def __call__(
-        self,
-        point: Tensor,
-        denoised: Tensor,
-        direction: Tensor,
-        sigma: Tensor,
-        others: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The student's estimate noised again, and the teacher's estimate from it."""
-        clean = denoised if self.maps is None else self.maps[0](denoised)
-        level = clean.new_full(clean.shape[:1], self.level)
-        draw = partial(self.noise, clean, sigma, clean.new_full((), self.level))
-        renoised = self.renoise(((point, clean), (), (direction,)), draw)
-        with unwritten((denoised, *others), "teacher"):
-            taught, _ = self.teacher(renoised, level)
-        if self.maps is not None:
-            taught = shaped(self.maps[1](taught), "teacher's map back", denoised)
-        if self.mask is not None:
-            taught = torch.lerp(denoised, taught, self.mask)
-        return renoised, taught
+    def renoise(self, like: Tensor, step: int, level: float) -> Tensor:
+        """For that step's renoising to ``level``, shaped like ``like``."""
 
 
-def teach(
-    lessons: Sequence[Lesson],
-    point: Tensor,
-    denoised: Tensor,
-    direction: Tensor,
-    sigma: Tensor,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What each lesson's teacher was given, and its estimate."""
-    renoised: tuple[Tensor, ...] = ()
-    taught: tuple[Tensor, ...] = ()
-    for lesson in lessons:
-        given, estimate = lesson(point, denoised, direction, sigma, taught)
-        renoised, taught = (*renoised, given), (*taught, estimate)
-    return renoised, taught
+class Noise:
+    """The solver's noise sampler, and the teachers': the caller's, or a private stream.
 
-
-def prepare_lessons(
-    model: TeacherGuidedDenoiser,
-    steps: Sequence[Step],
-    revisions: Sequence[Sequence[Revision]],
-    x: Tensor,
-    extra_args: Mapping[str, Any],
-    cfg_pp: bool,
-) -> list[list[Lesson]]:
-    """Every step's lessons; without any, no teacher is bound and no random state is looked at."""
-    mask = fit_mask(model.teacher_mask, x)
-    used = {revision.teacher for here in revisions for revision in here}
-    if not used:
-        return [[] for _ in steps]
-    noise = renoise_noise(model.renoise_noise_sampler, x)
-    bound = {}
-    for j in used:
-        one = model.teachers[j]
-        own = {**extra_args, **(one.extra_args or {})}
-        bound[j] = bind(one.denoiser, "teacher", x, own, one.cfg_scale)
-
-    def lesson(step: Step, revision: Revision) -> Lesson:
-        sigma, space = revision.sigma, model.space
-        update = Update.of(revision.renoise, step.stages[-1].sigma, sigma, space, cfg_pp)
-        maps = model.teachers[revision.teacher].maps
-        teacher = bound[revision.teacher]
-        return Lesson(space.level(sigma), revision.scale, update, teacher, maps, mask, noise)
-
-    return [[lesson(step, r) for r in here] for step, here in zip(steps, revisions)]
-
-
-def renoise_noise(sampler: NoiseSampler | None, x: Tensor) -> RenoiseNoise:
-    """The renoise draws, shaped like their first argument: the caller's, or a private stream."""
-    generator = private_generator(x) if sampler is None else None
-
-    def draw(like: Tensor, sigma: Tensor, sigma_s: Tensor) -> Tensor:
-        if sampler is None:
-            return torch.randn(
-                like.shape, generator=generator, device=like.device, dtype=like.dtype
-            )
-        return checked(sampler(sigma, sigma_s), "renoise_noise_sampler", like)
-
-    return draw
-
-
-class unwritten:
-    """ValueError where a network writes its answer over ``tensors``, earlier ones still in use.
-
-    By torch's count of in-place writes, which inference mode and compiled code do not keep.
+    A noise sampler with a method ``between(sigma, sigma_next)`` is asked there, with numbers, so
+    that it has nothing to read back from a device.
     """
 
-    def __init__(self, tensors: Sequence[Any], name: str) -> None:
-        counted = not torch.compiler.is_compiling()
-        self.tensors = [t for t in tensors if counted and not t.is_inference()]
-        self.writes = [tensor._version for tensor in self.tensors]
-        self.name = name
+    def __init__(
+        self,
+        renoise_sampler: NoiseSampler | None,
+        x: Tensor,
+        levels: Sequence[float],
+        sigmas: Tensor,
+        teaches: bool,
+    ) -> None:
+        self.sampler: NoiseSampler | None = None
+        self.renoise_sampler = renoise_sampler
+        self.x, self.levels, self.sigmas = x, levels, sigmas
+        own = teaches and renoise_sampler is None
+        self.generator = private_generator(x) if own else None
 
-    def __enter__(self) -> None:
-        pass
+    @cached_property
+    def sigma_at(self) -> Sequence[Tensor]:
+        return self.sigmas.unbind()
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None and self.writes != [tensor._version for tensor in self.tensors]:
-            raise ValueError(
-                f"the {self.name} wrote its answer into memory that holds an earlier one, still in "
-                "use; return a new tensor from every call (clone the output)"
+    def between(self, step: int, level: float | None) -> Tensor:
+        by_numbers = getattr(self.sampler, "between", None)
+        if by_numbers is not None:
+            noise = by_numbers(self.levels[step], self.levels[step + 1] if level is None else level)
+        else:
+            end = self.sigma_at[step + 1] if level is None else self.sigmas.new_full((), level)
+            assert self.sampler is not None
+            noise = self.sampler(self.sigma_at[step], end)
+        return checked(noise, "noise_sampler", self.x)
+
+    def renoise(self, like: Tensor, step: int, level: float) -> Tensor:
+        if self.renoise_sampler is None:
+            return torch.randn(
+                like.shape, generator=self.generator, device=like.device, dtype=like.dtype
             )
+        noise = self.renoise_sampler(self.sigma_at[step], like.new_full((), level))
+        return checked(noise, "renoise_noise_sampler", like)
+
+
+class Told(NamedTuple):
+    """A callback, and the sigmas that it is told of."""
+
+    callback: Callback
+    sigma_at: Sequence[Tensor]
+
+
+def walk(
+    course: Course,
+    model: TeacherGuidedDenoiser,
+    x: Tensor,
+    table: Sequence[Tensor],
+    extra_args: Mapping[str, Any],
+    noise: Source,
+    indices: Iterable[int],
+    told: Told | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The loop. ``dtype``: what the networks are given, where it is not x's."""
+    cfg_pp, memory = course.cfg_pp, course.memory
+    student = bind(
+        model.student, "student", x, extra_args, needs_uncond=cfg_pp,
+        dtype=dtype, max_batch=model.max_batch,
+    )  # fmt: skip
+    lessons = [step.lessons for step in course.steps]
+    guided = prepare_guided(model, lessons, x, extra_args, dtype) if course.teaches else None
+    earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest first
+    past: tuple[Tensor, ...] = ()  # the states that they began with
+    try:
+        for i in indices:
+            churn, lifted, stages, _ = course.steps[i]
+            here = guided[i] if guided else None
+            if churn is not None:
+                x = churn(((x,),), noise.between(i, None))
+            if here is not None:
+                here.fetch()
+            point, directions = x, earlier
+            taught: tuple[Tensor, ...] = ()
+            info: dict[str, Any] = {}
+            for stage in stages:
+                kept = directions[:memory]
+                before = writes(kept) if kept else None
+                denoised, uncond = student(point, table[stage.evaluation])
+                if before is not None:
+                    check_unwritten(kept, before, "student")
+                directions = (uncond if cfg_pp else denoised, *directions)
+                if told and stage is stages[0]:
+                    info = report(x, i, told.sigma_at[i], denoised, lifted)
+                if here and stage is stages[-1]:
+                    renoised, taught = here.teach(point, denoised, directions[0], i, noise.renoise)
+                    if told:
+                        info |= here.report(denoised, renoised, taught)
+                # As k-diffusion, after the step's first evaluation; where a teacher speaks, after.
+                if told and stage is stages[-1 if here else 0]:
+                    told.callback(info)
+                groups = ((x, denoised), taught, directions, past)
+                update = stage.update
+                fresh = None if update.noise is None else noise.between(i, stage.end)
+                point = update(groups, fresh)
+            if memory:
+                earlier = (directions[len(directions) - len(earlier) - 1], *earlier)[:memory]
+            if course.states:
+                past = (x, *past)[: course.states]
+            x = point
+    finally:
+        for one in guided or ():
+            if one is not None:
+                one.release()
+    return x
 
 
 def report(
@@ -284,25 +333,6 @@ def report(
     """What k-diffusion tells its callbacks; ``level`` is where churn has lifted x."""
     churned = sigma if level is None else sigma.new_full((), level)
     return {"x": x, "i": i, "sigma": sigma, "sigma_hat": churned, "denoised": denoised}
-
-
-def report_lessons(
-    lessons: Sequence[Lesson],
-    denoised: Tensor,
-    renoised: Sequence[Tensor],
-    taught: Sequence[Tensor],
-) -> dict[str, Any]:
-    """What callbacks learn of a guided step; lists where there are several lessons."""
-    revised = denoised
-    for lesson, estimate in zip(lessons, taught):
-        revised = revised + lesson.scale * (estimate - denoised)
-    one = len(lessons) == 1
-    return {
-        "denoised_student": denoised,
-        "renoised": renoised[0] if one else list(renoised),
-        "denoised_teacher": taught[0] if one else list(taught),
-        "denoised_revised": revised,
-    }
 
 
 def check_model(model: Any) -> TeacherGuidedDenoiser:
@@ -314,9 +344,9 @@ def check_model(model: Any) -> TeacherGuidedDenoiser:
     return model
 
 
-def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser) -> None:
+def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser, space: Space) -> None:
     """ValueError for a flow model's schedule given to another model, or the reverse."""
-    if model.space is FLOW:
+    if space is FLOW:
         if levels and levels[0] > 1.0:
             raise ValueError(
                 f"sigmas starts at {levels[0]:g}; the student is a flow model, whose levels lie in "
@@ -327,17 +357,3 @@ def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser) -> None:
             "sigmas runs from exactly 1 to 0, as a flow model's do; the student is none. Mark it "
             "(kdpp.FlowDenoiser, or flow=True), or say flow=False if σ = 1 is meant"
         )
-
-
-def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask in the latent's dtype and on its device; ValueError where it does not fit."""
-    if mask is None:
-        return None
-    try:
-        mask.expand(x.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"teacher_mask has shape {tuple(mask.shape)}, which does not broadcast to the latent's "
-            f"{tuple(x.shape)}"
-        ) from None
-    return mask.to(x)

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -140,6 +141,10 @@ class TeacherGuidedDenoiser(nn.Module):
         teacher_mask: where the teacher is heard: weights in [0, 1], of a shape that broadcasts to
             the latent's.
         extrapolate: allow λ, and their sum, outside [0, 1].
+        float32_state: keep the state of a 16-bit x in float32 between the networks' calls, which
+            are given x's dtype; the result has it too. False: all in 16 bits.
+        max_batch: the most rows that a network is called with (CFG has two for each sample, several
+            draws more); larger batches are split evenly. None: no cap.
         flow: whether levels and states are a flow model's (τ in [0, 1], ``(1-τ) x0 + τ n``). By
             default what the student says of itself (its attribute ``flow``).
 
@@ -164,6 +169,8 @@ class TeacherGuidedDenoiser(nn.Module):
         renoise_noise_sampler: NoiseSampler | None = None,
         teacher_mask: Tensor | None = None,
         extrapolate: bool = False,
+        float32_state: bool = True,
+        max_batch: int | None = None,
         flow: bool | None = None,
     ) -> None:
         super().__init__()
@@ -172,6 +179,8 @@ class TeacherGuidedDenoiser(nn.Module):
         settings = (teacher_scale, teacher_steps, teacher_cfg_scale, renoise, renoise_eta)
         self.teachers = _teachers(teacher, settings)
         self.extrapolate = extrapolate
+        self.float32_state = float32_state
+        self.max_batch = None if max_batch is None else check_count("max_batch", max_batch, 1)
         for one in self.teachers:
             if isinstance(one.scale, list | tuple):
                 for scale in one.scale:
@@ -220,11 +229,14 @@ class TeacherGuidedDenoiser(nn.Module):
             renoise_noise_sampler=self.renoise_noise_sampler,
             teacher_mask=self.teacher_mask,
             extrapolate=self.extrapolate,
+            float32_state=self.float32_state,
+            max_batch=self.max_batch,
             flow=self.flow,
         )
 
     def revisions(self, steps: Sequence[Step], seed: Callable[[], int]) -> list[list[Revision]]:
         """Every step's revisions, in numbers; ``seed`` gives one for random levels."""
+        space = self.space
         revisions: list[list[Revision]] = [[] for _ in steps]
         for j, teacher in enumerate(self.teachers):
             if isinstance(teacher.scale, Sequence) and len(teacher.scale) != len(steps):
@@ -232,8 +244,8 @@ class TeacherGuidedDenoiser(nn.Module):
                     f"teacher_scale holds {len(teacher.scale)} numbers for {len(steps)} steps; "
                     "give one for each"
                 )
-            level = _renoise_levels(teacher.renoise, steps, self.space, partial(_mixed, seed, j))
-            for i in _guided_steps(teacher, steps, self.space):
+            level = _renoise_levels(teacher.renoise, steps, space, partial(_mixed, seed, j))
+            for i in _guided_steps(teacher, steps, space):
                 sigma = self._within_training(level(i), j)
                 if sigma == 0.0 and _is_explicit(teacher.steps):
                     raise ValueError(
@@ -246,7 +258,7 @@ class TeacherGuidedDenoiser(nn.Module):
                     one = Revision(j, scale / teacher.draws, sigma, row)
                     revisions[i] += [one] * teacher.draws
         for i, step in enumerate(revisions):
-            total = sum(revision.scale for revision in step)
+            total = sum(revision.scale for revision in step) if step else 0.0
             if total > 1.0 + 1e-9 and not self.extrapolate:
                 raise ValueError(
                     f"the teachers' scales sum to {total:g} at step {i}; Σλ must not exceed 1 "
@@ -306,14 +318,14 @@ def _is_explicit(steps: Any) -> bool:
 
 def _guided_steps(teacher: Teacher, steps: Sequence[Step], space: Space) -> list[int]:
     """The indices of the steps that the teacher revises; steps of no length are none of them."""
-    able = [
+    able = (
         i
         for i, step in enumerate(steps)
         if step.sigma_next < step.sigma and step.stages[-1].row.denoised != 0.0
-    ]
+    )
     wanted: Any = teacher.steps
     if isinstance(wanted, numbers.Integral):
-        return able[: int(wanted)]
+        return list(islice(able, int(wanted)))
     if isinstance(wanted, NoiseRange):
         # A bound that is one of the levels holds it, though float32 has rounded the levels.
         low, high = wanted.low * (1.0 - 1e-6), wanted.high * (1.0 + 1e-6)

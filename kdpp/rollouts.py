@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from kdpp.checks import check_count, check_latent, check_number, check_sigmas, read_levels
-from kdpp.denoisers import Denoise, Denoiser, bind, refuse_unmarked_cfg
+from kdpp.denoisers import Denoise, Denoiser, bind, map_rows, refuse_unmarked_cfg
 from kdpp.driver import Callback, report
 from kdpp.editing import Inpainted, check_levels
 from kdpp.guidance import TeacherGuidedDenoiser
@@ -229,7 +229,7 @@ class Player(NamedTuple):
             return Leg(denoise, levels, None)
         refuse_known_regions(self.model, self.name)
         samples = chosen.nonzero()[:, 0].to(x.device)
-        own_args = {key: select(value, samples, len(x)) for key, value in extra_args.items()}
+        own_args = map_rows(dict(extra_args), len(x), lambda t: t[samples.to(t.device)])
         denoise = bind(self.model, self.name, x[samples], own_args, self.cfg_scale)
         return Leg(denoise, levels, samples)
 
@@ -286,17 +286,6 @@ def turns(steps: int, x: Tensor, switch: int, first: str) -> Tensor:
     before = torch.arange(steps) < switch
     by_teacher: Tensor = before == (first == "teacher")
     return by_teacher[:, None].repeat(1, x.shape[0])
-
-
-def select(value: Any, samples: Tensor, batch: int) -> Any:
-    """Cut every batch-first tensor of a nested structure to the samples; leave anything else."""
-    if isinstance(value, Mapping):
-        return {key: select(item, samples, batch) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)([select(item, samples, batch) for item in value])
-    if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch:
-        return value[samples.to(value.device)]
-    return value
 
 
 def refuse_known_regions(model: Any, name: str) -> None:

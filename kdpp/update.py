@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from kdpp.plan import VE, Row, Space
 
-__all__ = ["Draw", "Update"]
-
-Draw = Callable[[], Tensor]
+__all__ = ["Update"]
 
 # The places of a row's tensors are (group, index); the groups:
 STATE, TEACHERS, DIRECTIONS, PAST = range(4)
@@ -23,7 +21,7 @@ class Update(NamedTuple):
     """A row made ready: one interpolation for each tensor after the first, a factor, the noise.
 
     It is called with the groups: (x, x̂), the teachers' estimates, directions and past states, both
-    newest first; ``draw`` makes the noise.
+    newest first; and with the noise, where it takes any.
     """
 
     first: tuple[int, int]
@@ -65,18 +63,18 @@ class Update(NamedTuple):
         factor = 1.0 if space is VE else total
         return cls(folded[0][0], tuple(folded[1:]), factor, row.noise and alpha * row.noise)
 
-    def __call__(self, groups: Sequence[Sequence[Any]], draw: Draw) -> Tensor:
-        group, index = self.first
+    def __call__(self, groups: Sequence[Sequence[Any]], noise: Tensor | None) -> Tensor:
+        (group, index), lerps, factor, scale = self
         result: Tensor = groups[group][index]
-        for (group, index), weight in self.lerps:
-            result = torch.lerp(result, groups[group][index], weight)
-        if self.factor != 1.0:
-            result = result * self.factor
-        if self.noise is not None:
-            noise = draw()
-            return torch.add(result, noise, alpha=self.noise) if self.noise else result
+        for (other, place), weight in lerps:
+            result = torch.lerp(result, groups[other][place], weight)
+        if factor != 1.0:
+            result = result * factor
+        if scale:
+            assert noise is not None
+            return torch.add(result, noise, alpha=scale)
         # A network may use its output buffer again: never hand out that very tensor.
-        fresh = self.lerps or self.factor != 1.0 or self.first == X
+        fresh = lerps or factor != 1.0 or (group, index) == X
         return result if fresh else result.clone()
 
 

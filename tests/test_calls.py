@@ -1,0 +1,352 @@
+"""Network calls: fused, capped, shared by stacked teachers; borrowed teachers come and go."""
+
+import pytest
+import torch
+from torch import nn
+
+import kdpp
+import problems
+from kdpp import Teacher
+from kdpp.denoisers import bind
+from problems import Counted, Problem, karras, mixture, run, seeded
+
+SOLVERS = problems.on_schedules(kdpp.SOLVERS)
+over_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
+EULER = kdpp.SOLVERS["sample_euler_tg"]
+BATCH = 3
+EXTRA = {
+    "cond": seeded(BATCH, 3, seed=1),
+    "uncond": seeded(BATCH, 3, seed=2),
+    "cond_scale": 2.0,
+}
+
+
+def sample(model, solver=EULER, steps=3, extra=EXTRA, **options):
+    """A run from a fixed latent with the solver's noise fixed."""
+    torch.manual_seed(0)
+    sigmas = karras(steps)
+    x = seeded(BATCH, *problems.SHAPE, seed=5) * sigmas[0]
+    drawn = iter(seeded(BATCH, *problems.SHAPE, seed=70 + i) for i in range(99))
+    options["noise_sampler"] = lambda *_: next(drawn)
+    return run(solver, model, x, sigmas, extra_args=extra, **options)
+
+
+def guided(student, teachers, **settings):
+    """A wrapper whose renoise draws are fixed."""
+    drawn = iter(seeded(BATCH, *problems.SHAPE, seed=40 + i) for i in range(99))
+    settings = {"renoise_noise_sampler": lambda *_: next(drawn), **settings}
+    return kdpp.TeacherGuidedDenoiser(student, teachers, **settings)
+
+
+# ------------------------------------------------------------------------------- fused calls
+
+
+@over_solvers
+def test_all_that_one_teacher_is_asked_at_a_step_is_one_call(solver):
+    """Draws, several levels, two conditions, CFG or none: one call with the rows of them all."""
+    counted = Counted(mixture(1))
+    other = {"cond": seeded(BATCH, 3, seed=8)}
+    teachers = [
+        Teacher(counted, scale=0.3, cfg_scale=3.0, draws=2),
+        Teacher(counted, scale=0.2, cfg_scale=1.0, renoise=0.4, extra_args=other),
+    ]
+    found = sample(guided(mixture(0), teachers), solver)
+    (call,) = counted.calls
+    assert len(call.x) == BATCH * (2 + 2 + 1)
+    levels = call.sigma.reshape(-1, BATCH)
+    assert (levels == levels[:, :1]).all() and levels[-1, 0] == 0.4
+    conds = call.extra["cond"].reshape(-1, BATCH, 3)
+    asked = [EXTRA["uncond"], EXTRA["cond"]] * 2 + [other["cond"]]
+    assert all(map(torch.equal, conds, asked))
+    # Two networks that are equal but not the same are asked apart; the image is the same.
+    apart = [Counted(mixture(1)) for _ in range(2)]
+    settings = [
+        Teacher(apart[0], scale=0.3, cfg_scale=3.0, draws=2),
+        Teacher(apart[1], scale=0.2, cfg_scale=1.0, renoise=0.4, extra_args=other),
+    ]
+    expected = sample(guided(mixture(0), settings), solver)
+    assert [len(one.calls) for one in apart] == [1, 1]
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_lessons_keep_their_order_though_calls_are_shared():
+    """Teachers A, B, A: two calls, and what the callback hears stands in the teachers' order."""
+    one, two = Counted(mixture(1)), Counted(mixture(2))
+    levels = (0.3, 0.5, 0.8)
+    teachers = [
+        Teacher(net, scale=0.2, cfg_scale=1.0, renoise=level)
+        for net, level in zip((one, two, one), levels)
+    ]
+    heard = []
+    sample(guided(mixture(0), teachers), callback=heard.append)
+    assert (len(one.calls), len(two.calls)) == (1, 1)
+    first, third = one.calls[0].output.chunk(2)
+    expected = [first, two.calls[0].output, third]
+    assert all(map(torch.equal, heard[0]["denoised_teacher"], expected))
+    student = heard[0]["denoised_student"]
+    revised = student + sum(0.2 * (taught - student) for taught in expected)
+    assert torch.allclose(heard[0]["denoised_revised"], revised, rtol=0, atol=1e-12)
+
+
+def test_a_teacher_with_its_own_cfg_is_asked_draw_by_draw():
+    """What does its own CFG gets its keywords as they are, so its draws cannot be joined."""
+    calls = []
+
+    def own(x, sigma, uncond, cond, cond_scale):
+        calls.append((len(x), cond_scale))
+        return mixture(1)(x, sigma, cond)
+
+    teacher = Teacher(kdpp.OwnCFG(own), draws=2, cfg_scale=3.0)
+    sample(guided(mixture(0), teacher, max_batch=1), extra={**EXTRA, "cond_scale": 1.0})
+    assert calls == [(BATCH, 3.0)] * 2
+
+
+# ------------------------------------------------------------------------------- the cap
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "student", "teacher"),
+    [
+        (None, [6], [12]),
+        (99, [6], [12]),
+        (12, [6], [12]),
+        (11, [6], [6, 6]),
+        (5, [3, 3], [4, 4, 4]),
+        (4, [3, 3], [4, 4, 4]),
+        (1, [1] * 6, [1] * 12),
+    ],
+)
+@over_solvers
+def test_a_cap_splits_calls_evenly(solver, max_batch, student, teacher):
+    """No call has more rows than the cap, as few calls as that allows; the image is the same."""
+    nets = [Counted(mixture(0)), Counted(mixture(1))]
+    teachers = Teacher(nets[1], cfg_scale=3.0, draws=2)
+    found = sample(guided(nets[0], teachers, max_batch=max_batch), solver, steps=2)
+    rows = [len(call.x) for call in nets[0].calls]
+    assert rows == student * (len(rows) // len(student))
+    assert [len(call.x) for call in nets[1].calls] == teacher
+    plain = Teacher(mixture(1), cfg_scale=3.0, draws=2)
+    expected = sample(guided(mixture(0), plain), solver, steps=2)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def test_batch_first_tensors_are_split_with_their_rows():
+    """Nested, too; anything that is not batch-first goes to every call as it is."""
+    seen = []
+
+    def network(x, sigma, cond, table, mode):
+        seen.append((cond["a"].tolist(), table.shape, mode))
+        return x
+
+    extra = {"cond": {"a": torch.arange(4.0)}, "table": torch.zeros(7, 2), "mode": "z"}
+    x = torch.zeros(4, 1)
+    denoise = bind(network, "student", x, extra, max_batch=3)
+    denoise(x, torch.ones(4))
+    assert seen == [([0.0, 1.0], (7, 2), "z"), ([2.0, 3.0], (7, 2), "z")]
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
+def test_a_cap_must_be_a_whole_number(value):
+    """Refused when the wrapper is made."""
+    with pytest.raises(ValueError, match="max_batch"):
+        guided(mixture(0), mixture(1), max_batch=value)
+
+
+def test_conditions_that_do_not_fit_into_one_batch_are_refused():
+    """By name, before any network is called."""
+    extra = {**EXTRA, "uncond": torch.zeros(BATCH, 4)}
+    with pytest.raises(ValueError, match=r"cond.*\(3, 4\)"):
+        sample(guided(problems.NeverCalled(), mixture(1)), extra=extra)
+
+
+# ------------------------------------------------------------------------------- stacked teachers
+
+
+class Net(nn.Module):
+    """A small trainable denoiser with a condition, a buffer and a branch-free forward."""
+
+    def __init__(self, seed, width=5):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.one, self.two = nn.Linear(12 + 3 + 1, width), nn.Linear(width, 12)
+        self.register_buffer("gain", torch.tensor(0.1 * (seed + 1)))
+
+    def forward(self, x, sigma, cond):
+        """An estimate of x0 from all pixels, the level and the condition."""
+        seen = torch.cat([x.flatten(1) / (1 + sigma[:, None]), cond, sigma.log()[:, None]], 1)
+        return (self.two(self.one(seen).tanh()) * self.gain).view_as(x)
+
+
+def nets(count=3, **sizes):
+    return [Net(seed, **sizes).double() for seed in range(count)]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 3.0])
+@pytest.mark.parametrize("draws", [1, 2])
+@over_solvers
+def test_stacked_teachers_speak_as_they_do_alone(solver, draws, cfg_scale, monkeypatch):
+    """One call for all where all speak with as many rows; the image that separate calls give."""
+    originals = nets()
+
+    def teachers(denoisers):
+        return [
+            Teacher(one, scale=0.1 * (j + 1), cfg_scale=cfg_scale, draws=draws, steps=j + 1)
+            for j, one in enumerate(denoisers)
+        ]
+
+    expected = sample(guided(mixture(0), teachers(originals)), solver, steps=5)
+    stacked = kdpp.stack_teachers(*originals)
+    calls = []
+    for kind in (kdpp.stacking.Stack, kdpp.stacking.Stacked):
+        forward = kind.forward
+
+        def counted(self, x, *args, _forward=forward, **kwargs):
+            calls.append((type(self).__name__, len(x)))
+            return _forward(self, x, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    found = sample(guided(mixture(0), teachers(stacked)), solver, steps=5)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+    rows = BATCH * draws * (1 if cfg_scale == 1.0 else 2)
+    # All three at the first step, two at the second, the third alone at the third.
+    assert calls == [("Stack", 3 * rows)] + [("Stacked", rows)] * 3
+
+
+def test_a_stack_holds_its_weights_once():
+    """The members share the stack's tensors; moving one moves all; nothing trains by accident."""
+    stacked = kdpp.stack_teachers(*nets())
+    model = guided(mixture(0), [Teacher(one) for one in stacked])
+    held = [t for t in [*model.parameters(), *model.buffers()] if t.shape[:1] == (3,)]
+    per_net = len(list(Net(0).parameters())) + len(list(Net(0).buffers()))
+    assert len({t.data_ptr() for t in held}) == per_net
+    assert all(one.stack is stacked[0].stack for one in stacked)
+
+
+def test_a_cap_below_the_stack_asks_the_members_apart():
+    """The cap holds for stacked teachers too."""
+    originals = nets(2)
+    settings = {"cfg_scale": 1.0, "scale": 0.3}
+    expected = sample(guided(mixture(0), [Teacher(one, **settings) for one in originals]))
+    stacked = [Teacher(one, **settings) for one in kdpp.stack_teachers(*originals)]
+    found = sample(guided(mixture(0), stacked, max_batch=4))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+
+
+def test_what_cannot_be_stacked_is_refused():
+    """One network, other classes, other sizes, no networks."""
+    with pytest.raises(ValueError, match="two or more"):
+        kdpp.stack_teachers(Net(0))
+    with pytest.raises(TypeError, match="one class"):
+        kdpp.stack_teachers(Net(0), mixture(1))
+    with pytest.raises(TypeError, match="one class"):
+        kdpp.stack_teachers(lambda x, sigma: x, lambda x, sigma: x)
+    with pytest.raises(ValueError, match="one architecture"):
+        kdpp.stack_teachers(Net(0), Net(1, width=6))
+
+
+def test_a_k_diffusion_denoiser_can_be_stacked():
+    """CompVisDenoiser looks its timesteps up in a table; stacked it gives the same answers."""
+    from kdpp.digits import load_teacher
+
+    make = kdpp.kdiffusion.external.CompVisDenoiser
+    one, two = load_teacher(), load_teacher()
+    with torch.no_grad():
+        two.leave.weight.mul_(0.9)
+    stacked = kdpp.stack_teachers(make(one), make(two))
+    x, cond = torch.randn(4, 1, 8, 8), torch.arange(4)
+    sigma = torch.tensor([0.1, 1.0, 3.0, 14.0])
+    with torch.no_grad():
+        expected = torch.cat([make(net)(x, sigma, cond=cond) for net in (one, two)])
+        twice = [torch.cat([tensor, tensor]) for tensor in (x, sigma, cond)]
+        both = stacked[0].stack(*twice[:2], cond=twice[2])
+        alone = torch.cat([net(x, sigma, cond=cond) for net in stacked])
+    assert torch.allclose(both, expected, atol=1e-4)
+    assert torch.allclose(alone, expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------- borrowed teachers
+
+
+class Borrowed(nn.Module):
+    """A teacher that notes when it is fetched, called and released."""
+
+    def __init__(self, name, log, fails=False):
+        super().__init__()
+        self.name, self.log, self.fails = name, log, fails
+
+    def fetch(self):
+        self.log.append(f"fetch {self.name}")
+
+    def release(self):
+        self.log.append(f"release {self.name}")
+
+    def forward(self, x, sigma, cond=None):
+        """Half of x."""
+        self.log.append(self.name)
+        if self.fails:
+            raise RuntimeError("broken")
+        return x / 2
+
+
+def test_borrowed_teachers_are_there_for_their_steps_only():
+    """Fetched before the student's call of their first step, released after their last."""
+    log = []
+
+    def student(x, sigma, cond=None):
+        log.append("student")
+        return x / 3
+
+    settings = {"cfg_scale": 1.0, "scale": 0.2}
+    teachers = [
+        Teacher(Borrowed("a", log), steps=[0, 2], **settings),
+        Teacher(Borrowed("b", log), steps=[1], **settings),
+    ]
+    sample(guided(student, teachers), steps=5, extra={})
+    assert [entry for entry in log if not entry.startswith("release")] == [
+        "fetch a", "student", "a", "fetch b", "student", "b", "student", "a", "student", "student",
+    ]  # fmt: skip
+    assert log[5:7] == ["b", "release b"] and log[8:10] == ["a", "release a"]
+
+
+def test_borrowed_teachers_go_back_when_a_run_breaks():
+    """Also those that were fetched and not yet heard."""
+    log = []
+    teachers = [
+        Teacher(Borrowed("a", log, fails=True), cfg_scale=1.0),
+        Teacher(Borrowed("b", log), cfg_scale=1.0),
+    ]
+    with pytest.raises(RuntimeError, match="broken"):
+        sample(guided(lambda x, sigma, cond=None: x / 3, teachers), extra={})
+    assert {"release a", "release b"} <= set(log)
+
+
+# ------------------------------------------------------------------------------- noise by numbers
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s.stochastic], ids=lambda s: s.name)
+def test_a_noise_sampler_that_takes_numbers_gets_numbers(solver):
+    """Its method ``between`` is asked, with Python floats equal to what tensors would have held."""
+    tensors, numbers = [], []
+
+    class Source:
+        def __call__(self, sigma, sigma_next):
+            tensors.append((float(sigma), float(sigma_next)))
+            return seeded(2, *problems.SHAPE, seed=len(tensors))
+
+    class ByNumbers(Source):
+        def between(self, sigma, sigma_next):
+            assert type(sigma) is type(sigma_next) is float
+            numbers.append((sigma, sigma_next))
+            return seeded(2, *problems.SHAPE, seed=len(numbers))
+
+    problem, sigmas = Problem(), karras(4)
+    x = problem.start(sigmas)
+    extra, sources = problem.extra_args, (Source(), ByNumbers())
+    images = [
+        run(solver, problem.guided(), x, sigmas, extra_args=extra, noise_sampler=source)
+        for source in sources
+    ]
+    assert torch.equal(*images)
+    assert len(numbers) == len(tensors)
+    for found, expected in zip(numbers, tensors):
+        assert found == pytest.approx(expected, rel=1e-12)
