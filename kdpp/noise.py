@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import numbers
 import sys
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdpp.checks import check_count, check_latent, check_number
+
 __all__ = [
+    "BrownianNoise",
     "NoiseSampler",
+    "SeededNoise",
     "brownian_noise",
     "checked",
     "host_noise",
@@ -78,3 +87,233 @@ def checked(noise: Tensor, name: str, x: Tensor) -> Tensor:
             f"the latent has shape {tuple(x.shape)}"
         )
     return noise.to(x)
+
+
+WORD = 2**32 - 1
+PATH = int.from_bytes(b"brownian", "big")  # the stream of `BrownianNoise`
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four words of 32 bits for every counter of four, in int64 tensors.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 4.3.
+    """
+    c0, c1, c2, c3 = (word.clone(memory_format=torch.contiguous_format) for word in counter)
+    k0, k1 = key
+    for _ in range(10):
+        # Products wrap at 64 bits; only their bits are used, so their sign does not matter.
+        c0.mul_(0xD2511F53)
+        c2.mul_(0xCD9E8D57)
+        c1.bitwise_xor_(c2 >> 32).bitwise_xor_(k0).bitwise_and_(WORD)
+        c3.bitwise_xor_(c0 >> 32).bitwise_xor_(k1).bitwise_and_(WORD)
+        # What was written over is what is next: high ^ word ^ key in c1 and c3, low in c2 and c0.
+        c0, c1, c2, c3 = c1, c2, c3, c0
+        k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
+    return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)
+
+
+def box_muller(words: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers, as many as words, stacked last; |n| ≤ 6.8.
+
+    ``sqrt(-2 ln u) (cos 2πv, sin 2πv)`` for words in pairs: u = (word + 1/2)/2^32, which is never
+    0, and v = next word/2^32.
+    """
+    radius, angle = (torch.stack(tuple(words[i::2]), -1).to(dtype) for i in (0, 1))
+    radius.mul_(2.0**-32).add_(2.0**-33).log_().mul_(-2.0).sqrt_()
+    angle.mul_(2.0 * math.pi * 2.0**-32)
+    # Complex numbers, because torch interleaves their parts faster than it stacks tensors last.
+    pairs = torch.complex(angle.cos().mul_(radius), angle.sin().mul_(radius))
+    return torch.view_as_real(pairs).flatten(-2)
+
+
+class SeededNoise:
+    """Every sample's noise from its own seed: a noise sampler, ``(sigma, sigma_next) -> noise``.
+
+    Number p of sample j in call k is a function of (seeds[j], stream, k, p) alone: the same in any
+    batch, in any order, and on any device to the rounding of log, cos and sin. A counter-based
+    generator gives it, Philox4x32-10 and Box-Muller; no torch random stream is read or moved. The
+    calls are counted from 0: make a new one for every run.
+
+    Args:
+        x: the latent, ``(batch, *shape)``; noise has its shape, dtype and device. Noise of 16 bits
+            is that of float32, rounded.
+        seeds: whole numbers in [0, 2^63), one for each sample.
+        stream: a whole number in [0, 2^63); other streams of the same seed are independent.
+
+    Raises TypeError or ValueError for another latent, seeds or stream.
+    """
+
+    def __init__(self, x: Tensor, seeds: Sequence[int] | Tensor, stream: int = 0) -> None:
+        check_latent(x)
+        stream = check_below("stream", stream, 2**63)
+        words = read_seeds(seeds, len(x)).to(x.device)[:, None]
+        self.shape, self.dtype = x.shape, x.dtype
+        self.size = x[:1].numel()
+        self.calls = 0
+        self.key = stream & WORD, stream >> 32
+        self.blocks = torch.arange(-(-self.size // 4), device=x.device)
+        self.seeds = words & WORD, words >> 32
+        # Ten rounds are a hundred kernels, which take as long for many small latents as for one.
+        ahead = (2**14 if x.device.type == "cpu" else 2**20) // max(1, x.numel())
+        self.ahead = min(max(1, ahead), 16)
+        self.group, self.noise = -1, torch.empty(0)
+
+    def __call__(self, sigma: object = None, sigma_next: object = None) -> Tensor:
+        """The noise of the next call; the levels make no difference to it."""
+        self.calls += 1
+        return self.draw(self.calls - 1)
+
+    def draw(self, call: int) -> Tensor:
+        """The noise of call number ``call``, a whole number in [0, 2^32), whatever was called."""
+        group, place = divmod(check_below("call", call, 2**32), self.ahead)
+        if group != self.group:
+            self.noise, self.group = self.make(group * self.ahead), group
+        return self.noise[place].clone(memory_format=torch.contiguous_format)
+
+    def make(self, call: int) -> Tensor:
+        """The noise of `ahead` calls from ``call`` on, stacked first."""
+        calls = torch.arange(call, call + self.ahead, device=self.blocks.device)
+        grid = (self.ahead, self.shape[0], len(self.blocks))
+        counter = (self.blocks, calls[:, None, None], *self.seeds)
+        words = philox([word.expand(grid) for word in counter], self.key)
+        accurate = torch.float64 if self.dtype == torch.float64 else torch.float32
+        normals = box_muller(words, accurate).flatten(2)[..., : self.size]
+        return normals.reshape(self.ahead, *self.shape).to(self.dtype)
+
+
+class BrownianNoise:
+    """Increments of one Brownian path, normalised: a noise sampler at the price of plain noise.
+
+    ``(sigma, sigma_next) -> (W(t') - W(t))/sqrt|t' - t|``, t = transform(sigma), t' =
+    transform(sigma_next): the joint law of k-diffusion's ``BrownianTreeNoiseSampler``, whatever is
+    asked and in which order, but not its numbers. The path is known at the times asked for so far.
+    A new time between two of them is a Brownian bridge's: with ``λ = (t - a)/(b - a)`` and a new n,
+    the normalised increment z over [a, b] becomes ``sqrt(λ) z + sqrt(1 - λ) n`` over [a, t] and
+    ``sqrt(1 - λ) z - sqrt(λ) n`` over [t, b]. A new time outside them ends an independent
+    increment. So a query makes one draw for a new time, two at most, and none for times that it
+    knows; one latent is kept for every time that was asked.
+
+    The same query gives the same noise (to rounding, once a time between was asked), the reverse
+    one its negative, and one over no time zeros. The path depends on the order of the queries.
+
+    Args:
+        x: the latent, ``(batch, *shape)``; noise has its shape, dtype and device.
+        sigma_min, sigma_max: the levels of the run, as k-diffusion has them. They are only checked:
+            the path goes on outside them.
+        seed: None takes one integer from torch's stream, as k-diffusion does; a whole number in
+            [0, 2^63); or one for each sample, whose path is then the same in any batch
+            (`SeededNoise`).
+        transform: monotonic function from a level, a float64 tensor of no dimensions on the CPU, to
+            its time; None takes the level itself.
+
+    Raises TypeError or ValueError for another latent or seed, and for levels that are no finite
+    numbers ≥ 0, out of order, or without a finite time.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        sigma_min: float | Tensor,
+        sigma_max: float | Tensor,
+        seed: int | Sequence[int] | Tensor | None = None,
+        transform: Callable[[Tensor], Tensor | float] | None = None,
+    ) -> None:
+        check_latent(x)
+        low, high = read_level("sigma_min", sigma_min), read_level("sigma_max", sigma_max)
+        if low > high:
+            raise ValueError(f"sigma_min is {low!r}, above sigma_max, {high!r}")
+        self.transform = transform
+        for level in (low, high):
+            self.time(level)
+        self.zeros = partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
+        self.draw = path_source(x, seed)
+        self.times: list[float] = []
+        self.steps: list[Tensor] = []  # the normalised increments between neighbours of times
+
+    def __call__(self, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
+        """The noise from one level to another; tensors are read."""
+        return self.between(read_level("sigma", sigma), read_level("sigma_next", sigma_next))
+
+    def between(self, sigma: float, sigma_next: float) -> Tensor:
+        """The noise from one level to another, both numbers: nothing is read from a device."""
+        start, end = self.time(sigma), self.time(sigma_next)
+        self.learn(start)
+        self.learn(end)
+        low, high = sorted((start, end))
+        first, last = bisect_left(self.times, low), bisect_left(self.times, high)
+        noise = self.zeros()
+        for i in range(first, last):
+            share = math.sqrt((self.times[i + 1] - self.times[i]) / (high - low))
+            noise.add_(self.steps[i], alpha=share if start < end else -share)
+        return noise
+
+    def time(self, sigma: float) -> float:
+        """The path's time at a level; ValueError where it is not finite."""
+        sigma = check_number("sigma", sigma, 0.0)
+        if self.transform is None:
+            return sigma
+        time = float(self.transform(torch.tensor(sigma, dtype=torch.float64)))
+        if not math.isfinite(time):
+            raise ValueError(f"transform({sigma!r}) is {time!r}; a level's time must be finite")
+        return time
+
+    def learn(self, time: float) -> None:
+        """Make the path known at one more time."""
+        i = bisect_left(self.times, time)
+        if time in self.times[i : i + 1]:
+            return
+        if 0 < i < len(self.times):
+            start, end = self.times[i - 1 : i + 1]
+            before = math.sqrt((time - start) / (end - start))
+            after = math.sqrt((end - time) / (end - start))
+            step, noise = self.steps[i - 1], self.draw()
+            self.steps[i - 1 : i] = [
+                (step * before).add_(noise, alpha=after),
+                (step * after).sub_(noise, alpha=before),
+            ]
+        elif self.times:
+            self.steps.insert(i, self.draw())
+        self.times.insert(i, time)
+
+
+def path_source(x: Tensor, seed: Any) -> Callable[[], Tensor]:
+    """Standard normal draws shaped like x; those of several seeds are `SeededNoise`'s."""
+    if seed is None:
+        seed = int(torch.randint(0, 2**63 - 1, []).item())
+    if not isinstance(seed, numbers.Integral):
+        return SeededNoise(x, seed, stream=PATH)
+    generator = torch.Generator(x.device).manual_seed(check_below("seed", seed, 2**63))
+    return partial(torch.randn, x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def read_level(name: str, value: float | Tensor) -> float:
+    """A level as a number; ValueError unless it is one, finite and ≥ 0."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must be one level")
+        value = value.item()
+    return check_number(name, value, 0.0)
+
+
+def check_below(name: str, value: Any, limit: int) -> int:
+    """``value`` as an int; ValueError for no whole number in [0, limit)."""
+    if check_count(name, value, 0) >= limit:
+        raise ValueError(f"{name} is {value!r}; it must be below {limit}")
+    return int(value)
+
+
+def read_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
+    """The seeds as int64; TypeError or ValueError unless there is one in [0, 2^63) a sample."""
+    allowed = f"give one whole number in [0, 2^63) for each of the {batch} samples"
+    try:
+        words = torch.as_tensor(seeds)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"seeds is {seeds!r}; {allowed}") from error
+    if words.is_floating_point() or words.is_complex() or words.dtype == torch.bool:
+        raise TypeError(f"seeds are {words.dtype}; {allowed}")
+    if words.shape != (batch,):
+        raise ValueError(f"seeds has shape {tuple(words.shape)}; {allowed}")
+    words = words.to(torch.int64)
+    if batch and int(words.min()) < 0:
+        raise ValueError(f"seeds holds {int(words.min())}; {allowed}")
+    return words
