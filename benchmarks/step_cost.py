@@ -2,8 +2,8 @@
 
     python benchmarks/step_cost.py [--pairs 30] [--json FILE]
 
-The network is the identity, so that everything counted is the sampler's own. Times are ratios of
-medians over pairs run in turn; on a shared machine trust nothing finer than a tenth. diffusers is
+The network is the identity, so that everything counted is the sampler's own. Times are medians of
+ratios over pairs run in turn; on a shared machine trust nothing finer than a tenth. diffusers is
 measured where it is installed: its scheduler of the same solver runs in the same rounds.
 """
 
@@ -11,78 +11,38 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
-import platform
-import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 import kdpp
+from measure import Count, about, heading, identity, median_ratio, time_pairs, write
 
-STEPS = 20
-SHAPES = ((1, 4, 8, 8), (4, 4, 64, 64))
+STEPS = {(1, 4, 8, 8): 20, (4, 4, 64, 64): 20, (8, 16, 128, 128): 4}
+"""Shapes, and how many steps a timed run on them takes."""
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIFFUSERS = {
     "euler": "EulerDiscreteScheduler",
     "euler_ancestral": "EulerAncestralDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
-VIEWS = ("view", "expand", "select", "unbind", "detach", "alias", "unsqueeze", "slice", "split")
-
-
-class Count(TorchDispatchMode):
-    """Counts kernels that write a latent, other kernels, draws, and reads back to the host."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.latent = self.small = self.draws = self.reads = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        name = op.overloadpacket.__name__
-        if name == "_local_scalar_dense":
-            self.reads += 1
-        elif name.startswith(("randn", "normal")):
-            self.draws += 1
-        elif not name.startswith(VIEWS):
-            large = isinstance(result, torch.Tensor) and result.numel() >= self.size
-            self.latent += large
-            self.small += not large
-        return result
-
-
-def identity(x: torch.Tensor, sigma: torch.Tensor, **extra_args: Any) -> torch.Tensor:
-    return x
 
 
 def count(run: Callable[[int], object], size: int) -> dict[str, float]:
     """Kernels of one step: the difference of a long and a short run, per step."""
     totals = []
-    for steps in (STEPS, 2 * STEPS):
+    for steps in (20, 40):
         with Count(size) as counted:
             run(steps)
         totals.append(counted)
     short, long = totals
     kinds = ("latent", "small", "draws", "reads")
-    return {kind: (getattr(long, kind) - getattr(short, kind)) / STEPS for kind in kinds}
-
-
-def time_pairs(runs: dict[str, Callable[[int], object]], pairs: int) -> dict[str, float]:
-    """Median seconds of each run, all of them in turn in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(pairs):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(STEPS)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {kind: (getattr(long, kind) - getattr(short, kind)) / 20 for kind in kinds}
 
 
 def diffusers_run(name: str, x: torch.Tensor) -> Callable[[int], object] | None:
@@ -94,9 +54,9 @@ def diffusers_run(name: str, x: torch.Tensor) -> Callable[[int], object] | None:
     if name not in DIFFUSERS:
         return None
     make = getattr(diffusers, DIFFUSERS[name])
+    scheduler = make(use_karras_sigmas=True) if "Ancestral" not in make.__name__ else make()
 
     def run(steps: int) -> object:
-        scheduler = make(use_karras_sigmas=True) if "Ancestral" not in make.__name__ else make()
         scheduler.set_timesteps(steps)
         sample = x
         for t in scheduler.timesteps:
@@ -110,12 +70,13 @@ def diffusers_run(name: str, x: torch.Tensor) -> Callable[[int], object] | None:
 def measure(name: str, shape: tuple[int, ...], pairs: int) -> dict[str, Any]:
     """One row: the sampler `name` in kdpp, k-diffusion and, where it has it, diffusers."""
     sampling = kdpp.kdiffusion.sampling
-    x = torch.randn(shape) * 14.6
+    x = torch.randn(shape, device=DEVICE) * 14.6
     wrapped = kdpp.TeacherGuidedDenoiser(identity, identity, teacher_steps=0)
     ours, theirs = getattr(kdpp, f"sample_{name}_tg"), getattr(sampling, f"sample_{name}")
 
+    @cache
     def sigmas(steps: int) -> torch.Tensor:
-        return sampling.get_sigmas_karras(steps, 0.0292, 14.6146)
+        return sampling.get_sigmas_karras(steps, 0.0292, 14.6146, device=DEVICE)
 
     # Plain noise for the SDE solvers, whose default tree would outweigh everything else.
     tree = "noise_sampler" in inspect.signature(theirs).parameters
@@ -128,9 +89,11 @@ def measure(name: str, shape: tuple[int, ...], pairs: int) -> dict[str, Any]:
     diffusers = diffusers_run(name, x)
     if diffusers:
         runs["diffusers"] = diffusers
-    seconds = time_pairs(runs, pairs)
-    ratios = {k: seconds["kdpp"] / v for k, v in seconds.items() if k != "kdpp"}
-    return {"solver": name, "shape": shape, "counts": counts, "time_ratio": ratios}
+    steps = STEPS[shape]
+    seconds = time_pairs({key: partial(run, steps) for key, run in runs.items()}, pairs)
+    others = [key for key in seconds if key != "kdpp"]
+    ratios = {key: median_ratio(seconds["kdpp"], seconds[key]) for key in others}
+    return {"solver": name, "shape": shape, "steps": steps, "counts": counts, "time_ratio": ratios}
 
 
 def main() -> None:
@@ -139,13 +102,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     settings = parser.parse_args()
     warnings.simplefilter("ignore")  # k-diffusion's dependencies, at import
+    torch.set_num_threads(1)
     names = [s.removeprefix("sample_").removesuffix("_tg") for s in kdpp.SOLVERS]
     names.remove("dpm_fast")  # it makes its own steps
     names = [n for n in names if hasattr(kdpp.kdiffusion.sampling, f"sample_{n}")]
-    cells = [(name, shape) for shape in SHAPES for name in names]
+    cells = [(name, shape) for shape in STEPS for name in names]
     rows = [measure(*cell, settings.pairs) for cell in tqdm(cells, desc="measuring")]
-    print(f"torch {torch.__version__}, {platform.machine()} CPU, {torch.get_num_threads()} threads")
-    print(f"{STEPS} steps; counts are per step, k-diffusion's in brackets")
+    print(heading(about()))
+    print("counts are per step, k-diffusion's in brackets; times are medians of paired ratios")
     print(f"{'solver':20} {'latent':>14} {'kernels':>10} {'small':>12} {'host reads':>12}"
           f" {'time / k-diffusion':>20} {'/ diffusers':>12}")  # fmt: skip
     for row in rows:
@@ -156,9 +120,7 @@ def main() -> None:
         shape = "×".join(map(str, row["shape"]))
         print(f"{row['solver']:20} {shape:>14} {pairs[0]:>10} {pairs[1]:>12} {pairs[2]:>12}"
               f" {ratio['k-diffusion']:>20.2f} {other:>12}")  # fmt: skip
-    if settings.json:
-        about = {"torch": torch.__version__, "python": platform.python_version(), "rows": rows}
-        settings.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write(settings.json, rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from kdpp.capture import capture
 from kdpp.denoisers import OwnCFG
 from kdpp.editing import image_to_image, inpaint, truncate
 from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
+from kdpp.memory import Borrowed, without_adapters
 from kdpp.models import (
     FlowDenoiser,
     GuidanceConditioned,
@@ -19,6 +20,7 @@ from kdpp.models import (
     as_flow,
     as_ve,
 )
+from kdpp.noise import BrownianNoise, SeededNoise
 from kdpp.rollouts import Rollout, encode, mixed_rollout
 from kdpp.solvers.euler import *
 from kdpp.solvers.multistep import *
@@ -29,12 +31,15 @@ from kdpp.stacking import stack_teachers
 
 __all__ = [
     "SOLVERS",
+    "Borrowed",
+    "BrownianNoise",
     "FlowDenoiser",
     "GuidanceConditioned",
     "LCMDenoiser",
     "NoiseRange",
     "OwnCFG",
     "Rollout",
+    "SeededNoise",
     "Solver",
     "Teacher",
     "TeacherGuidedDenoiser",
@@ -52,5 +57,6 @@ __all__ = [
     "solver",
     "stack_teachers",
     "truncate",
+    "without_adapters",
 ]
 __all__ += solvers.__all__

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdpp.denoisers import map_rows
 from kdpp.driver import RECORDED, Course, Noise, Run, walk
+from kdpp.memory import borrowed_in
 
 __all__ = ["capture"]
 
@@ -67,7 +68,7 @@ def capture(
         raise ValueError("nothing to capture: sigmas holds no step, or sample is not kdpp's")
     guided = runs[0].model
     for teacher in guided.teachers:
-        if teacher.maps is not None or hasattr(teacher.denoiser, "fetch"):
+        if teacher.maps is not None or borrowed_in(teacher.denoiser):
             raise ValueError("a teacher with maps, or one that comes and goes, cannot be captured")
     mask = guided.teacher_mask
     if mode == "graph" and mask is not None and mask.device != x.device:

@@ -1,15 +1,24 @@
-"""The command line: ``kdpp demo``."""
+"""The command line: ``kdpp demo``, and the lab's commands."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+
+LAB = {
+    "train": "train a teacher or a student, by the methods of the papers",
+    "evaluate": "measure a model's images",
+    "compare": "run a grid of students, samplers and settings, and report it on one page",
+    "tune": "say whether a teacher is worth its calls for a student, and where",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what a user can mend is said in one sentence, with exit status 1."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(
         prog="kdpp", description="k-diffusion samplers in which a teacher helps a few-step student"
     )
@@ -19,12 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--out", type=Path, default=Path("kdpp-demo"), help="folder for table and pictures"
     )
-    settings = parser.parse_args(arguments)
+    for name, purpose in LAB.items():
+        command = commands.add_parser(name, help=purpose, description=purpose)
+        if given[:1] == [name]:  # the others need not be imported
+            import_module(f"kdpp.lab.{name}").add_arguments(command)
+    settings = parser.parse_args(given)
     try:
-        from kdpp.digits.demo import run_demo
+        if settings.command in LAB:
+            import_module(f"kdpp.lab.{settings.command}").run(settings)
+        else:
+            from kdpp.digits.demo import run_demo
 
-        run_demo(settings.seed, settings.out)
-    except (ImportError, OSError, ValueError) as error:
+            run_demo(settings.seed, settings.out)
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
         print(f"kdpp: {error}", file=sys.stderr)
         return 1
     return 0

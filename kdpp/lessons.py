@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdpp.denoisers import Call, Halves, OwnCFG, halves, shaped
 from kdpp.guidance import LatentMap, Revision, Teacher, TeacherGuidedDenoiser
+from kdpp.memory import borrowed_in
 from kdpp.plan import Space
 from kdpp.stacking import Stacked
 from kdpp.update import Update
@@ -238,9 +239,9 @@ def network_of(teachers: Sequence[Teacher]) -> Any:
 
 
 def borrowed(teachers: Sequence[Teacher], action: str) -> tuple[Callable[[], None], ...]:
-    """``fetch`` or ``release`` of those teachers that are there for their steps only."""
-    found = (getattr(teacher.denoiser, action, None) for teacher in teachers)
-    return tuple(method for method in found if callable(method))
+    """``fetch`` or ``release`` of all that is there for these teachers' steps only."""
+    found = (part for teacher in teachers for part in borrowed_in(teacher.denoiser))
+    return tuple(getattr(part, action) for part in found)
 
 
 def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:

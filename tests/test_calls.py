@@ -267,11 +267,11 @@ def test_a_k_diffusion_denoiser_can_be_stacked():
 # ------------------------------------------------------------------------------- borrowed teachers
 
 
-class Borrowed(nn.Module):
+class Borrowed(kdpp.Borrowed):
     """A teacher that notes when it is fetched, called and released."""
 
     def __init__(self, name, log, fails=False):
-        super().__init__()
+        super().__init__(mixture(1), device="cpu")
         self.name, self.log, self.fails = name, log, fails
 
     def fetch(self):

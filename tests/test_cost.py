@@ -19,6 +19,10 @@ KERNELS = {
     "sample_dpmpp_2m_tg": 2,
     "sample_euler_ancestral_tg": 2,
     "sample_dpmpp_2s_ancestral_tg": 3,
+    "sample_heun_tg": 3,
+    "sample_dpmpp_2m_sde_tg": 3,
+    "sample_dpmpp_3m_sde_tg": 4,
+    "sample_dpmpp_sde_tg": 4,
 }
 STEPS = 6
 READS = (
@@ -100,7 +104,7 @@ def measured(solver, ledger, sigmas, *, own_draws=False, **guidance):
 
 @pytest.mark.parametrize("solver", [s for s in SOLVERS if s.name in KERNELS], ids=lambda s: s.name)
 def test_latent_sized_kernels_per_step(solver):
-    """Euler 1, 2M 2, Euler ancestral 2, 2S ancestral 3, beside networks and noise."""
+    """As `KERNELS` says, beside networks and noise."""
     ledger = Ledger()
     measured(solver, ledger, karras(STEPS), teacher_scale=0.0)
     assert len(ledger.kernels) <= KERNELS[solver.name] * STEPS, ledger.kernels

@@ -1,0 +1,162 @@
+"""The papers' tables, in small, on the digits: trains what is missing, measures, writes the table.
+
+    python benchmarks/papers/tables.py 1 2 3 4 5 --out DIR [--write]
+
+Students are trained into DIR/students by `kdpp train` (students.toml says how); grids are run by
+`kdpp compare` into DIR/table1 … table5, each with its page. Everything resumes where it was
+stopped. --write puts the tables where the docs include them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rollouts import sweep
+
+from kdpp.cli import main as kdpp_command
+from kdpp.lab.compare import compare
+from kdpp.lab.settings import read_toml
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parents[1] / "docs" / "results" / "papers"
+SETTINGS = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
+METRICS = ("fd", "fd_teacher", "inception_score", "accuracy", "recall")
+
+
+def train(name: str, folder: Path) -> None:
+    """One student and the one that teaches it, where they are not there yet."""
+    settings = dict(read_toml(HERE / "students.toml")[name])
+    method, teacher = settings.pop("method"), settings.get("teacher", "")
+    if teacher.startswith("students/"):
+        train(teacher.removeprefix("students/"), folder)
+        settings["teacher"] = str(folder / teacher)
+    out = folder / "students" / name
+    out.mkdir(parents=True, exist_ok=True)
+    config = folder / "students" / f"{name}.toml"
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if kdpp_command(["train", method, "--out", str(out), "--config", str(config)]):
+        sys.exit(f"training {name} failed")
+
+
+def run_grid(number: int, folder: Path) -> dict[str, Any]:
+    """The results of one compare run, its students trained before."""
+    spec = HERE / f"table{number}.toml"
+    for place in read_toml(spec)["students"].values():
+        if place.startswith("students/"):
+            train(place.removeprefix("students/"), folder)
+    copy = folder / spec.name
+    copy.write_text(spec.read_text(encoding="utf-8"), encoding="utf-8")
+    compare(copy, folder / f"table{number}")
+    results: dict[str, Any] = json.loads((folder / f"table{number}" / "results.json").read_bytes())
+    return results
+
+
+def figure(value: dict[str, Any], digits: int = 2, sign: str = "") -> str:
+    """``mean ± half the 95 % interval``."""
+    half = "" if value["low"] is None else f" ± {(value['high'] - value['low']) / 2:.{digits}f}"
+    return f"{value['mean']:{sign}.{digits}f}{half}"
+
+
+def change(value: dict[str, Any] | None) -> str:
+    """A paired change, or that none was seen."""
+    if value is None:
+        return ""
+    return "none seen" if value["verdict"] == "none seen" else figure(value, sign="+")
+
+
+def grid_table(results: dict[str, Any]) -> list[str]:
+    """The cells of a compare run as lines of Markdown."""
+    guided = [cell for cell in results["cells"] if cell["guide"] == "teacher"]
+    cells = [cell for cell in results["cells"] if cell["guide"] != "self"]
+    several = [s for s in SETTINGS if len({str(cell[s]) for cell in guided}) > 1]
+    shown = several or (["teacher_scale"] if guided else [])
+    controls = any(cell["metrics"]["fd"]["self_change"] for cell in cells)
+    head = ["student", "solver", "steps", "CFG", *shown, "evaluations", "compute, M", "FD"]
+    head += ["change", "itself"] if guided and controls else ["change"] if guided else []
+    head += ["FD to the teacher", "IS", "accuracy, %", "recall"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for cell in cells:
+        fd, costs = cell["metrics"]["fd"], cell["costs"]
+        row = [cell["student"], cell["sampler"], cell["steps"], f"{cell['cond_scale']:g}"]
+        row += ["" if cell[s] is None else str(cell[s]) for s in shown]
+        evaluations = f"{costs['student_evaluations']:g}"
+        if costs["teacher_evaluations"]:
+            evaluations += f" + {costs['teacher_evaluations']:g}"
+        row += [evaluations, f"{costs['compute'] / 1e6:.2f}", figure(fd)]
+        if guided:
+            row += [change(fd["change"])] + ([change(fd["self_change"])] if controls else [])
+        row += rest(cell["metrics"])
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return lines
+
+
+def rest(metrics: dict[str, Any]) -> list[str]:
+    """The columns after the Fréchet distance to the data."""
+    accuracy = {
+        key: 100 * value if isinstance(value, float) else value
+        for key, value in metrics["accuracy"].items()
+    }
+    return [
+        figure(metrics["fd_teacher"]), figure(metrics["inception_score"]),
+        figure(accuracy, 1), figure(metrics["recall"], 3),
+    ]  # fmt: skip
+
+
+def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The sweeps of rollouts as lines of Markdown."""
+    head = ["student", "who", "FD", "FD to the teacher", "IS", "accuracy, %", "recall"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        if "switch" in row:
+            other = "student" if row["first"] == "teacher" else "teacher"
+            who = f"{row['first']}, from transition {row['switch']} the {other}"
+        else:
+            who = f"p_T = {row['teacher_probability']:g}"
+        cells = [row["student"], who, figure(row["metrics"]["fd"]), *rest(row["metrics"])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def table(number: int, folder: Path) -> str:
+    """One table as Markdown, with how it was made."""
+    results = run_grid(number, folder)
+    lines = grid_table(results)
+    settings, versions = results["settings"], results["versions"]
+    if number == 4:
+        seeds = settings["seeds"]
+        for name in ("progressive-short", "lcm"):
+            train(name, folder)
+            rows = sweep(folder, name, seeds, settings["images"])
+            lines += ["", *rollout_table(rows)]
+    made = ", ".join(f"{name} {version}" for name, version in versions.items())
+    foot = (
+        f"{date.today()}; {made}; CPU. {len(settings['seeds'])} seeds of {settings['images']} "
+        "images, clamped; ± is half of the 95 % interval over seeds. "
+        f"`python benchmarks/papers/tables.py {number} --out DIR`"
+    )
+    return "\n".join([*lines, "", foot]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tables", type=int, nargs="+", choices=range(1, 6))
+    parser.add_argument("--out", type=Path, required=True, help="folder of students and results")
+    parser.add_argument("--write", action="store_true", help="also write docs/results/papers")
+    settings = parser.parse_args()
+    for number in settings.tables:
+        text = table(number, settings.out)
+        print(text)
+        if settings.write:
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            (RESULTS / f"table{number}.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

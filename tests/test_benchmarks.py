@@ -1,0 +1,86 @@
+"""The benchmarks run, at sizes at which they say nothing, and their figures are what they claim."""
+
+import json
+
+import pytest
+import torch
+
+import four_plus_one
+import measure
+import precision
+import size_cost
+import step_cost
+
+
+def test_kernels_reads_and_memory_are_counted():
+    """By hand: two large kernels, a small one, a draw, a read; two latents alive at most."""
+    x = torch.ones(10)
+    with measure.Count(10) as counted:
+        y = x + 1
+        y = y * 2
+        z = torch.randn(10)
+        small = x[:3] + 1
+        float(small[0])
+    assert (counted.latent, counted.small, counted.draws, counted.reads) == (2, 1, 1, 1)
+    assert counted.peak == 4 * (10 + 10 + 3)
+    del y, z, small
+    assert counted.alive == 0
+
+
+def test_step_cost():
+    """One row: kdpp's kernels fewer than k-diffusion's, no reads against some, ratios of times."""
+    shape = (1, 1, 2, 2)
+    step_cost.STEPS[shape] = 3
+    row = step_cost.measure("euler", shape, 2)
+    assert row["counts"]["kdpp"] == {"latent": 1.0, "small": 0.0, "draws": 0.0, "reads": 0.0}
+    assert row["counts"]["k-diffusion"]["latent"] > 1 < row["counts"]["k-diffusion"]["reads"]
+    assert 0 < row["time_ratio"]["k-diffusion"] < 10
+
+
+def test_precision():
+    """A state in float32 is nearer to float64 than one in 16 bits, and than k-diffusion's."""
+    row = precision.errors("euler", torch.bfloat16, 20)
+    assert row["float32 state"] < row["16-bit state"]
+    assert row["float32 state"] < row["k-diffusion"]
+
+
+@pytest.mark.parametrize(
+    ("scales", "evaluations"), [((1.0, 1.0), 1.0), ((1.0, 7.5), 1.2), ((2.0, 7.5), 1.0)]
+)
+def test_four_plus_one(scales, evaluations, monkeypatch):
+    """The ratio of evaluations, both halves of CFG counted."""
+    monkeypatch.setattr(four_plus_one, "SHAPE", (1, 4, 8, 8))
+    row = four_plus_one.measure("euler", scales, 1)
+    assert row["evaluations"] == pytest.approx(evaluations)
+    assert row["time / evaluations"] > 0
+
+
+def test_memory_does_not_grow_with_the_steps():
+    """Latents alive at once: as many in 40 steps as in 4; slopes of exact powers are exact."""
+    rows = [size_cost.measure("dpmpp_2m", "steps", steps, 1) for steps in (4, 40)]
+    assert rows[0]["latents"] == pytest.approx(rows[1]["latents"], rel=0.5)
+    points = [{"axis": "side", "value": n, "seconds": n**2 / 7} for n in (1, 2, 4, 8)]
+    assert size_cost.slope(points, "seconds") == pytest.approx(1.0)
+
+
+def test_sizes_are_drawn(tmp_path):
+    """A picture of all three axes."""
+    rows = [
+        {"solver": name, "axis": axis, "value": value, "seconds": value, "latents": 3.0}
+        for name in size_cost.SAMPLERS
+        for axis, values in size_cost.AXES.items()
+        for value in values
+    ]
+    size_cost.plot(rows, tmp_path / "size.png")
+    assert (tmp_path / "size.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_say_where_they_were_taken(tmp_path):
+    """Date, device, versions, beside the rows."""
+    measure.write(tmp_path / "a.json", [{"x": 1}])
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert written["rows"] == [{"x": 1}]
+    assert {"date", "device", "threads", "torch", "python"} == set(written["about"])
+    assert written["about"]["torch"] in measure.heading(written["about"])
+
+
