@@ -4,7 +4,8 @@
 
 Bare are two loops. "same noise" makes the same images by hand: every image's noise from its own
 seed. "torch.randn" samples from torch's own stream, so that no image has a seed: what seeds of
-their own cost. Times are CPU seconds on one thread; ratios are medians over pairs run in turn.
+their own cost. Last comes how long all metrics of as many digits take. Times are CPU seconds on one
+thread; ratios are medians over pairs run in turn.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ import torch
 from tqdm import tqdm
 
 import kdpp
+from kdpp.lab.data import load_data
+from kdpp.lab.metrics import Points, load_features, measure
 from kdpp.lab.models import load_model
-from kdpp.lab.sampling import SAMPLERS, Recipe, draw, image_seeds, levels_for, single_thread
+from kdpp.lab.processes import single_thread
+from kdpp.lab.sampling import SAMPLERS, Recipe, draw, image_seeds, levels_for
 from kdpp.noise import SeededNoise
 
 CHUNK = 500
@@ -42,15 +46,15 @@ def recipes() -> dict[str, Recipe]:
     }
 
 
-def bare(recipe: Recipe, count: int, seeded: bool) -> torch.Tensor:
+def bare(recipe: Recipe, count: int, chunk: int, seeded: bool) -> torch.Tensor:
     """The images by plain calls of the sampler."""
     sigmas = torch.tensor(recipe.levels)
     sample = SAMPLERS[recipe.sampler].sample
     stochastic = SAMPLERS[recipe.sampler].stochastic
     teacher = recipe.teacher.denoiser if recipe.teacher else None
     images = []
-    for start in range(0, count, CHUNK):
-        seeds = torch.arange(start, min(start + CHUNK, count))
+    for start in range(0, count, chunk):
+        seeds = torch.arange(start, min(start + chunk, count))
         like = torch.empty(len(seeds), *recipe.student.shape)
         noise, renoise, options = torch.randn_like(like), None, {}
         if seeded:
@@ -81,8 +85,8 @@ def harness_cost(recipe: Recipe, count: int, pairs: int) -> dict[str, float]:
             "draw, kept": lambda: draw(
                 recipe, seeds, chunk=CHUNK, folder=Path(folder) / str(next(kept))
             ),
-            "same noise": lambda: bare(recipe, count, seeded=True),
-            "torch.randn": lambda: bare(recipe, count, seeded=False),
+            "same noise": lambda: bare(recipe, count, CHUNK, seeded=True),
+            "torch.randn": lambda: bare(recipe, count, CHUNK, seeded=False),
         }
         assert torch.equal(runs["draw"]().x, runs["same noise"]())
         seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -103,6 +107,21 @@ def harness_cost(recipe: Recipe, count: int, pairs: int) -> dict[str, float]:
     }
 
 
+def metrics_seconds(recipe: Recipe, count: int) -> float:
+    """Of all metrics of so many images, against the digits and a teacher's samples."""
+    data = load_data("digits")
+    features = load_features("digits", data.images, data.classes)
+    points, images = Points(features(data.images)), draw(recipe, image_seeds(0, count))
+    seconds = []
+    for _ in range(3):
+        teacher = Points(features(images.x * 0.9))
+        teacher.kernel  # noqa: B018  computed once for many sets of images, as the data's is
+        start = time.process_time()
+        measure(images.x, images.labels, features, points, teacher)
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
@@ -119,8 +138,15 @@ def main() -> None:
         print(name)
         for what, value in row.items():
             print(f"    {what:36} {f'{value:.3f} s' if what == 'seconds' else f'{value:+.1%}'}")
+    metrics = metrics_seconds(next(iter(recipes().values())), settings.images)
+    print(f"all metrics\n    {'seconds':36} {metrics:.3f} s")
     if settings.json:
-        about = {"torch": torch.__version__, "python": platform.python_version(), "rows": rows}
+        about = {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "rows": rows,
+            "metrics": metrics,
+        }
         settings.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 

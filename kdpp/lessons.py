@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdpp.denoisers import Call, Halves, OwnCFG, halves, shaped
 from kdpp.guidance import LatentMap, Revision, Teacher, TeacherGuidedDenoiser
-from kdpp.memory import borrowed_in
+from kdpp.memory import Borrowed, borrowed_in
 from kdpp.plan import Space
 from kdpp.stacking import Stacked
 from kdpp.update import Update
@@ -89,20 +89,20 @@ class Guided(NamedTuple):
 
     rounds: tuple[Round, ...]
     lessons: tuple[Lesson, ...]
-    arriving: tuple[Callable[[], None], ...]
-    """``fetch`` of the borrowed teachers that are heard for the first time."""
-    leaving: tuple[Callable[[], None], ...]
-    """``release`` of those that are heard for the last time."""
+    arriving: tuple[Borrowed, ...]
+    """The borrowed teachers that are heard for the first time."""
+    leaving: tuple[Borrowed, ...]
+    """Those that are heard for the last time."""
 
     def fetch(self) -> None:
         """To be called before the student's work of the step, which it may overlap."""
-        for fetch in self.arriving:
-            fetch()
+        for teacher in self.arriving:
+            teacher.fetch()
 
     def release(self) -> None:
         """Let borrowed teachers go; also after a run that broke off."""
-        for release in self.leaving:
-            release()
+        for teacher in self.leaving:
+            teacher.release()
 
     def teach(
         self, point: Tensor, denoised: Tensor, direction: Tensor, step: int, noise: RenoiseNoise
@@ -171,19 +171,22 @@ def prepare_guided(
             )
         return Round(lessons, mine, calls[teachers], model.teachers[teachers[0]].maps, mask)
 
-    last = {lesson.teacher: i for i, lessons in enumerate(steps) for lesson in lessons}
-    here: set[int] = set()
+    first: dict[Borrowed, int] = {}
+    last: dict[Borrowed, int] = {}
+    for i, lessons in enumerate(steps):
+        for lesson in lessons:
+            for part in borrowed_in(model.teachers[lesson.teacher].denoiser):
+                first.setdefault(part, i)
+                last[part] = i
     guided: list[Guided | None] = []
     for i, lessons in enumerate(steps):
         if not lessons:
             guided.append(None)
             continue
-        new = {lesson.teacher for lesson in lessons} - here
-        here |= new
         rounds = tuple(one_round(shared) for shared in share(lessons, model, given, len(x)))
-        fetch = borrowed([model.teachers[j] for j in sorted(new)], "fetch")
-        done = [model.teachers[j] for j in sorted(last) if last[j] == i]
-        guided.append(Guided(rounds, lessons, fetch, borrowed(done, "release")))
+        arriving = tuple(part for part, step in first.items() if step == i)
+        leaving = tuple(part for part, step in last.items() if step == i)
+        guided.append(Guided(rounds, lessons, arriving, leaving))
     return guided
 
 
@@ -236,12 +239,6 @@ def network_of(teachers: Sequence[Teacher]) -> Any:
     first = teachers[0].denoiser
     several = len({id(teacher.denoiser) for teacher in teachers}) > 1
     return first.stack if isinstance(first, Stacked) and several else first
-
-
-def borrowed(teachers: Sequence[Teacher], action: str) -> tuple[Callable[[], None], ...]:
-    """``fetch`` or ``release`` of all that is there for these teachers' steps only."""
-    found = (part for teacher in teachers for part in borrowed_in(teacher.denoiser))
-    return tuple(getattr(part, action) for part in found)
 
 
 def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:

@@ -132,8 +132,8 @@ class Borrowed(_Transparent):
         source: a denoiser on the CPU, an nn.Module. Its weights are copied to the device, on CUDA
             from pinned memory and on a stream of their own, while the student computes. The CPU
             keeps them, so nothing is copied back. Weights in pinned memory take the place of the
-            module's own, and the host rounds each up to a power of two bytes. Quantised weights
-            are copied without overlap where they are tensors of a kind of their own, as torchao's.
+            module's own; torch rounds each up to a power of two bytes. Quantised weights, where
+            they are tensors of a kind of their own as torchao's are, are copied without overlap.
             Or a function without arguments that loads the denoiser, to where it is used, and is
             called again in every run with guided steps: for a host without room for both. Loading
             draws nothing from the random stream that the sampler sees.

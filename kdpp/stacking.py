@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from kdpp.denoisers import map_rows, trained_range
+from kdpp.memory import borrowed_in
 
 __all__ = ["Stack", "Stacked", "stack_teachers"]
 
@@ -84,7 +85,7 @@ def stack_teachers(*denoisers: nn.Module) -> tuple[Stacked, ...]:
     The weights are copied into one stack; drop the originals to hold them once.
 
     Raises:
-        TypeError: a denoiser is no ``nn.Module``, or not all are of one class.
+        TypeError: a denoiser is no ``nn.Module``, or `kdpp.Borrowed`, or not all are of one class.
         ValueError: fewer than two, or their weights differ in name, shape or kind.
     """
     if len(denoisers) < 2:
@@ -95,6 +96,8 @@ def stack_teachers(*denoisers: nn.Module) -> tuple[Stacked, ...]:
                 f"stack_teachers was given a {type(one).__name__} beside a "
                 f"{type(denoisers[0]).__name__}; all must be nn.Modules of one class"
             )
+        if borrowed_in(one):
+            raise TypeError("a borrowed teacher holds no weights to stack; stack what it borrows")
     try:
         stack = Stack(*denoisers)
     except (RuntimeError, KeyError) as error:

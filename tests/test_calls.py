@@ -242,6 +242,8 @@ def test_what_cannot_be_stacked_is_refused():
         kdpp.stack_teachers(lambda x, sigma: x, lambda x, sigma: x)
     with pytest.raises(ValueError, match="one architecture"):
         kdpp.stack_teachers(Net(0), Net(1, width=6))
+    with pytest.raises(TypeError, match="borrowed"):
+        kdpp.stack_teachers(*(kdpp.Borrowed(Net(j), device="cpu") for j in range(2)))
 
 
 def test_a_k_diffusion_denoiser_can_be_stacked():
@@ -306,6 +308,18 @@ def test_borrowed_teachers_are_there_for_their_steps_only():
         "fetch a", "student", "a", "fetch b", "student", "b", "student", "a", "student", "student",
     ]  # fmt: skip
     assert log[5:7] == ["b", "release b"] and log[8:10] == ["a", "release a"]
+
+
+def test_a_network_borrowed_by_two_teachers_comes_once():
+    """Fetched at the first's first step and released after the other's last."""
+    log = []
+    shared = Borrowed("a", log)
+    teachers = [
+        Teacher(shared, steps=[0], cfg_scale=1.0, scale=0.2),
+        Teacher(shared, steps=[2], cfg_scale=1.0, scale=0.2),
+    ]
+    sample(guided(lambda x, sigma, cond=None: x / 3, teachers), steps=4, extra={})
+    assert log == ["fetch a", "a", "a", "release a", "release a"]  # again when the run is over
 
 
 def test_borrowed_teachers_go_back_when_a_run_breaks():

@@ -73,7 +73,7 @@ def test_readme_commands_and_links():
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("extra", ["plots", "lab", "diffusers", "docs", "test"])
+@pytest.mark.parametrize("extra", ["plots", "lab", "memory", "diffusers", "docs", "test"])
 def test_extras_are_declared(extra):
     """Every extra that the docs name exists."""
     assert extra in importlib.metadata.metadata("kdpp").get_all("Provides-Extra")

@@ -102,7 +102,7 @@ def imports(module):
         ("denoisers", {"checks"}),
         ("guidance", {"checks", "denoisers", "noise", "plan"}),
         ("update", {"plan"}),
-        ("stacking", {"denoisers"}),
+        ("stacking", {"denoisers", "memory"}),
         ("lessons", {"denoisers", "guidance", "memory", "plan", "stacking", "update"}),
         ("driver", {"checks", "denoisers", "guidance", "lessons", "noise", "plan", "update"}),
         ("capture", {"denoisers", "driver", "memory"}),

@@ -17,11 +17,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from rollouts import sweep
-
 from kdpp.cli import main as kdpp_command
 from kdpp.lab.compare import compare
 from kdpp.lab.settings import read_toml
+from rollouts import sweep
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "results" / "papers"
@@ -36,12 +35,12 @@ def train(name: str, folder: Path) -> None:
     if teacher.startswith("students/"):
         train(teacher.removeprefix("students/"), folder)
         settings["teacher"] = str(folder / teacher)
-    out = folder / "students" / name
-    out.mkdir(parents=True, exist_ok=True)
-    config = folder / "students" / f"{name}.toml"
-    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
-    config.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if kdpp_command(["train", method, "--out", str(out), "--config", str(config)]):
+    flags = [
+        part
+        for key, value in settings.items()
+        for part in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+    if kdpp_command(["train", method, "--out", str(folder / "students" / name), *flags]):
         sys.exit(f"training {name} failed")
 
 

@@ -1,0 +1,208 @@
+"""What networks are trained on: the digits, a folder of images, an array of images or latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdpp.lab.settings import unknown
+
+__all__ = ["Data", "load_data"]
+
+GREY, COLOUR = frozenset({"1", "L"}), frozenset({"RGB", "RGBA", "LA", "P", "PA", "CMYK", "YCbCr"})
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images or latents with their labels, all in memory.
+
+    Attributes:
+        images: float32 ``(N, *shape)``.
+        labels: int64 ``(N,)``, 0 … classes - 1.
+        classes: how many classes there are; as a label, "no label".
+        source: where they came from, as it was given.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: int
+    source: str = "digits"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def bounded(self) -> bool:
+        """Whether all lies in [-1, 1], as pixels do; latents as a rule do not."""
+        return bool(self.images.abs().max() <= 1)
+
+    def to(self, device: torch.device) -> Data:
+        """The same on another device."""
+        return Data(self.images.to(device), self.labels.to(device), self.classes, self.source)
+
+
+def load_data(source: str | Path) -> Data:
+    """Load "digits", a folder of images, or an array file.
+
+    - ``digits``: scikit-learn's, all 1,797, ``(1, 8, 8)``.
+    - A folder: every image in it that Pillow reads, all of one size; sub-folders, by name, are
+      the classes. Grey images give one channel, others three (transparency is dropped); pixels
+      0..255 become -1..1. Hidden files are passed over.
+    - ``.npy``: one array ``(N, …)``; ``NAME.labels.npy`` beside ``NAME.npy`` holds its labels.
+    - ``.safetensors``: a tensor ``images`` or ``latents``, and ``labels`` if there are any.
+
+    Arrays ``(N, H, W)`` get a channel; uint8 is read as pixels, floats are taken as they are.
+    Without labels there is one class.
+
+    Raises:
+        ImportError: scikit-learn or Pillow is missing.
+        OSError: there is nothing at ``source``, or it cannot be read.
+        ValueError: an unknown name; an empty folder or class; a file that is no whole image or of
+            another size or depth; an array of another kind, or with values that are not finite.
+            It names the file and says what to do.
+    """
+    if source == "digits":
+        from kdpp.digits.data import CLASSES
+        from kdpp.digits.data import load_data as load_digits
+
+        return Data(*load_digits(), CLASSES)
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path, str(source))
+    if not path.exists():
+        if "/" not in str(source) and not path.suffix:
+            known = ["digits"]
+            raise ValueError(f"{unknown('data', str(source), known)}, a folder, or an array file")
+        raise FileNotFoundError(f"no data at {path}")
+    if path.suffix == ".npy":
+        images = _npy(path)
+        beside = path.with_suffix(".labels.npy")
+        return _array(path, images, _npy(beside) if beside.exists() else None)
+    if path.suffix == ".safetensors":
+        return _array(path, *_tensors(path))
+    raise ValueError(f"{path} is no data; give a folder of images, a .npy or a .safetensors file")
+
+
+def _folder(folder: Path, source: str) -> Data:
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    loose = _files(folder)
+    if classes and loose:
+        raise ValueError(
+            f"{folder} holds both sub-folders and images such as {loose[0].name}; a class is a "
+            "sub-folder: move the images into one, or leave the sub-folders out"
+        )
+    groups = [_files(place) for place in classes] if classes else [loose]
+    for place, files in zip(classes or [folder], groups):
+        if not files:
+            raise ValueError(f"{place} holds no images; add some, or remove the folder")
+    paths = [path for files in groups for path in files]
+    pixels = [_pixels(path) for path in paths]
+    for path, image in zip(paths, pixels):
+        if image.shape[:2] != pixels[0].shape[:2]:
+            raise ValueError(
+                f"{path} is {_size(image)}, and {paths[0]} is {_size(pixels[0])}; resize all "
+                "images to one size"
+            )
+    if any(image.ndim == 3 for image in pixels):
+        pixels = [i if i.ndim == 3 else np.repeat(i[..., None], 3, axis=2) for i in pixels]
+    images = torch.from_numpy(np.stack(pixels))
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    sizes = torch.tensor([len(files) for files in groups])
+    labels = torch.arange(len(groups)).repeat_interleave(sizes)
+    return Data(_unit(images), labels, len(groups), source)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if not p.is_dir() and not p.name.startswith("."))
+
+
+def _pixels(path: Path) -> NDArray[np.uint8]:
+    """The image's pixels, ``(H, W)`` or ``(H, W, 3)``."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('image folders need Pillow: pip install "kdpp[lab]"') from error
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+            if mode in GREY | COLOUR:
+                return np.array(image.convert("L" if mode in GREY else "RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} is not a whole image ({error}); replace it, or take it out of the folder"
+        ) from error
+    raise ValueError(f"{path} has pixels of mode {mode!r}; convert it to 8 bits grey or colour")
+
+
+def _size(image: NDArray[np.uint8]) -> str:
+    return f"{image.shape[1]} x {image.shape[0]} pixels"
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Pixels 0..255 as -1..1, float32."""
+    return images.float().div(127.5).sub(1).contiguous()
+
+
+def _npy(path: Path) -> Tensor:
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except OSError as error:
+        raise type(error)(f"{path} could not be read ({error.strerror})") from error
+    except (EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no array of numbers: {error}") from error
+
+
+def _tensors(path: Path) -> tuple[Tensor, Tensor | None]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Any] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+    for name in ("images", "latents"):
+        if name in tensors:
+            return tensors[name], tensors.get("labels")
+    raise ValueError(
+        f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; it must hold a tensor named "
+        "images or latents, and may hold labels"
+    )
+
+
+def _array(path: Path, images: Tensor, labels: Tensor | None) -> Data:
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"{path} holds {images.dtype}; images must be floats, or uint8 pixels")
+    if images.ndim < 2 or images.numel() == 0:
+        raise ValueError(f"{path} has shape {list(images.shape)}; images must be (N, …), N ≥ 1")
+    images = _unit(images) if images.dtype == torch.uint8 else images.float().contiguous()
+    if not images.isfinite().all():
+        row = int((~images.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"{path} holds a value that is not finite, in row {row}; take it out")
+    if images.ndim == 3:
+        images = images.unsqueeze(1)
+    if labels is None:
+        labels = torch.zeros(len(images), dtype=torch.int64)
+    return Data(images, _labels(path, labels, len(images)), int(labels.max()) + 1, str(path))
+
+
+def _labels(path: Path, labels: Tensor, count: int) -> Tensor:
+    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not whole or _shape(labels) != [count] or labels.min() < 0:
+        raise ValueError(
+            f"the labels of {path} are {labels.dtype} of shape {_shape(labels)}; they must be "
+            f"{count} whole numbers ≥ 0, one for each image"
+        )
+    return labels.long()
+
+
+def _shape(tensor: Tensor) -> Sequence[int]:
+    return list(tensor.shape)

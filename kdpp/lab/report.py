@@ -1,0 +1,459 @@
+"""What `kdpp compare` found: as one self-contained page, and as comma-separated values.
+
+Both are functions of the results alone: the same results give the same bytes. The page asks
+nothing of any network; its styles, its script and its pictures are inside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from itertools import groupby
+from statistics import median
+from typing import Any, NamedTuple
+
+__all__ = ["page", "table"]
+
+Cell = Mapping[str, Any]
+Results = Mapping[str, Any]
+
+
+class About(NamedTuple):
+    """A column's header, and what it means."""
+
+    title: str
+    hint: str
+
+
+SETTINGS = {
+    "student": About("student", "the network that samples"),
+    "sampler": About("sampler", "of kdpp, without sample_ and _tg"),
+    "steps": About("steps", "of the sampler"),
+    "levels": About("levels", "the noise levels σ"),
+    "cond_scale": About("w", "the student's own guidance scale"),
+    "guide": About("guide", "whose estimate revises the student's"),
+    "teacher_scale": About("λ", "the share of the guide's estimate"),
+    "teacher_steps": About("k", "the first k steps are guided, or the steps in brackets"),
+    "renoise": About("σₛ", "the level that the guide's input is noised to"),
+    "renoise_eta": About("ρ", "the share of fresh noise in that: 1 random, 0 deterministic"),
+    "teacher_cfg_scale": About("guide's w", "the guide's own guidance scale"),
+}
+COSTS = {
+    "student_evaluations": About("student", "evaluations of the student; both halves of CFG count"),
+    "teacher_evaluations": About("teacher", "evaluations of the teacher; both halves of CFG count"),
+    "compute": About("compute", "parameters × evaluations for one image, in millions"),
+    "milliseconds": About("ms", "sampling time of one image, in milliseconds"),
+}
+AXES = {
+    "evaluations": About("evaluations", "network evaluations for one image"),
+    "compute": About("compute", "parameters × evaluations for one image, in millions"),
+    "milliseconds": About("time", "sampling time of one image, in milliseconds"),
+}
+GUIDES = {"none": "", "teacher": "teacher", "self": "itself"}
+CHANGES = {
+    "change": About("change", "paired: against the same student without a guide, seed by seed"),
+    "self_change": About("self control", "the change with the student in the teacher's place"),
+}
+SHOWN = ("fd", "fd_teacher", "inception_score", "accuracy")
+"""The figures that the page begins with; buttons show the others."""
+
+
+# Comma-separated values ---------------------------------------------------------------------------
+
+
+def table(results: Results) -> str:
+    """The cells as comma-separated values: a line each, with every setting, cost and figure.
+
+    A figure's columns are its mean over the seeds, ``_sd``, the standard deviation, and ``_low``
+    and ``_high``, the 95 % confidence interval. ``_change…`` is the same of the paired change
+    against the plain student, with its ``_verdict``; ``_self_change…`` what the self control
+    changes. What does not apply is empty.
+    """
+    lines = [_record(cell) for cell in results["cells"]]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def _record(cell: Cell) -> dict[str, Any]:
+    """One line of the comma-separated values."""
+    record: dict[str, Any] = {}
+    for name, value in cell.items():
+        if name == "costs":
+            record |= value
+        elif name == "metrics":
+            for metric, found in value.items():
+                record |= _estimate(metric, found)
+                for kind in CHANGES:
+                    change = found[kind] or {}
+                    record |= _estimate(f"{metric}_{kind}", change)
+                    record[f"{metric}_{kind}_verdict"] = change.get("verdict")
+        else:
+            record[name] = " ".join(map(repr, value)) if isinstance(value, list) else value
+    return record
+
+
+def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    ends = {"": "mean", "_sd": "deviation", "_low": "low", "_high": "high"}
+    return {name + end: found.get(key) for end, key in ends.items()}
+
+
+# The page -----------------------------------------------------------------------------------------
+
+
+def page(results: Results, pictures: Sequence[str | None]) -> str:
+    """The page; ``pictures`` holds the data URI of every cell's samples, or None.
+
+    Every string of the results is escaped.
+    """
+    parts = files("kdpp.lab") / "templates"
+    content = {
+        "title": escape(results["title"]),
+        "summary": _summary(results),
+        "table_note": _table_note(results),
+        "table": _table(results),
+        "samples": _samples(results, pictures),
+        "settings": _settings(results),
+        "data": _plot_data(results),
+    }
+    for name in ("css", "js"):
+        content[name] = (parts / f"report.{name}").read_text(encoding="utf-8").strip()
+    template = (parts / "report.html").read_text(encoding="utf-8")
+    # In one pass: what is filled in is not searched for markers.
+    return re.sub(r"\{\{(\w+)\}\}", lambda marker: content[marker[1]], template)
+
+
+def _summary(results: Results) -> str:
+    settings = results["settings"]
+    text = (
+        f"{_count(len(results['cells']), 'cell')}, each of "
+        f"{_count(len(settings['seeds']), 'seed')} with {_count(settings['images'], 'image')}; "
+        f"last measured {results['finished']}, kdpp {results['versions']['kdpp']}."
+    )
+    return f"<p>{escape(text)}</p>"
+
+
+def _table_note(results: Results) -> str:
+    guides = {cell["guide"] for cell in results["cells"]}
+    text = "A click on a header sorts. ± is the standard deviation over the seeds."
+    if len(guides) > 1:
+        text += (
+            " A change is paired, seed by seed from the same noise, with the same student, sampler "
+            "and steps without a guide; “none seen” where its 95 % interval holds 0 (point at it "
+            "for the figure)."
+        )
+    if "self" in guides:
+        text += (
+            " The self control puts the student in the teacher's place: what that changes is owed "
+            "to looking twice, not to the teacher."
+        )
+    varied = _varied(results)
+    fixed = [
+        f"{title} {_plain(value)}"
+        for name, (title, _) in SETTINGS.items()
+        if name not in (*varied, "levels", "guide")
+        for value in [next((c[name] for c in results["cells"] if c[name] is not None), None)]
+        if value is not None
+    ]
+    if fixed:
+        text += f" The same in every cell that has it: {', '.join(fixed)}."
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+# Its table ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table.
+
+    ``entry`` gives what a cell shows, as HTML, and what it is sorted by (None: nothing).
+    """
+
+    name: str
+    about: About
+    group: About
+    entry: Callable[[Cell], tuple[str, Any]]
+    metric: str = ""
+    numeric: bool = True
+
+
+def _columns(results: Results) -> list[Column]:
+    """The cells' numbers, the settings that differ, the costs and the figures."""
+    cells, nothing = results["cells"], About("", "")
+    columns = [Column("cell", About("#", "leads to the cell's samples"), nothing, _number)]
+    for name in _varied(results):
+        numeric = all(isinstance(cell[name], int | float | None) for cell in cells)
+        entry = _setting(name)
+        columns.append(Column(name, SETTINGS[name], nothing, entry, numeric=numeric))
+    for name, about in COSTS.items():
+        counts = name.endswith("evaluations")
+        group = About("evaluations" if counts else "cost", "of one image")
+        columns.append(Column(name, about, group, _cost(name)))
+    for metric in results["metrics"]:
+        name, group = metric["name"], About(metric["title"], _meaning(metric))
+        found = [cell["metrics"][name] for cell in cells]
+        figure = About("mean", "over the seeds ± standard deviation")
+        columns.append(Column(name, figure, group, _figure(name, _digits(found)), name))
+        for kind, about in CHANGES.items():
+            changes = [one[kind] for one in found if one[kind]]
+            if changes:
+                entry = _change(metric, kind, _digits(changes))
+                columns.append(Column(f"{name}_{kind}", about, group, entry, name))
+    return columns
+
+
+def _varied(results: Results) -> list[str]:
+    """The settings that the table shows: the student, and those that differ between cells."""
+    cells = results["cells"]
+    seen = {name: {_plain(cell[name]) for cell in cells} - {""} for name in SETTINGS}
+    runs = {(cell["student"], cell["steps"], _plain(cell["levels"])) for cell in cells}
+    if len(runs) == len({run[:2] for run in runs}):  # the number of steps says which levels
+        seen.pop("levels")
+    return [name for name, values in seen.items() if len(values) > 1 or name == "student"]
+
+
+def _plain(value: Any) -> str:
+    """A setting in words."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{k}: {_plain(v)}" for k, v in value.items() if v is not None)
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _number(cell: Cell) -> tuple[str, Any]:
+    return f'<a href="#cell-{cell["cell"]}">{cell["cell"]}</a>', cell["cell"]
+
+
+def _setting(name: str) -> Callable[[Cell], tuple[str, Any]]:
+    def entry(cell: Cell) -> tuple[str, Any]:
+        value = GUIDES[cell[name]] if name == "guide" else cell[name]
+        words = _plain(value)
+        return escape(words), value if isinstance(value, int | float) else words or None
+
+    return entry
+
+
+def _cost(name: str) -> Callable[[Cell], tuple[str, Any]]:
+    def entry(cell: Cell) -> tuple[str, Any]:
+        value = _in_unit(name, cell["costs"][name])
+        return _rounded(value), value
+
+    return entry
+
+
+def _in_unit(name: str, value: float) -> float:
+    """A cost in the unit that the page gives it in."""
+    return value / 1e6 if name == "compute" else value
+
+
+def _rounded(value: float) -> str:
+    """Three digits, without an exponent."""
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{max(digits, 0)}f}" if value % 1 else f"{value:,.0f}"
+
+
+def _figure(name: str, digits: int) -> Callable[[Cell], tuple[str, Any]]:
+    def entry(cell: Cell) -> tuple[str, Any]:
+        found = cell["metrics"][name]
+        mean, spread = _spread(found, digits)
+        return f'{mean}<span class="spread">{spread}</span>', found["mean"]
+
+    return entry
+
+
+def _change(metric: Mapping[str, Any], kind: str, digits: int) -> Callable[[Cell], tuple[str, Any]]:
+    def entry(cell: Cell) -> tuple[str, Any]:
+        found = cell["metrics"][metric["name"]][kind]
+        if found is None:
+            return "", None
+        mean, spread = _spread(found, digits, "+")
+        if found["deviation"] is None:  # of one seed
+            return f'<span class="none">{mean}</span>', found["mean"]
+        if found["verdict"] == "none seen":
+            return f'<span class="none" title="{mean}{spread}">none seen</span>', found["mean"]
+        good = {"lower": found["mean"] < 0, "higher": found["mean"] > 0, None: None}
+        colour = {True: "better", False: "worse", None: ""}[good[metric["better"]]]
+        text = f'<span class="{colour}">{mean}</span><span class="spread">{spread}</span>'
+        return text, found["mean"]
+
+    return entry
+
+
+def _spread(found: Mapping[str, Any], digits: int, sign: str = "") -> tuple[str, str]:
+    """The mean, and `` ± standard deviation`` where it is known."""
+    mean = f"{found['mean']:{sign}.{digits}f}".replace("-", "−")
+    deviation = found["deviation"]
+    return mean, "" if deviation is None else f" ± {deviation:.{digits}f}"
+
+
+def _digits(found: Sequence[Mapping[str, Any]]) -> int:
+    """So many after the point that the middle one of the spreads has two that count."""
+    spreads = [one["deviation"] for one in found if one["deviation"]]
+    size = median(spreads) if spreads else median(abs(one["mean"]) for one in found) / 10
+    return min(max(1 - math.floor(math.log10(size)), 0), 6) if size else 2
+
+
+def _meaning(metric: Mapping[str, Any]) -> str:
+    better = f"; {metric['better']} is better" if metric["better"] else ""
+    return f"{metric['what']}{better}"
+
+
+def _table(results: Results) -> str:
+    """A line of groups, a line of headers that sort, and a line for every cell."""
+    columns = _columns(results)
+    groups = [list(members) for _, members in groupby(columns, lambda column: column.group)]
+    firsts = {members[0].name for members in groups[1:]}
+
+    def attributes(column: Column, value: Any = None) -> str:
+        classes = ["n"] * column.numeric + ["first"] * (column.name in firsts)
+        text = f' class="{" ".join(classes)}"' if classes else ""
+        text += f' data-metric="{escape(column.metric)}"' if column.metric else ""
+        return text + ("" if value is None else f' data-value="{escape(str(value))}"')
+
+    over = "".join(
+        f'<th scope="colgroup" colspan="{len(members)}"{attributes(members[0])} '
+        f'title="{escape(members[0].group.hint)}">{escape(members[0].group.title)}</th>'
+        for members in groups
+    )
+    heads = "".join(
+        f'<th scope="col" data-column="{escape(column.name)}"{attributes(column)} '
+        f'title="{escape(column.about.hint)}">'
+        f'<button type="button">{escape(column.about.title)}</button></th>'
+        for column in columns
+    )
+    lines = []
+    for cell in results["cells"]:
+        entries = [(column, *column.entry(cell)) for column in columns]
+        tds = (f"<td{attributes(column, value)}>{text}</td>" for column, text, value in entries)
+        lines.append(f"<tr>{''.join(tds)}</tr>")
+    return "\n".join([
+        '<table id="table">', "<thead>", f'<tr class="groups">{over}</tr>', f"<tr>{heads}</tr>",
+        "</thead>", "<tbody>", *lines, "</tbody>", "</table>",
+    ])  # fmt: skip
+
+
+# Its samples, plots and settings ------------------------------------------------------------------
+
+
+def _families(results: Results) -> dict[str, list[Cell]]:
+    """The cells of each student, sampler and w: what is drawn in one colour."""
+    names = [name for name in ("student", "sampler", "cond_scale") if name in _varied(results)]
+    families: dict[str, list[Cell]] = {}
+    for cell in results["cells"]:
+        words = [_plain(cell[name]) for name in names]
+        if names[-1] == "cond_scale":
+            words[-1] = f"w {words[-1]}"
+        families.setdefault(", ".join(words), []).append(cell)
+    return families
+
+
+def _label(cell: Cell, varied: Sequence[str]) -> str:
+    """What tells a cell from the others of its family."""
+    words = [_count(cell["steps"], "step")]
+    if "levels" in varied:
+        words.append(_plain(cell["levels"]))
+    if cell["guide"] != "none":
+        words[-1] += f" + {GUIDES[cell['guide']]}"
+        names = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
+        words += [f"{SETTINGS[n].title} {_plain(cell[n])}" for n in names if n in varied]
+    return ", ".join(words)
+
+
+def _samples(results: Results, pictures: Sequence[str | None]) -> str:
+    """The cells' pictures, family by family."""
+    if None in pictures:
+        return '<p class="note">None are shown: the data are no pictures.</p>'
+    seed, varied = results["settings"]["seeds"][0], _varied(results)
+    parts = [f'<p class="note">The first images of seed {seed}, all from the same noise.</p>']
+    for family, members in _families(results).items():
+        parts += [f"<h3>{escape(family)}</h3>", '<div class="tiles">']
+        for cell in members:
+            label, number = escape(_label(cell, varied)), cell["cell"]
+            parts.append(
+                f'<figure id="cell-{number}"><img src="{pictures[number - 1]}" '
+                f'alt="Samples of cell {number}: {escape(family)}, {label}">'
+                f"<figcaption><b>{number}</b> {label}</figcaption></figure>"
+            )
+        parts.append("</div>")
+    return "\n".join(parts)
+
+
+def _plot_data(results: Results) -> str:
+    """What the script draws, as JSON that cannot be taken for markup."""
+    families, varied = _families(results), _varied(results)
+    names = [metric["name"] for metric in results["metrics"]]
+    digits = {n: _digits([cell["metrics"][n] for cell in results["cells"]]) for n in names}
+    points = [
+        {
+            "cell": cell["cell"],
+            "plain": cell["plain"],
+            "family": index,
+            "guide": cell["guide"],
+            "label": f"{cell['cell']}. {family}, {_label(cell, varied)}",
+            "costs": {axis: _in_unit(axis, cell["costs"][axis]) for axis in AXES},
+            "figures": {
+                name: (
+                    found["mean"],
+                    found["deviation"] or 0,
+                    "".join(_spread(found, digits[name])),
+                )
+                for name, found in cell["metrics"].items()
+            },
+        }
+        for index, (family, members) in enumerate(families.items())
+        for cell in members
+    ]
+    data = {
+        "families": list(families),
+        "axes": [{"name": name, **about._asdict()} for name, about in AXES.items()],
+        "metrics": [
+            {
+                "name": metric["name"],
+                "title": metric["title"],
+                "hint": _meaning(metric),
+                "shown": metric["name"] in SHOWN,
+            }
+            for metric in results["metrics"]
+        ],
+        "points": points,
+    }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _settings(results: Results) -> str:
+    """Settings, models, versions, notes, and the spec as it was written."""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in results["notes"])
+    return "\n".join([
+        _pairs(results["settings"]),
+        f"<h3>Models</h3>\n{_pairs(results['models'])}",
+        f"<h3>Versions</h3>\n{_pairs(results['versions'])}",
+        f"<h3>Combinations</h3>\n<ul>{notes}</ul>" if notes else "",
+        f"<h3>The spec</h3>\n<pre>{escape(results['spec'])}</pre>",
+    ])  # fmt: skip
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    lines = (
+        f'<tr><th scope="row">{escape(key.replace("_", " "))}</th>'
+        f"<td>{escape(_plain(value)) or 'none'}</td></tr>"
+        for key, value in values.items()
+    )
+    return f"<table>\n{''.join(lines)}\n</table>"

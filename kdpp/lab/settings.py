@@ -1,0 +1,175 @@
+"""Settings: dataclasses that are filled from TOML files and from flags, name by name.
+
+A setting's type is its annotation: bool, int, float, str, a Literal of strings, tuple[…, ...],
+dict (a table), or one of these or None. `setting` gives it a default and a word of help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["as_dict", "fill", "read_toml", "read_value", "setting", "to_toml", "unknown"]
+
+S = TypeVar("S")
+
+
+def setting(default: Any, help: str, *, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A field of a settings dataclass; a number must lie in [low, high]."""
+    about = {"help": help, "low": low, "high": high}
+    if isinstance(default, dict):  # each instance has its own
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def unknown(what: str, name: object, known: Collection[str]) -> str:
+    """A sentence about a name that is not known: the nearest one, and all of them."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {name!r}; {hint}known: {', '.join(sorted(known)) or 'none'}"
+
+
+def fill(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
+    """An instance of the settings dataclass: its defaults, and the values that are given.
+
+    Args:
+        where: whose settings they are, for messages: "of consistency".
+
+    Raises:
+        ValueError: a name is unknown (the nearest known one is said), or a value is not of the
+            setting's type or range. Whole numbers pass as floats, lists as tuples.
+    """
+    hints = get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise ValueError(unknown(f"setting{where and ' ' + where}", name, fields))
+    checked = {name: _checked(name, value, hints[name]) for name, value in values.items()}
+    for name, value in checked.items():
+        _check_range(name, value, fields[name].metadata)
+    return kind(**checked)
+
+
+def read_value(kind: type, name: str, text: str) -> Any:
+    """The value that a flag's text stands for: TOML (``2e-3``, ``[1, 2]``, ``{width = 64}``).
+
+    A string needs no quotes, and ``none`` is None where the setting may be None.
+    """
+    hint = get_type_hints(kind)[name]
+    options = _options(hint)
+    if type(None) in options and text.lower() == "none":
+        return None
+    if any(option is str or get_origin(option) is Literal for option in options):
+        return text
+    try:
+        return _toml().loads(f"value = {text}")["value"]
+    except ValueError:
+        return text  # of the wrong type: `fill` says what it should be
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table of a TOML file.
+
+    Raises OSError where it cannot be read, ValueError where it is no TOML: both name the file.
+    """
+    path = Path(path)
+    try:
+        return _toml().loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except OSError as error:
+        raise type(error)(f"{path} could not be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no TOML file: {error}") from error
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """The values as TOML, a line for each; None is left out, tables are written inline."""
+    return "".join(f"{name} = {_written(v)}\n" for name, v in values.items() if v is not None)
+
+
+def as_dict(settings: Any) -> dict[str, Any]:
+    """The settings as JSON has them: tuples are lists."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
+    return plain
+
+
+def _toml() -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[no-redef]
+        except ModuleNotFoundError as error:
+            raise ImportError('TOML needs tomli: pip install "kdpp[lab]"') from error
+    return tomllib
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Mapping):
+        there = {name: item for name, item in value.items() if item is not None}
+        return "{" + ", ".join(f"{name} = {_written(v)}" for name, v in there.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_written, value)) + "]"
+    # JSON's strings, numbers, true and false are TOML's.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    for option in _options(hint):
+        fits, converted = _fit(value, option)
+        if fits:
+            return converted
+    allowed = " or ".join(map(_said, _options(hint)))
+    raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def _check_range(name: str, value: Any, about: Mapping[str, Any]) -> None:
+    low, high = about.get("low", -math.inf), about.get("high", math.inf)
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if isinstance(number, int | float) and not low <= number <= high:
+            allowed = (
+                f"in [{low:.12g}, {high:.12g}]" if math.isfinite(high) else f"at least {low:g}"
+            )
+            raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
+    """Whether the value is of the type, and the value in that type."""
+    origin = get_origin(hint)
+    if hint is type(None):
+        return value is None, None
+    if origin is Literal:
+        return value in get_args(hint), value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False, None
+        parts = [_fit(item, get_args(hint)[0]) for item in value]
+        return all(fits for fits, _ in parts), tuple(item for _, item in parts)
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value), value if not number else float(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(value, origin or hint), value
+
+
+def _said(hint: Any) -> str:
+    if hint is type(None):
+        return "none"
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) is tuple:
+        return f"a list ({_said(get_args(hint)[0])}, …)"
+    names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    return names.get(hint, "a table")

@@ -1,0 +1,298 @@
+"""What `kdpp compare` is to run: a TOML file, read fully and turned into cells before any work.
+
+At its top are the keys of `Spec`, in ``[students]`` names and their checkpoints, in ``[reference]``
+how the teacher's own samples are drawn (`Reference`), and in one or more ``[[grid]]`` a value, or a
+list of values, for each of the settings of `Combination`: a grid stands for all their combinations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from kdpp.checks import check_count, check_number
+from kdpp.lab.models import Model
+from kdpp.lab.sampling import SAMPLERS, levels_for
+from kdpp.lab.settings import fill, read_toml, setting, unknown
+
+__all__ = ["Cell", "Combination", "Guidance", "Reference", "Spec", "cells_of", "read_spec"]
+
+RENOISE = ("next", "current", "random")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The keys at the top of a spec."""
+
+    title: str = setting("A comparison", "the page's headline")
+    data: str = setting("digits", "what the images are compared with, see `load_data`")
+    features: str = setting("", "in what, see `load_features`; default: digits, or else pixels")
+    images: int = setting(1000, "how many, of each cell and seed")
+    seeds: int | tuple[int, ...] = setting(3, "so many, from 0; or a list of them")
+    teacher: str | None = setting(None, "the checkpoint that guides")
+    self_control: bool = setting(False, "also put each student in the teacher's place")
+    students: dict[str, Any] = field(default_factory=dict)  # names and their checkpoints
+    reference: dict[str, Any] = field(default_factory=dict)  # the settings of `Reference`
+    grid: tuple[dict[str, Any], ...] = setting((), "tables of settings of `Combination`")
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """The seeds, one by one."""
+        return self.seeds if isinstance(self.seeds, tuple) else tuple(range(self.seeds))
+
+    @property
+    def own_samples(self) -> Reference | None:
+        """How the teacher's own samples are drawn, if distances to them are wanted."""
+        return fill(Reference, self.reference, "of reference") if self.reference else None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The teacher's own many-step samples, as many as a cell has of one seed."""
+
+    cond_scale: float = setting(math.nan, "the teacher's guidance scale; it must be given")
+    steps: int = setting(50, "of the sampler")
+    sampler: str = setting("euler", "without sample_ and _tg")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One combination of a grid's settings, as it is written."""
+
+    student: str = setting("", "a name of [students]; it must be given")
+    sampler: str | None = setting(None, "without sample_ and _tg; default: the student's own")
+    steps: int | None = setting(None, "default: the student's own")
+    cond_scale: float = setting(1.0, "the student's guidance scale, or its input w")
+    teacher_scale: float = setting(0.0, "λ")
+    teacher_steps: int | tuple[int, ...] = setting(1, "k: the first k steps; or a list of steps")
+    renoise: str | float = setting("next", "σ_s: next, current, random, or a level")
+    renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
+    teacher_cfg_scale: float | None = setting(None, "default: the reference's cond_scale, or 1")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a cell is guided: keywords of `kdpp.TeacherGuidedDenoiser`."""
+
+    teacher_scale: float
+    teacher_steps: int | tuple[int, ...]
+    renoise: str | float
+    renoise_eta: float
+    teacher_cfg_scale: float
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to sample, with nothing left open; those that sample alike are equal."""
+
+    student: str
+    sampler: str
+    levels: tuple[float, ...]
+    cond_scale: float
+    guide: Literal["none", "teacher", "self"] = "none"
+    guidance: Guidance | None = None
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    @property
+    def plain(self) -> Cell:
+        """The same student without a guide: what changes are measured against."""
+        return replace(self, guide="none", guidance=None)
+
+    @property
+    def itself(self) -> Cell | None:
+        """The self control of a guided cell: the student, as it samples, in the teacher's place."""
+        if self.guidance is None:
+            return None
+        return replace(
+            self, guide="self", guidance=replace(self.guidance, teacher_cfg_scale=self.cond_scale)
+        )
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The guidance as keywords; none where there is none."""
+        return asdict(self.guidance) if self.guidance else {}
+
+    def __str__(self) -> str:
+        words = [self.student, self.sampler, f"steps {self.steps}", f"cond_scale {self.cond_scale}"]
+        if self.guidance is not None:
+            words.append(f"guided by {'the teacher' if self.guide == 'teacher' else 'itself'}")
+            words += [f"{name} {value}" for name, value in self.keywords.items()]
+        return ", ".join(words)
+
+
+def read_spec(path: str | Path) -> Spec:
+    """The spec in the file; its places are taken from the file's own folder.
+
+    Raises OSError where the file cannot be read, ValueError for what is no TOML, an unknown name
+    (the nearest known one is said), a missing one and a value that cannot be. What the grids hold
+    is checked by `cells_of`.
+    """
+    path = Path(path)
+    spec = fill(Spec, read_toml(path), f"in {path}")
+    check_count("images", spec.images, 4)
+    if isinstance(spec.seeds, int):
+        check_count("seeds", spec.seeds, 1)
+    elif not spec.seeds or len(set(spec.seeds)) < len(spec.seeds) or min(spec.seeds) < 0:
+        raise ValueError(f"seeds is {list(spec.seeds)}; give one or more ≥ 0, each once")
+    if not spec.students:
+        raise ValueError(f'{path} names no student; add [students] with lines name = "checkpoint"')
+    for name, place in spec.students.items():
+        if not isinstance(place, str):
+            raise ValueError(f"student {name!r} is {place!r}; it must be text, a checkpoint")
+    if not spec.grid:
+        raise ValueError(f"{path} has no [[grid]]; add one that names a student")
+    _check_reference(spec)
+    digits = spec.data == "digits"
+    return replace(
+        spec,
+        data=_placed(spec.data, path),
+        features=_placed(spec.features or ("digits" if digits else "pixels"), path),
+        teacher=spec.teacher and _placed(spec.teacher, path),
+        students={name: _placed(place, path) for name, place in spec.students.items()},
+    )
+
+
+def _check_reference(spec: Spec) -> None:
+    reference = spec.own_samples
+    if reference is None:
+        return
+    if spec.teacher is None:
+        raise ValueError("reference is the teacher's own samples; name the teacher")
+    if math.isnan(reference.cond_scale):
+        raise ValueError("reference has no cond_scale; give the teacher's guidance scale")
+    if reference.sampler not in SAMPLERS:
+        raise ValueError(unknown("sampler of reference", reference.sampler, SAMPLERS))
+    check_count("steps of reference", reference.steps, 1)
+
+
+def _placed(name: str, spec: Path) -> str:
+    """A path from the spec's folder; names of what ships with kdpp as they are."""
+    kind, colon, place = name.partition(":")
+    if kind in ("inception", "clip") and colon:
+        return f"{kind}:{spec.parent / place}"
+    return name if kind in ("digits", "pixels") else str(spec.parent / name)
+
+
+def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[str]]:
+    """The cells of all grids, each once, and notes on what was added, left out or run once.
+
+    Combinations that sample alike make one cell: λ = 0 or k = 0, whatever else is said of the
+    teacher. A guided cell comes after its plain student, and before its self control where the spec
+    asks for one. ``models`` holds the students by name.
+
+    Raises ValueError for an unknown name, a value that cannot be, guidance without a teacher, and
+    guided steps that no combination of the grid has.
+    """
+    asked = [
+        cell
+        for number, grid in enumerate(spec.grid, 1)
+        for cell in _grid_cells(grid, f"of grid {number}", spec, models)
+    ]
+    kept = [cell for cell in asked if cell is not None]
+    cells: dict[Cell, None] = {}
+    for cell in kept:
+        cells[cell.plain] = None
+        cells[cell] = None
+        if spec.self_control and cell.itself is not None:
+            cells[cell.itself] = None
+    counts = {
+        "of steps that are not there, left out": len(asked) - len(kept),
+        "alike (λ or k is 0, or k reaches the last step), run once": len(kept) - len(set(kept)),
+        "not asked for, added as what changes are measured against": sum(
+            cell.guide == "none" and cell not in kept for cell in cells
+        ),
+    }
+    return list(cells), [f"combinations {what}: {n}" for what, n in counts.items() if n]
+
+
+def _grid_cells(
+    grid: Mapping[str, Any], where: str, spec: Spec, models: Mapping[str, Model]
+) -> list[Cell | None]:
+    """The grid's combinations as cells; None for guided steps that a combination does not have."""
+    cells: list[Cell | None] = []
+    absent: dict[Any, int] = {}
+    present = set()
+    for combination in _combinations(grid, where):
+        base = _unguided(combination, where, spec, models)
+        steps = combination.teacher_steps
+        if combination.teacher_scale == 0.0 or steps in (0, ()):
+            cells.append(base)
+        elif _has_steps(base.steps, steps):
+            present.add(steps)
+            cells.append(_guided(combination, base, where, spec))
+        else:
+            absent[steps] = max(base.steps, absent.get(steps, 0))
+            cells.append(None)
+    for steps, longest in absent.items():
+        if steps not in present:
+            raise ValueError(
+                f"teacher_steps {where} holds {_listed(steps)}; no combination has these steps, "
+                f"the longest has {longest}"
+            )
+    return cells
+
+
+def _combinations(grid: Mapping[str, Any], where: str) -> Iterator[Combination]:
+    """All combinations of the values; the last setting changes fastest."""
+    axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
+    for name, values in axes.items():
+        if not values:
+            raise ValueError(f"{name} {where} is an empty list; give a value, or leave it out")
+    for chosen in product(*axes.values()):
+        yield fill(Combination, dict(zip(axes, chosen)), where)
+
+
+def _unguided(
+    combination: Combination, where: str, spec: Spec, models: Mapping[str, Model]
+) -> Cell:
+    """The combination without its guidance."""
+    if not combination.student:
+        raise ValueError(f"student {where} is missing; name one of {', '.join(spec.students)}")
+    if combination.student not in models:
+        raise ValueError(unknown(f"student {where}", combination.student, models))
+    model = models[combination.student]
+    sampler = combination.sampler or model.sampler
+    if sampler not in SAMPLERS:
+        raise ValueError(unknown(f"sampler {where}", sampler, SAMPLERS))
+    levels = levels_for(model, combination.steps)
+    return Cell(combination.student, sampler, levels, combination.cond_scale)
+
+
+def _guided(combination: Combination, base: Cell, where: str, spec: Spec) -> Cell:
+    """The cell with the combination's guidance; without, where no step is left to guide."""
+    if spec.teacher is None:
+        raise ValueError(f"teacher_scale {where} is not 0, and the spec names no teacher; add one")
+    if isinstance(combination.renoise, str) and combination.renoise not in RENOISE:
+        raise ValueError(f"{unknown(f'renoise {where}', combination.renoise, RENOISE)}, or a level")
+    check_number(f"teacher_scale {where}", combination.teacher_scale, 0.0, 1.0)
+    steps: Any = combination.teacher_steps
+    if isinstance(steps, tuple):
+        steps = tuple(sorted({i % base.steps for i in steps}))
+    elif combination.renoise == "next" and base.levels[-1] == 0.0:
+        steps = min(steps, base.steps - 1)  # the last step has no next level to noise to
+    if steps == 0:
+        return base
+    scale = combination.teacher_cfg_scale
+    if scale is None:
+        scale = spec.own_samples.cond_scale if spec.own_samples else 1.0
+    guidance = Guidance(
+        combination.teacher_scale, steps, combination.renoise, combination.renoise_eta, scale
+    )
+    return replace(base, guide="teacher", guidance=guidance)
+
+
+def _has_steps(steps: int, wanted: int | tuple[int, ...]) -> bool:
+    if isinstance(wanted, tuple):
+        return all(-steps <= i < steps for i in wanted)
+    return check_count("teacher_steps", wanted, 0) <= steps
+
+
+def _listed(steps: int | tuple[int, ...]) -> str:
+    return str(list(steps) if isinstance(steps, tuple) else steps)

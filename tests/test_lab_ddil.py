@@ -1,0 +1,349 @@
+"""DDIL: what it collects is what was visited, what it learns there is the base's."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kdpp
+from kdpp.digits import schedule
+from kdpp.lab import processes
+from kdpp.lab.methods import Job
+from kdpp.lab.methods.ddil import DDIL, Collected, OnConsistency, OnProgressive, Reflected
+from kdpp.lab.methods.progressive import guided
+from kdpp.lab.models import Model
+from kdpp.lab.networks import VEDenoiser
+from problems import seeded
+from test_lab_sfd import (
+    CPU,
+    check_resumed,
+    check_samples,
+    draws,
+    losses_of,
+    spots,
+    task_of,
+    teacher,
+    trained,
+)
+
+SMALL = {
+    "batch": 16, "iterations": 12, "start_steps": 8, "steps": 2, "every": 2, "fresh": 12,
+    "capacity": 40, "rate": 2e-3,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with processes.single_thread():
+        yield
+
+
+# The parts.
+
+
+def test_reflected_estimates_are_clipped_and_their_gradient_is_not():
+    x = torch.linspace(-3, 3, 13).view(1, 13).requires_grad_()
+    reflected = Reflected(lambda x, sigma, cond: 2 * x + sigma + cond, -1.0, 0.5)
+    given_args = torch.zeros(1), torch.zeros(1)
+    made = reflected(x, given_args[0], cond=given_args[1])
+    expected = torch.tensor([max(-1.0, min(2 * value, 0.5)) for value in x[0].tolist()])
+    torch.testing.assert_close(made[0].detach(), expected)
+    made.sum().backward()
+    assert (x.grad == 2).all()
+    with torch.no_grad():
+        assert torch.equal(reflected(x, given_args[0], cond=given_args[1])[0], expected)
+
+
+@given(
+    capacity=st.integers(1, 9),
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    uniform=st.floats(0, 1, exclude_max=True, width=32),
+)
+def test_the_ring_holds_the_newest_states(capacity, sizes, uniform):
+    ring, everything = Collected(capacity, (2,)), 0
+    for size in sizes:
+        number = torch.arange(everything, everything + size)
+        ring.add(number[:, None].repeat(1, 2).float(), number, 10 * number)
+        everything += size
+    held = len(ring)
+    assert held == min(capacity, everything)
+    newest = range(everything - held, everything)
+    picks = torch.linspace(0, 1, 10 * held + 1)[:-1].clamp(max=1 - 1e-6)
+    x, labels, places = ring.pick(torch.cat((picks, torch.tensor([uniform]))))
+    assert set(labels.tolist()) == set(newest)
+    assert torch.equal(x, labels[:, None].repeat(1, 2).float())
+    assert torch.equal(places, 10 * labels)
+
+    copy = Collected(capacity, (2,))
+    copy.load_state_dict(ring.state_dict())
+    assert torch.equal(copy.pick(picks)[1], ring.pick(picks)[1])
+    ring.clear()
+    assert len(ring) == 0 and len(copy) == held
+
+
+def test_one_method_makes_the_task_of_its_base():
+    assert type(task_of("ddil", SMALL)) is OnProgressive
+    assert type(task_of("ddil", SMALL | {"base": "consistency"})) is OnConsistency
+
+
+# What is collected.
+
+
+def collected(task, levels):
+    """The dataset as trajectories: labels (n,), and states (steps, n, …)."""
+    n, steps = len(task.collected), len(levels) - 1
+    places = task.collected.places[:n]
+    assert torch.equal(places, torch.arange(steps).repeat_interleave(n // steps))
+    labels = task.collected.labels[:n].view(steps, -1)
+    assert (labels == labels[0]).all()
+    return labels[0], task.collected.x[:n].unflatten(0, (steps, -1))
+
+
+def walk(denoise, x, levels):
+    """DDIM, written with the direction (x - D)/σ."""
+    for sigma, sigma_next in pairwise(levels):
+        d = denoise(x, x.new_full((len(x),), sigma))
+        x = x + (x - d) / sigma * (sigma_next - sigma)
+    return x
+
+
+def wild(task):
+    """Make the student's network another one than the teacher's."""
+    with torch.no_grad():
+        for p in task.network.parameters():
+            p += 0.1 * seeded(*p.shape, seed=p.numel(), dtype=torch.float32)
+    for name in ("average",):
+        if name in task.modules:
+            task.modules[name].load_state_dict(task.network.state_dict())
+
+
+@pytest.mark.parametrize("reflected", [False, True])
+@pytest.mark.parametrize("turns", [0.0, 1.0])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_progressive_rollouts_are_the_students_or_the_teachers(turns, phase, reflected):
+    """Early in a phase, after its first iteration, with an idle optimiser."""
+    settings = SMALL | {"turns": [turns, turns], "rate": 0.0, "reflected": reflected}
+    task = task_of("ddil", settings)
+    if phase == 1:
+        wild(task)  # it is the teacher then
+    task.step(phase * 6, draws(phase * 6))
+    if turns == 1.0:
+        wild(task)
+        task.step(phase * 6 + 2, draws(phase * 6 + 2))
+        task.collected.x, task.collected.labels, task.collected.places = (
+            held.roll(-12, 0)
+            for held in (task.collected.x, task.collected.labels, task.collected.places)
+        )
+        task.collected.added.sub_(12)
+    levels = schedule((4, 2)[phase])
+    labels, states = collected(task, levels)
+
+    def denoise(x, sigma):
+        if turns == 1.0:
+            d = VEDenoiser(task.network)(x, sigma, labels)
+        elif phase == 0:
+            d = guided(teacher(), labels, 2.0)(x, sigma)
+        else:
+            d = VEDenoiser(task.previous)(x, sigma, labels)
+        low, high = spots().images.min(), spots().images.max()
+        return d.clamp(low, high) if reflected else d
+
+    fine = schedule((8, 4)[phase])
+    for k, (state, following) in enumerate(pairwise(states)):
+        on_the_way = levels[k : k + 2] if turns == 1.0 else fine[2 * k : 2 * k + 3]
+        with torch.no_grad():
+            expected = walk(denoise, state, on_the_way)
+        torch.testing.assert_close(following, expected, rtol=1e-4, atol=1e-4)
+    assert 0.5 < float(states[0].std()) / levels[0] < 1.5
+
+
+@pytest.mark.parametrize("turns", [0.0, 1.0])
+def test_consistency_rollouts_are_the_averages_or_the_teachers(turns):
+    settings = SMALL | {"base": "consistency", "steps": 3, "substeps": 4, "rate": 0.0}
+    task = task_of("ddil", settings | {"turns": [turns, turns], "reflected": False})
+    wild(task)
+    task.step(0, draws(0))
+    levels = schedule(3)
+    labels, states = collected(task, levels)
+    rollout = kdpp.mixed_rollout(
+        VEDenoiser(task.average), teacher().denoiser, states[0],
+        torch.tensor(levels, dtype=torch.float64), teacher_substeps=4,
+        teacher_probability=1 - turns, teacher_cfg_scale=2.0, disable=True,
+        extra_args={"cond": labels, "uncond": torch.full_like(labels, 3)},
+    )  # fmt: skip
+    torch.testing.assert_close(states, torch.stack(rollout.states[:-1]), rtol=1e-4, atol=1e-4)
+
+
+def test_late_in_a_phase_the_student_has_more_turns():
+    """change = 0.5 of 6 iterations: collecting at 0 and 2 is the teacher's, at 4 the student's."""
+    task = task_of("ddil", SMALL | {"turns": [0.0, 1.0], "change": 0.5, "rate": 0.0})
+    calls = []
+    task.student.register_forward_hook(lambda *_: calls.append(len(calls)))
+    seen = []
+    for i in range(6):
+        before = len(calls)
+        task.step(i, draws(i))
+        seen.append(len(calls) - before - 1)  # one is the loss's
+    assert seen == [0, 0, 0, 0, 4, 0]
+
+
+# What is learnt.
+
+
+@pytest.mark.parametrize("base", ["progressive", "consistency"])
+def test_a_share_of_the_batch_is_of_collected_states(base):
+    settings = SMALL | {"base": base, "shares": [0.5, 1.0], "change": 0.5, "rate": 0.0}
+    task = task_of("ddil", settings | {"batch": 64, "every": 100, "iterations": 20})
+    student = task.student if base == "progressive" else task.learner
+    asked = []
+    shares = []
+    for i in (0, 1, 9, 11):  # the first one before anything is collected; of 10 or 20 iterations
+        asked.clear()
+        handle = student.register_forward_hook(
+            lambda _, given, kwargs, __: asked.append((*given, kwargs["cond"])), with_kwargs=True
+        )
+        task.step(min(i, 9) if base == "progressive" else i, draws(i))
+        handle.remove()
+        x, sigma, labels = asked[0]
+        n = len(task.collected)
+        same = (x[:, None] == task.collected.x[None, :n]).flatten(2).all(2)
+        shares.append(float(same.any(1).double().mean()))
+        for row, column in same.nonzero().tolist():
+            place = int(task.collected.places[column])
+            levels = schedule(4 if base == "progressive" else 2)
+            assert float(sigma[row]) == pytest.approx(levels[place])
+            assert labels[row] == task.collected.labels[column]
+    late = shares[2:] if base == "progressive" else shares[3:]
+    assert shares[0] == 0 and 0.3 < shares[1] < 0.7 and set(late) == {1.0}
+
+
+def test_without_collected_states_it_is_progressive_distillation():
+    plain = {key: SMALL[key] for key in ("batch", "start_steps", "steps", "rate")}
+    base = task_of("progressive", plain | {"iterations": 6})
+    task = task_of("ddil", SMALL | {"shares": [0.0, 0.0], "reflected": False})
+    assert task.iterations == base.iterations == 12
+    assert losses_of(task) == losses_of(base)
+    for found, expected in zip(task.network.parameters(), base.network.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_without_collected_states_it_is_consistency_distillation():
+    base = task_of("consistency", {"network": None, "batch": 16, "iterations": 12, "rate": 2e-3})
+    settings = {"base": "consistency", "shares": [0.0, 0.0], "reflected": False}
+    task = task_of("ddil", SMALL | settings)
+    for found, expected in zip(losses_of(task), losses_of(base), strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def test_targets_are_within_the_data():
+    """The first teacher's guided estimates are not, and would pull the student out."""
+    x = 14.61 * seeded(64, 1, 4, 4, seed=3, dtype=torch.float32)
+    labels, sigma = torch.arange(64) % 3, torch.full((64,), 14.61)
+    low, high = float(spots().images.min()), float(spots().images.max())
+    assert guided(teacher(), labels, 4.0)(x, sigma).min() < low - 0.1
+    on_progressive = task_of("ddil", SMALL | {"guidance": 4.0})
+    on_consistency = task_of("ddil", SMALL | {"guidance": 4.0, "base": "consistency"})
+    for target in (
+        on_progressive.expert(0, labels)(x, sigma),
+        on_consistency.target(x, sigma, labels),
+    ):
+        assert low <= target.min() and target.max() <= high
+
+
+# The run.
+
+
+def counted(*networks):
+    """Counts the images that the networks evaluate."""
+    total = [0]
+
+    def count(_, given, __):
+        total[0] += len(given[0])
+
+    for network in networks:
+        network.register_forward_hook(count)
+    return total
+
+
+@pytest.mark.parametrize("turns", [0.0, 1.0])
+@pytest.mark.parametrize("base", ["progressive", "consistency"])
+def test_evaluations_are_counted(base, turns):
+    task = task_of("ddil", SMALL | {"base": base, "turns": [turns, turns]})
+    frozen = task.previous if base == "progressive" else task.average
+    source = task.source.network
+    total = counted(task.network, frozen, source)
+    losses_of(task)
+    source._forward_hooks.clear()
+    assert task.result()[1]["evaluations"] == total[0]
+
+
+def distance_to_the_end(denoise, levels) -> float:
+    """How far DDIM over the levels ends from the guided teacher's path from the same states."""
+    labels = torch.arange(120) % 3
+    x = spots(120).images + levels[0] * seeded(120, 1, 4, 4, seed=7, dtype=torch.float32)
+    fine = torch.linspace(0, levels[0], 41).flip(0).tolist()
+    with torch.no_grad():
+        found = walk(lambda x, sigma: denoise(x, sigma, labels), x, levels)
+        end = walk(lambda x, sigma: of_teacher(x, sigma, labels), x, fine)
+    return float((found - end).abs().mean())
+
+
+def of_teacher(x, sigma, labels):
+    return guided(teacher(), labels, 2.0)(x, sigma)
+
+
+def test_progressive_training_lowers_the_loss(tmp_path):
+    settings = SMALL | {"batch": 64, "iterations": 60, "rate": 5e-3}
+    idle = losses_of(task_of("ddil", settings | {"rate": 0.0}))
+    found = losses_of(task_of("ddil", settings))
+    first, last = (sum(row["loss"] for row in rows[20:30]) for rows in (idle, found))
+    assert last < 0.8 * first
+    student = trained(tmp_path, "ddil", settings)
+    assert student.sampler == "euler" and student.levels == schedule(2)
+    assert student.about["guidance"] == 2.0 and student.about["conditions"] == {}
+    assert check_samples(student) > 0.9
+
+
+def test_consistency_training_brings_the_end_nearer(tmp_path):
+    """Its loss compares it with itself; what it is to find is the end of the teacher's path."""
+    settings = {"base": "consistency", "batch": 64, "iterations": 150, "rate": 5e-3}
+    student = trained(tmp_path, "ddil", SMALL | settings)
+    middle = (1.5, 0.0)
+    assert distance_to_the_end(student.denoiser, middle) < 0.85 * distance_to_the_end(
+        of_teacher, middle
+    )
+    assert student.sampler == "lcm" and student.levels == schedule(2)
+    assert student.about["guidance"] == 2.0 and student.about["conditions"] == {}
+    assert check_samples(student) > 0.9
+
+
+@pytest.mark.parametrize("base, stop", [("progressive", 8), ("consistency", 7)])
+def test_it_resumes_bit_for_bit_with_its_dataset(tmp_path, monkeypatch, base, stop):
+    check_resumed(tmp_path, monkeypatch, "ddil", SMALL | {"base": base, "every": 4}, stop)
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"base": "sfd"}, "'progressive' or 'consistency'"),
+        ({"shares": [0.5]}, "early and late"),
+        ({"turns": [0.5, 1.5]}, "turns is 1.5"),
+        ({"change": -1.0}, "change is -1.0"),
+        ({"every": 0}, "every is 0"),
+        ({"capacity": 0}, "capacity is 0"),
+        ({"iterations": 1}, "there are 2 phases"),
+        ({"start_steps": 6}, "halving does not lead"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        task_of("ddil", SMALL | settings)
+
+
+@pytest.mark.parametrize("base", ["progressive", "consistency"])
+def test_a_guided_teacher_is_refused(base):
+    guided_one = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
+    with pytest.raises(ValueError, match="guid"):
+        DDIL(Job(spots(), guided_one, DDIL.Settings(base=base), 0, CPU))

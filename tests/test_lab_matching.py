@@ -1,0 +1,227 @@
+"""Distribution matching: its gradient on Gaussians, its two time scales, what it makes."""
+
+import copy
+
+import pytest
+import torch
+
+from kdpp.digits import schedule
+from kdpp.lab import processes
+from kdpp.lab.methods import Job
+from kdpp.lab.methods.matching import Matching, matching_gradient
+from kdpp.lab.methods.sfd import trajectory
+from kdpp.lab.models import Model
+from kdpp.lab.networks import VEDenoiser
+from problems import seeded
+from test_lab_sfd import (
+    CPU,
+    check_resumed,
+    check_samples,
+    draws,
+    losses_of,
+    spots,
+    task_of,
+    teacher,
+    trained,
+)
+
+SMALL = {"batch": 16, "iterations": 12, "steps": 2, "ratio": 3}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with processes.single_thread():
+        yield
+
+
+def gaussian(mean, deviation):
+    """The exact denoiser of N(mean, deviation²)."""
+
+    def denoise(x, sigma):
+        level = sigma.view(-1, 1) ** 2
+        return (deviation**2 * x + level * mean) / (deviation**2 + level)
+
+    return denoise
+
+
+# The gradient.
+
+
+def test_it_is_the_difference_of_the_scores():
+    """(D_fake - D_real)·|x0 - D_real| = σ²·(score_fake - score_real), written with densities."""
+    made, sigma = seeded(5, 4, seed=1), torch.tensor([0.1, 0.5, 1.0, 3.0, 10.0]).double()
+    x = (made + sigma[:, None] * seeded(5, 4, seed=2)).requires_grad_()
+
+    def score(mean, deviation):
+        density = torch.distributions.Normal(mean, (deviation**2 + sigma[:, None] ** 2).sqrt())
+        return torch.autograd.grad(density.log_prob(x).sum(), x)[0]
+
+    real = gaussian(0.3, 0.7)
+    found = matching_gradient(real, gaussian(-0.5, 1.1), made, x, sigma)
+    weight = sigma[:, None] ** 2 / (made - real(x, sigma)).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(found, weight * (score(-0.5, 1.1) - score(0.3, 0.7)))
+
+
+def test_it_is_zero_where_student_and_teacher_are_one():
+    made, sigma = seeded(64, 4, seed=1), torch.full((64,), 0.8).double()
+    x = made + 0.8 * seeded(64, 4, seed=2)
+    one = gaussian(0.3, 0.7)
+    assert (matching_gradient(one, gaussian(0.3, 0.7), made, x, sigma) == 0).all()
+    assert matching_gradient(one, gaussian(0.3, 0.8), made, x, sigma).abs().mean() > 0.01
+
+
+@pytest.mark.parametrize("start", [(-1.0, 0.2), (2.0, 1.5)])
+def test_down_the_gradient_a_gaussian_student_becomes_the_teacher(start):
+    """x0 = a + b z with its exact denoiser, as a fake one that never lags would be."""
+    parameters = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    adam = torch.optim.Adam([parameters], lr=0.05)
+    for i in range(400):
+        adam.param_groups[0]["lr"] = 0.05 * (1 - i / 400)
+        z, n = seeded(32, 16, seed=2 * i), seeded(32, 16, seed=2 * i + 1)
+        sigma = (3 * seeded(32, seed=10_000 + i).abs()).clamp(min=0.05)
+        a, b = parameters
+        made = a + b * z
+        with torch.no_grad():
+            x = made + sigma[:, None] * n
+            gradient = matching_gradient(gaussian(0.3, 0.7), gaussian(a, b), made, x, sigma)
+        adam.zero_grad()
+        made.backward(gradient)
+        adam.step()
+    assert parameters[0].item() == pytest.approx(0.3, abs=0.03)
+    assert abs(parameters[1].item()) == pytest.approx(0.7, abs=0.03)
+
+
+# The task.
+
+
+def weights(network):
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def same(network, before):
+    return all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
+
+
+def test_the_student_steps_once_for_ratio_steps_of_the_fake():
+    task = task_of("matching", SMALL)
+    for i in range(7):
+        student, average, fake = map(weights, (task.network, task.average, task.fake))
+        names = task.step(i, draws(i)).keys()
+        assert same(task.network, student) == same(task.average, average) == (i % 3 != 0)
+        assert ("matching" in names) == (i % 3 == 0)
+        assert "fake" in names and not same(task.fake, fake)
+
+
+def test_the_student_learns_at_the_states_of_its_own_sampling():
+    task = task_of("matching", SMALL | {"steps": 3, "batch": 60})
+    calls = []
+    task.student.register_forward_hook(
+        lambda _, given, made: calls.append((given[0], given[1], made.detach()))
+    )
+    made, labels = task.make(draws(3))
+    *rollout, (states, sigmas, ends) = calls
+    levels = torch.tensor(schedule(3)[:-1])
+    assert made.requires_grad and torch.equal(made, ends) and len(rollout) == 2
+    assert torch.equal(labels, draws(3).batch(60)[1])
+    places = (sigmas[:, None] == levels).int().argmax(1)
+    assert places.bincount().min() > 8
+    for k, (x, level, denoised) in enumerate(rollout):
+        assert (level == levels[k]).all()
+        assert torch.equal(states[places == k], x[places == k])
+        following = rollout[k + 1][0] if k + 1 < len(rollout) else states
+        rows = torch.arange(60) if k + 1 < len(rollout) else places == k + 1
+        noise = (following - denoised)[rows] / levels[k + 1]
+        assert abs(noise.std() - 1) < 0.1 and abs(noise.mean()) < 0.1
+    assert abs(rollout[0][0].std() / levels[0] - 1) < 0.1
+
+
+def test_the_student_follows_the_gradient_and_the_fake_learns_the_student():
+    """A student's step from autograd, written out; its fake one's loss by the definition of v."""
+    settings = SMALL | {"steps": 1, "guidance": 1.0}
+    task = task_of("matching", settings)
+    with torch.no_grad():
+        for p in task.fake.parameters():
+            p += 0.1 * seeded(*p.shape, seed=p.numel(), dtype=torch.float32)
+    twin = copy.deepcopy(task.network)
+    fake, real = VEDenoiser(copy.deepcopy(task.fake)), teacher().denoiser
+    losses = task.step(0, draws(0))
+
+    known = draws(0)
+    images, labels = known.batch(16)
+    known.integers(1, 16)
+    start = torch.full((16,), schedule(1)[0])
+    made = VEDenoiser(twin)(start[0] * known.noise(images), start, labels)
+    sigma = twin.sigma(20 + 960 * known.uniform(16))
+    x = made.detach() + sigma.view(-1, 1, 1, 1) * known.noise(images)
+    with torch.no_grad():
+        wanted = real(x, sigma, labels)
+        distance = (made - wanted).abs().mean((1, 2, 3), keepdim=True)
+        gradient = (fake(x, sigma, labels) - wanted) / distance
+    made.backward(gradient / made.numel())
+    assert losses["matching"].item() == pytest.approx(gradient.square().mean().item(), rel=1e-4)
+    adam = torch.optim.Adam(twin.parameters(), lr=2e-4, betas=(0.0, 0.99))
+    adam.step()
+    for found, expected in zip(task.network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_the_fake_learns_what_the_student_makes():
+    """The student is another than the teacher, and idle: the fake's loss falls to what it can."""
+    task = task_of("matching", SMALL | {"batch": 64, "iterations": 60, "rate": 0.0, "ratio": 60,
+                                        "fake_rate": 3e-3})  # fmt: skip
+    with torch.no_grad():
+        task.network.label.weight.copy_(task.network.label.weight.roll(1, 0))
+    found = [row["fake"] for row in losses_of(task)]
+    assert sum(found[-10:]) < 0.7 * sum(found[:10])
+
+
+def test_training_brings_the_images_nearer_to_the_teachers(tmp_path):
+    """A step of the teacher gives a mean; the student is to spread as the teacher's many do."""
+    settings = {"steps": 1, "batch": 64, "iterations": 300, "ratio": 2, "guidance": 1.0}
+    rates = {"rate": 5e-3, "fake_rate": 5e-3, "average": 0.9}
+    student = trained(tmp_path, "matching", settings | rates)
+    labels, levels = torch.arange(600) % 3, schedule(1)
+    x = levels[0] * seeded(600, 1, 4, 4, seed=3, dtype=torch.float32)
+
+    def statistics(images):
+        groups = [images.flatten(1)[labels == c] for c in range(3)]
+        return torch.stack([torch.stack((group.mean(0), group.std(0))) for group in groups])
+
+    def once(model):
+        return statistics(model.denoiser(x, torch.full((600,), levels[0]), cond=labels))
+
+    with torch.no_grad():
+        path = trajectory("heun", teacher().denoiser, x, levels, 30, {"cond": labels})
+        first, last = ((once(model) - statistics(path[-1])).abs() for model in (teacher(), student))
+    assert last.mean() < 0.85 * first.mean()
+    assert check_samples(student) > 0.95
+
+
+def test_evaluations_are_counted():
+    task = task_of("matching", SMALL)
+    total = [0]
+    networks = (task.network, task.fake, task.teacher.network)
+    for network in networks:
+        network.register_forward_hook(lambda _, given, __: total.append(len(given[0])))
+    losses_of(task)
+    task.teacher.network._forward_hooks.clear()
+    assert task.result()[1]["evaluations"] == sum(total)
+
+
+def test_the_result_says_what_it_is_for(tmp_path):
+    student = trained(tmp_path, "matching", SMALL)
+    assert student.sampler == "lcm" and student.levels == schedule(2)
+    assert student.about["guidance"] == 1.5 and student.about["conditions"] == {}
+    assert check_samples(student) > 0.9
+
+
+def test_it_resumes_bit_for_bit(tmp_path, monkeypatch):
+    check_resumed(tmp_path, monkeypatch, "matching", SMALL, 7)
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="ratio is 0"):
+        task_of("matching", SMALL | {"ratio": 0})
+    guided = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
+    with pytest.raises(ValueError, match="guided already"):
+        Matching(Job(spots(), guided, Matching.Settings(), 0, CPU))
