@@ -22,6 +22,7 @@ def traced(monkeypatch):
     """torch.compile that traces in full and runs the trace as it is: no compiler, fast."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kdpp
 from kdpp.lab.data import Data
-from kdpp.lab.methods import METHODS, Draws, Job, guided, progressive, teacher
+from kdpp.lab.methods import Draws, Job, guided, load_methods, progressive
 from kdpp.lab.methods.guided import rising, stochastic_jumps
 from kdpp.lab.methods.progressive import grid, halved, jump_target, pairs, weighted_error
 from kdpp.lab.models import Model, load_model
@@ -21,7 +21,7 @@ from kdpp.lab.settings import fill
 from kdpp.lab.trainer import FILE, Run, train
 
 CPU = torch.device("cpu")
-assert teacher  # imported to be a method
+METHODS = load_methods()
 MEAN, VARIANCE = 0.3, 0.5
 
 levels_apart = st.lists(st.floats(0.02, 20), min_size=3, max_size=3, unique=True).filter(
@@ -29,10 +29,10 @@ levels_apart = st.lists(st.floats(0.02, 20), min_size=3, max_size=3, unique=True
 )
 
 
-def gaussian(x, sigma, shift=0.0):
+def gaussian(x, sigma):
     """The exact denoiser of Gaussian data."""
     sigma = torch.as_tensor(sigma, dtype=x.dtype).view(-1, *[1] * (x.ndim - 1))
-    return (VARIANCE * x + sigma**2 * (MEAN + shift)) / (VARIANCE + sigma**2)
+    return (VARIANCE * x + sigma**2 * MEAN) / (VARIANCE + sigma**2)
 
 
 def curved(x, sigma):
@@ -247,7 +247,7 @@ CASES = {
     "naive": ("naive-guided", PHASES),
     "naive, apart": ("naive-guided", {**PHASES, "w": None}),
 }
-OF_THEIR_OWN = ("stage one", "naive", "naive, apart")
+OWN_TARGETS = ("stage one", "naive", "naive, apart")
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -375,7 +375,7 @@ def jump_of(sigma, jumps):
     return jumps[found[:, 1]]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in OF_THEIR_OWN])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in OWN_TARGETS])
 def test_every_phase_is_trained_on_two_steps_of_its_teacher(case, data, given_teacher, compared):
     name, values = CASES[case]
     teacher = given_teacher(case)
@@ -609,3 +609,9 @@ def test_guidance_is_not_built_in_twice(data, plain):
         METHODS["progressive"].make(job_of("progressive", data, student, PHASES))
     job = job_of("progressive", data, student, {**PHASES, "guidance": 1.0})
     assert METHODS["progressive"].make(job).result()[1]["guidance"] == 2.0
+
+
+def test_a_teacher_that_takes_something_else_is_refused(data, plain):
+    teacher = replace(plain, about={**plain.about, "conditions": {"steps": [2, 8]}})
+    with pytest.raises(ValueError, match="takes steps"):
+        METHODS["progressive"].make(job_of("progressive", data, teacher, PHASES))

@@ -5,10 +5,12 @@
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -421,20 +423,30 @@ def work(folder):
         )
         parser = argparse.ArgumentParser()
         evaluate.add_arguments(parser)
-        text = f"digits:student --teacher digits:teacher --data {folder}/data.safetensors"
-        evaluate.run(parser.parse_args([*text.split(), "--images=20", "--seeds=2", f"--out={folder}"]))
+        pair = ["digits:student", "--teacher", "digits:teacher", "--images", "20", "--seeds", "2"]
+        places = ["--data", str(folder / "data.safetensors"), "--out", str(folder)]
+        evaluate.run(parser.parse_args([*pair, *places]))
         return
-    sampling.PATIENCE = 0.0
+    sampling.PATIENCE = math.inf
     if os.environ["DIES"] == rank:
+        sampling.PATIENCE = 0.0
         sample, left = sampling._sample, iter(range(1))
 
         def mortal(*arguments):
             if next(left, None) is None:
+                wait_for(folder / "kept" / "000000.safetensors")  # the other's, all in one
                 os.kill(os.getpid(), signal.SIGKILL)
             return sample(*arguments)
 
         sampling._sample = mortal
     draw(RECIPES["guided"], image_seeds(0, COUNT), chunk=CHUNK, folder=folder / "kept")
+
+
+def wait_for(path):
+    """Until the file is there; half a minute at most."""
+    deadline = time.monotonic() + 30.0
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def results(folder):

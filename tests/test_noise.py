@@ -430,7 +430,6 @@ def test_kdpp_and_k_diffusion_run_on_the_same_path(name):
         ((0.1, 1.0, True), "seed is True"),
         ((0.0, 1.0, 1, torch.log), "transform.0.0. is -inf"),
     ],
-    ids=str,
 )
 def test_a_paths_arguments_are_checked(options, message):
     with pytest.raises(ValueError, match=message):

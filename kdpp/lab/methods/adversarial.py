@@ -76,7 +76,8 @@ def features(network: VNetwork, x: Tensor, sigma: Tensor, cond: Tensor) -> list[
         h = answer[0] if isinstance(answer, tuple) else answer
         found.append(h.flatten(2).mean(2) if h.ndim > 2 else h)
 
-    hooks = [b.register_forward_hook(keep) for b in BLOCKS[network.config.get("kind", "resmlp")](network)]
+    blocks = BLOCKS[network.config.get("kind", "resmlp")](network)
+    hooks = [block.register_forward_hook(keep) for block in blocks]
     try:
         VEDenoiser(network)(x, sigma, cond)
     finally:
@@ -113,7 +114,7 @@ class Adversarial(Task):
         heads: int = setting(64, "width of the discriminator's heads")
         iterations: int = setting(600, "optimisation steps, of student and discriminator each")
         batch: int = setting(256, "images in a step")
-        rate: float = setting(2e-4, "the student's first learning rate (Adam); it falls as a cosine")
+        rate: float = setting(2e-4, "the student's first rate (Adam); it falls as a cosine")
         head_rate: float = setting(1e-3, "the discriminator's learning rate")
         average: float = setting(0.98, "decay of the student's running average (EMA)")
 

@@ -176,8 +176,8 @@ class Halving(Task):
             σ'', the teacher's by way of σ'.
         w: the one guidance weight, Meng et al.'s (0: none, the CFG scale minus 1); None draws it.
 
-    Raises ValueError where w is needed, outside the range that the teacher was trained for, or on
-    top of guidance that the teacher has built in.
+    Raises ValueError for a teacher with another input than w; where w is needed, outside the range
+    that the teacher was trained for, or on top of guidance that the teacher has built in.
     """
 
     settings: HalvingSettings
@@ -251,6 +251,8 @@ class Halving(Task):
 
 def _check_w(teacher: Model, w: float | None) -> tuple[float, float]:
     """The range that w is drawn from, one point for a single w; see `Halving`."""
+    if others := sorted(set(teacher.about["conditions"]) - {"w"}):
+        raise ValueError(f"the teacher takes {', '.join(others)} as an input; give one without")
     if teacher.needs_w:
         low, high = teacher.about["conditions"]["w"]
         if w is not None and not low <= w <= high:
