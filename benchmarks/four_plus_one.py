@@ -22,10 +22,10 @@ from tqdm import tqdm
 import kdpp
 from measure import about, heading, median_ratio, time_pairs, write
 
-SHAPE = (2, 4, 64, 64)
-CHANNELS = 96
+SHAPE = (1, 4, 64, 64)
+CHANNELS = 64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SAMPLERS = ("lcm", "euler", "euler_ancestral", "dpmpp_2m")
+SAMPLERS = ("lcm", "euler", "dpmpp_2m")
 # (student's CFG scale, teacher's): without, the teacher's alone, both.
 GUIDED = ((1.0, 1.0), (1.0, 7.5), (2.0, 7.5))
 
@@ -38,18 +38,26 @@ class Network(nn.Module):
         sizes = [4, CHANNELS, CHANNELS, CHANNELS, 4]
         layers = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(sizes)]
         self.body = nn.Sequential(*[part for one in layers for part in (one, nn.SiLU())])
-        self.rows = 0
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
         """An estimate of no meaning, at the cost of one."""
-        self.rows += len(x)
         denoised: Tensor = self.body(x / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt())
         return denoised
 
 
+class Counted(Network):
+    """Counts the rows that it is called with."""
+
+    rows = 0
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        self.rows += len(x)
+        return super().forward(x, sigma, cond)
+
+
 def measure(name: str, scales: tuple[float, float], pairs: int) -> dict[str, Any]:
     """One row: 4 + 1 against 5 of one sampler."""
-    student, teacher = (Network().to(DEVICE).eval().requires_grad_(False) for _ in range(2))
+    student, teacher = (Counted().to(DEVICE).eval().requires_grad_(False) for _ in range(2))
     sample = getattr(kdpp, f"sample_{name}_tg")
     x = torch.randn(SHAPE, device=DEVICE)
     cond = torch.zeros(SHAPE[0], 1, device=DEVICE)

@@ -64,9 +64,12 @@ def identity(x: torch.Tensor, sigma: torch.Tensor, **extra_args: Any) -> torch.T
     return x
 
 
-def time_pairs(runs: Mapping[str, Callable[[], object]], pairs: int) -> dict[str, list[float]]:
+def time_pairs(
+    runs: Mapping[str, Callable[[], object]], pairs: int, number: int = 1
+) -> dict[str, list[float]]:
     """Seconds of every run, all of them in turn in every round, after a round to warm up.
 
+    Each is run ``number`` times at a stretch: short ones would measure the caches' warming up.
     On a CPU its own time, of one thread: what else runs on the machine is left out.
     """
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
@@ -74,11 +77,12 @@ def time_pairs(runs: Mapping[str, Callable[[], object]], pairs: int) -> dict[str
     for round_ in range(pairs + 1):
         for name, run in runs.items():
             start = clock()
-            run()
+            for _ in range(number):
+                run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_:
-                seconds[name].append(clock() - start)
+                seconds[name].append((clock() - start) / number)
     return seconds
 
 

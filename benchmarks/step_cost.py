@@ -90,7 +90,8 @@ def measure(name: str, shape: tuple[int, ...], pairs: int) -> dict[str, Any]:
     if diffusers:
         runs["diffusers"] = diffusers
     steps = STEPS[shape]
-    seconds = time_pairs({key: partial(run, steps) for key, run in runs.items()}, pairs)
+    number = 10 if x.numel() < 10_000 else 1
+    seconds = time_pairs({key: partial(run, steps) for key, run in runs.items()}, pairs, number)
     others = [key for key in seconds if key != "kdpp"]
     ratios = {key: median_ratio(seconds["kdpp"], seconds[key]) for key in others}
     return {"solver": name, "shape": shape, "steps": steps, "counts": counts, "time_ratio": ratios}

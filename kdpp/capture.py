@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -117,7 +118,21 @@ class Compiled:
 
     def __init__(self, run: Run, x: Tensor, extra_args: Mapping[str, Any]) -> None:
         self.run, self.extra_args = run, extra_args
-        self.loop = torch.compile(self._loop, fullgraph=True, dynamic=False)
+        course, model, indices = run.course, run.model, range(len(run.course.steps))
+
+        def loop(
+            x: Tensor,
+            table: list[Tensor],
+            extra_args: dict[str, Any],
+            drawn: Drawn,
+            dtype: torch.dtype | None,
+        ) -> Tensor:
+            return walk(course, model, x, table, extra_args, Handed(drawn), indices, None, dtype)
+
+        # torch keeps a few traces of one code object, and this run is not to use up another's.
+        code, closure = loop.__code__.replace(), loop.__closure__
+        own = FunctionType(code, loop.__globals__, loop.__name__, None, closure)
+        self.loop = torch.compile(own, fullgraph=True, dynamic=False)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, extra_args: Mapping[str, Any] | None = None) -> Tensor:
@@ -127,18 +142,6 @@ class Compiled:
         table = list(self.run.course.table(x))
         image: Tensor = self.loop(state, table, dict(given), drawn, dtype)
         return image.to(x.dtype)
-
-    def _loop(
-        self,
-        x: Tensor,
-        table: list[Tensor],
-        extra_args: dict[str, Any],
-        drawn: Drawn,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
-        course, model = self.run.course, self.run.model
-        indices = range(len(course.steps))
-        return walk(course, model, x, table, extra_args, Handed(drawn), indices, None, dtype)
 
 
 class Graph:

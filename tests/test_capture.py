@@ -90,6 +90,14 @@ def test_draws_differ_from_run_to_run(traced):
     assert torch.equal(captured(latent()), one)
 
 
+def test_many_runs_can_be_captured(traced):
+    """Torch keeps eight traces of a function; a ninth schedule does not find them used up."""
+    for steps in range(1, 11):
+        sigmas = karras(steps).float()
+        captured = capture(kdpp.sample_euler_tg, guided(), latent(), sigmas, conditions())
+        assert captured(latent()).isfinite().all()
+
+
 def test_16_bit_networks_are_captured_with_their_state(traced):
     """The state in float32 inside, the latent's dtype outside."""
     model = kdpp.TeacherGuidedDenoiser(Net(0).bfloat16(), Net(1).bfloat16(), teacher_cfg_scale=1.0)

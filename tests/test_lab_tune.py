@@ -128,6 +128,22 @@ def test_a_biased_student_is_to_be_guided():
     assert change == pytest.approx(promised.mean, abs=0.05) and change < -0.2
 
 
+def test_a_gain_that_fresh_samples_do_not_have_is_none():
+    """Where the half that chooses gains and the other half does not, the verdict is no."""
+    chooses = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:30]
+    off = torch.zeros(60, 1).index_fill(0, chooses, BIAS)
+
+    def student(x, sigma, off):
+        return endpoint(x, sigma) + off
+
+    def other(x, sigma, off):
+        return teacher(x, sigma)
+
+    tuning = tune(student, other, starts(60, 64), LEVELS, {"off": off}, sampler=kdpp.sample_lcm_tg)
+    assert any(trial.change.counts and trial.own.high < 0.0 for trial in tuning.trials)
+    assert not tuning.guide and not tuning.check.change.counts
+
+
 def test_what_is_said_of_a_negative_scale():
     """A student that is pulled to the mean gains by a push away: λ < 0, and the code says so."""
     tuning = tune(shrunken, teacher, starts(60, 64), LEVELS, sampler=kdpp.sample_lcm_tg)
