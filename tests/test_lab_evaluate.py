@@ -147,6 +147,7 @@ def test_the_table_and_the_files(finished, again, capsys):
     assert [row["way"] for row in rows] == ["alone", "with teacher", "with itself"]
     assert float(rows[1]["fd.mean"]) == fd["mean"]
     assert float(rows[1]["guidance.teacher_scale"]) == 0.5 and not rows[0]["fd.change.mean"]
+    assert "fd.change" not in rows[0] and "timing.milliseconds" in rows[0]
     assert (finished / "grid.png").read_bytes().startswith(b"\x89PNG")
     assert found["data"]["accuracy"] > 0.99 and found["settings"]["seeds"] == [0, 1]
 

@@ -241,6 +241,17 @@ def test_one_model_for_several_numbers_of_steps(tmp_path):
     assert (two - four).abs().max() > 1e-3
 
 
+def test_every_number_of_steps_has_its_turn_and_is_told():
+    task = task_of("sfd", SMALL | {"steps": [2, 3, 4]})
+    asked = []
+    task.network.register_forward_hook(
+        lambda _, given, kwargs, __: asked.append(set(kwargs["steps"].tolist())), with_kwargs=True
+    )
+    for i in range(4):
+        task.step(i, draws(i))
+    assert asked == [{2.0}] * 2 + [{3.0}] * 3 + [{4.0}] * 4 + [{2.0}] * 2
+
+
 def test_without_guidance_the_student_takes_any(tmp_path):
     task = task_of("sfd", SMALL | {"guidance": 1.0, "dropout": 0.5})
     asked = []

@@ -107,7 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
         main = processes.rank() == 0
         make_folder(out / "parts")
         with locked(out) if main else nullcontext():
-            _try(task)
+            for recipe in task.recipes:
+                draw(recipe, [0])  # whatever a sampler refuses is said now
             parts = _measure_all(task, out / "parts")
             if not main:
                 return
@@ -125,15 +126,6 @@ def run(arguments: argparse.Namespace) -> None:
             for name, content in written.items():
                 write_atomically(out / name, content)
                 print(f"wrote {out / name}")
-
-
-def _try(task: Task) -> None:
-    """Draw one image in every way: ValueError for whatever a sampler refuses."""
-    for recipe in (*task.ways.values(), *([task.own] if task.own else [])):
-        try:
-            draw(recipe, [0])
-        except TypeError as error:
-            raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -173,6 +165,11 @@ class Task:
         if task.drawable:
             _figure()
         return task
+
+    @property
+    def recipes(self) -> list[Recipe]:
+        """Of all images that are to be made."""
+        return [*self.ways.values(), *([self.own] if self.own else [])]
 
     @property
     def drawable(self) -> bool:
