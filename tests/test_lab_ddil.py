@@ -159,19 +159,24 @@ def test_progressive_rollouts_are_the_students_or_the_teachers(turns, phase, ref
     assert 0.5 < float(states[0].std()) / levels[0] < 1.5
 
 
+@pytest.mark.parametrize("reflected", [False, True])
 @pytest.mark.parametrize("turns", [0.0, 1.0])
-def test_consistency_rollouts_are_the_averages_or_the_teachers(turns):
+def test_consistency_rollouts_are_the_averages_or_the_teachers(turns, reflected):
     settings = SMALL | {"base": "consistency", "steps": 3, "substeps": 4, "rate": 0.0}
-    task = task_of("ddil", settings | {"turns": [turns, turns], "reflected": False})
+    task = task_of("ddil", settings | {"turns": [turns, turns], "reflected": reflected})
     wild(task)
+    low, high = float(spots().images.min()), float(spots().images.max())
+
+    def clipped(denoise):
+        return Reflected(denoise, low, high) if reflected else denoise
     task.step(0, draws(0))
     levels = schedule(3)
     labels, states = collected(task, levels)
     rollout = kdpp.mixed_rollout(
-        VEDenoiser(task.average), teacher().denoiser, states[0],
+        clipped(VEDenoiser(task.average)),
+        clipped(lambda x, sigma, cond: guided(teacher(), cond, 2.0)(x, sigma)), states[0],
         torch.tensor(levels, dtype=torch.float64), teacher_substeps=4,
-        teacher_probability=1 - turns, teacher_cfg_scale=2.0, disable=True,
-        extra_args={"cond": labels, "uncond": torch.full_like(labels, 3)},
+        teacher_probability=1 - turns, disable=True, extra_args={"cond": labels},
     )  # fmt: skip
     torch.testing.assert_close(states, torch.stack(rollout.states[:-1]), rtol=1e-4, atol=1e-4)
 

@@ -1,4 +1,7 @@
-"""Distribution matching: its gradient on Gaussians, its two time scales, what it makes."""
+"""Distribution matching: its gradient on Gaussians, its two time scales, what it makes.
+
+And the adversarial student: its discriminator, its two losses.
+"""
 
 import copy
 
@@ -6,12 +9,14 @@ import pytest
 import torch
 
 from kdpp.digits import schedule
+from kdpp.digits.networks import waves
 from kdpp.lab import processes
 from kdpp.lab.methods import Job
+from kdpp.lab.methods.adversarial import Adversarial, Discriminator, features
 from kdpp.lab.methods.matching import Matching, matching_gradient
 from kdpp.lab.methods.sfd import trajectory
 from kdpp.lab.models import Model
-from kdpp.lab.networks import VEDenoiser
+from kdpp.lab.networks import VEDenoiser, build
 from problems import seeded
 from test_lab_sfd import (
     CPU,
@@ -225,3 +230,137 @@ def test_what_cannot_be_is_refused():
     guided = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
     with pytest.raises(ValueError, match="guided already"):
         Matching(Job(spots(), guided, Matching.Settings(), 0, CPU))
+
+
+# The adversarial student.
+
+DUEL = {"batch": 16, "iterations": 12, "steps": 2}
+
+
+def test_features_are_the_blocks_answers():
+    x, sigma = seeded(5, 1, 4, 4, seed=1, dtype=torch.float32), torch.full((5,), 0.7)
+    labels, network = torch.arange(5) % 3, teacher().network
+    (found,) = features(teacher(), x, sigma, labels)
+    t = teacher().denoiser.sigma_to_t(sigma)
+    condition = network.time(waves(t, 16)) + network.label(labels)
+    h = network.enter((x / 1.49**0.5).flatten(1))
+    torch.testing.assert_close(found, network.blocks[0](h, torch.nn.functional.silu(condition)))
+    assert not network.blocks[0]._forward_hooks
+
+
+def test_features_of_a_unet_are_averaged_over_places():
+    pytest.importorskip("diffusers")
+    sizes = {"block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    blocks = {
+        "down_block_types": ["DownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "UpBlock2D"],
+        "add_attention": False,
+    }
+    config = {"kind": "unet", "shape": [1, 8, 8], "classes": 3, "conditions": []}
+    network = build(config | sizes | blocks)
+    model = Model(VEDenoiser(network), network, teacher().about)
+    example = seeded(1, 1, 8, 8, seed=1, dtype=torch.float32)
+    discriminator = Discriminator(model, example, 8)
+    x, sigma = seeded(3, 1, 8, 8, seed=2, dtype=torch.float32), torch.full((3,), 0.7)
+    assert discriminator(x, sigma, torch.arange(3)).shape == (3, 3)
+    assert [f.shape[1] for f in features(model, x, sigma, torch.arange(3))] == [8, 16, 16]
+
+
+def test_the_heads_alone_are_the_discriminator():
+    discriminator = task_of("adversarial", DUEL).discriminator
+    assert len(discriminator.heads) == 1
+    assert all(name.startswith("heads.") for name in discriminator.state_dict())
+
+
+def test_an_adversarial_step_is_hinge_loss_and_distillation():
+    """Both steps from autograd, written out for a student of one level."""
+    task = task_of("adversarial", DUEL | {"steps": 1, "weight": 0.7})
+    twin, heads = copy.deepcopy(task.network), copy.deepcopy(task.discriminator)
+    reported = task.step(0, draws(0))
+
+    known = draws(0)
+    images, labels = known.batch(16)
+    known.integers(1, 16)
+    top = schedule(1)[0]
+    made = VEDenoiser(twin)(images + top * known.noise(images), torch.full((16,), top), labels)
+    sigma = twin.sigma(100 + 700 * known.uniform(16))
+
+    def noised(images, sigma):
+        return images + sigma.view(-1, 1, 1, 1) * known.noise(images)
+
+    def judge(x):
+        (found,) = features(teacher(), x, sigma, labels)
+        return heads.heads[0](found)
+
+    real, fake = judge(noised(images, sigma)), judge(noised(made.detach(), sigma))
+    hinge = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
+    adam = torch.optim.Adam(heads.parameters(), lr=2e-3, betas=(0.0, 0.99))
+    hinge.backward()
+    adam.step()
+    passes = -judge(noised(made, sigma)).mean()
+    level = twin.sigma(known.uniform(16) * 999)
+    with torch.no_grad():
+        x, null = noised(made, level), torch.full_like(labels, 3)
+        of_label, of_none = (teacher().denoiser(x, level, cond=c) for c in (labels, null))
+    error = (made - (2 * of_label - of_none)).square().mean((1, 2, 3))
+    distilled = (error / (1 + level**2).sqrt()).mean()
+    (passes + 0.7 * distilled).backward()
+    torch.optim.Adam(twin.parameters(), lr=1e-4, betas=(0.0, 0.99)).step()
+
+    expected = {"discriminator": hinge, "adversarial": passes, "distillation": distilled}
+    for name, value in expected.items():
+        assert reported[name].item() == pytest.approx(value.item(), rel=1e-4)
+    pairs = [(task.network, twin, 2e-6), (task.discriminator, heads, 2e-5)]
+    for found, wanted, atol in pairs:
+        for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+
+
+# At low noise the features of a network of this size tell something.
+CLOSE = DUEL | {"steps": 1, "batch": 64, "iterations": 100, "judged": [0.0, 100.0]}
+
+
+def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tmp_path):
+    """First against an idle student, the teacher's one step from noise; then it is idle itself."""
+    taught = task_of("adversarial", CLOSE | {"rate": 0.0, "head_rate": 1e-2})
+    found = [row["discriminator"] for row in losses_of(taught)]
+    assert found[0] == pytest.approx(2, abs=0.3) and sum(found[-10:]) / 10 < 1.6
+
+    task = task_of("adversarial", CLOSE | {"rate": 5e-3, "head_rate": 0.0, "weight": 0.0})
+    task.discriminator.load_state_dict(taught.discriminator.state_dict())
+    found = losses_of(task)
+    first, last = (sum(row["adversarial"] for row in rows) / 10 for rows in (found[:10], found[-10:]))
+    assert last < first - 0.5
+
+
+def test_the_distillation_term_falls_where_it_is_all(tmp_path):
+    settings = CLOSE | {"weight": 1e4, "rate": 2e-3}
+    found = [row["distillation"] for row in losses_of(task_of("adversarial", settings))]
+    assert sum(found[-10:]) < 0.8 * sum(found[:10])
+
+
+def test_the_adversarial_result_says_what_it_is_for(tmp_path):
+    student = trained(tmp_path, "adversarial", DUEL)
+    assert student.sampler == "lcm" and student.levels == schedule(2)
+    assert student.about["guidance"] == 2.0 and student.about["conditions"] == {}
+    assert check_samples(student) > 0.9
+
+
+def test_adversarial_evaluations_are_counted():
+    task = task_of("adversarial", DUEL)
+    total = [0]
+    for network in (task.network, task.teacher.network):
+        network.register_forward_hook(lambda _, given, __: total.append(len(given[0])))
+    losses_of(task)
+    task.teacher.network._forward_hooks.clear()
+    assert task.result()[1]["evaluations"] == sum(total)
+
+
+def test_adversarial_training_resumes_bit_for_bit(tmp_path, monkeypatch):
+    check_resumed(tmp_path, monkeypatch, "adversarial", DUEL, 7)
+
+
+def test_an_adversarial_student_refuses_a_guided_teacher():
+    guided = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
+    with pytest.raises(ValueError, match="guided already"):
+        Adversarial(Job(spots(), guided, Adversarial.Settings(), 0, CPU))
