@@ -324,12 +324,13 @@ def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tmp_path):
     """First against an idle student, the teacher's one step from noise; then it is idle itself."""
     taught = task_of("adversarial", CLOSE | {"rate": 0.0, "head_rate": 1e-2})
     found = [row["discriminator"] for row in losses_of(taught)]
-    assert found[0] == pytest.approx(2, abs=0.3) and sum(found[-10:]) / 10 < 1.6
+    assert found[0] == pytest.approx(2, abs=0.3) and sum(found[-10:]) / 10 < 1.7
 
     task = task_of("adversarial", CLOSE | {"rate": 5e-3, "head_rate": 0.0, "weight": 0.0})
     task.discriminator.load_state_dict(taught.discriminator.state_dict())
     found = losses_of(task)
-    first, last = (sum(row["adversarial"] for row in rows) / 10 for rows in (found[:10], found[-10:]))
+    ends = found[:10], found[-10:]
+    first, last = (sum(row["adversarial"] for row in rows) / 10 for rows in ends)
     assert last < first - 0.5
 
 
