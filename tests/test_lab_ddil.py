@@ -114,9 +114,6 @@ def wild(task):
     with torch.no_grad():
         for p in task.network.parameters():
             p += 0.1 * seeded(*p.shape, seed=p.numel(), dtype=torch.float32)
-    for name in ("average",):
-        if name in task.modules:
-            task.modules[name].load_state_dict(task.network.state_dict())
 
 
 @pytest.mark.parametrize("reflected", [False, True])
@@ -169,6 +166,7 @@ def test_consistency_rollouts_are_the_averages_or_the_teachers(turns, reflected)
 
     def clipped(denoise):
         return Reflected(denoise, low, high) if reflected else denoise
+
     task.step(0, draws(0))
     levels = schedule(3)
     labels, states = collected(task, levels)
@@ -182,8 +180,8 @@ def test_consistency_rollouts_are_the_averages_or_the_teachers(turns, reflected)
 
 
 def test_late_in_a_phase_the_student_has_more_turns():
-    """change = 0.5 of 6 iterations: collecting at 0 and 2 is the teacher's, at 4 the student's."""
-    task = task_of("ddil", SMALL | {"turns": [0.0, 1.0], "change": 0.5, "rate": 0.0})
+    """change = 0.5 of 6 iterations: collecting up to 2 is the teacher's, from 3 the student's."""
+    task = task_of("ddil", SMALL | {"turns": [0.0, 1.0], "change": 0.5, "rate": 0.0, "every": 1})
     calls = []
     task.student.register_forward_hook(lambda *_: calls.append(len(calls)))
     seen = []
@@ -191,25 +189,29 @@ def test_late_in_a_phase_the_student_has_more_turns():
         before = len(calls)
         task.step(i, draws(i))
         seen.append(len(calls) - before - 1)  # one is the loss's
-    assert seen == [0, 0, 0, 0, 4, 0]
+    assert seen == [0, 0, 0, 4, 4, 4]
 
 
 # What is learnt.
 
 
-@pytest.mark.parametrize("base", ["progressive", "consistency"])
-def test_a_share_of_the_batch_is_of_collected_states(base):
+@pytest.mark.parametrize(
+    "base, first, late, steps",
+    [("progressive", 0, 9, 4), ("progressive", 10, 19, 2), ("consistency", 0, 11, 2)],
+)
+def test_a_share_of_the_batch_is_of_collected_states(base, first, late, steps):
+    """From the second iteration of a phase on, half of the batch; late in it, all."""
     settings = SMALL | {"base": base, "shares": [0.5, 1.0], "change": 0.5, "rate": 0.0}
     task = task_of("ddil", settings | {"batch": 64, "every": 100, "iterations": 20})
     student = task.student if base == "progressive" else task.learner
-    asked = []
-    shares = []
-    for i in (0, 1, 9, 11):  # the first one before anything is collected; of 10 or 20 iterations
-        asked.clear()
+    levels, shares = schedule(steps), []
+    for i in (first, first + 1, late):
+        asked = []
         handle = student.register_forward_hook(
-            lambda _, given, kwargs, __: asked.append((*given, kwargs["cond"])), with_kwargs=True
+            lambda _, given, kwargs, __, asked=asked: asked.append((*given, kwargs["cond"])),
+            with_kwargs=True,
         )
-        task.step(min(i, 9) if base == "progressive" else i, draws(i))
+        task.step(i, draws(i))
         handle.remove()
         x, sigma, labels = asked[0]
         n = len(task.collected)
@@ -217,11 +219,9 @@ def test_a_share_of_the_batch_is_of_collected_states(base):
         shares.append(float(same.any(1).double().mean()))
         for row, column in same.nonzero().tolist():
             place = int(task.collected.places[column])
-            levels = schedule(4 if base == "progressive" else 2)
             assert float(sigma[row]) == pytest.approx(levels[place])
             assert labels[row] == task.collected.labels[column]
-    late = shares[2:] if base == "progressive" else shares[3:]
-    assert shares[0] == 0 and 0.3 < shares[1] < 0.7 and set(late) == {1.0}
+    assert shares[0] == 0 and 0.3 < shares[1] < 0.7 and shares[2] == 1
 
 
 def test_without_collected_states_it_is_progressive_distillation():
@@ -242,19 +242,50 @@ def test_without_collected_states_it_is_consistency_distillation():
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
-def test_targets_are_within_the_data():
-    """The first teacher's guided estimates are not, and would pull the student out."""
-    x = 14.61 * seeded(64, 1, 4, 4, seed=3, dtype=torch.float32)
-    labels, sigma = torch.arange(64) % 3, torch.full((64,), 14.61)
+def walls(task):
     low, high = float(spots().images.min()), float(spots().images.max())
-    assert guided(teacher(), labels, 4.0)(x, sigma).min() < low - 0.1
-    on_progressive = task_of("ddil", SMALL | {"guidance": 4.0})
-    on_consistency = task_of("ddil", SMALL | {"guidance": 4.0, "base": "consistency"})
-    for target in (
-        on_progressive.expert(0, labels)(x, sigma),
-        on_consistency.target(x, sigma, labels),
-    ):
-        assert low <= target.min() and target.max() <= high
+    assert task.bounds == (low, high)
+    return lambda estimate: estimate.clip(low, high)
+
+
+def test_the_progressive_loss_has_reflected_estimates_alone():
+    """With CFG 4 the first teacher's are far outside, and x is such that the student's are."""
+    task = task_of("ddil", SMALL | {"guidance": 4.0})
+    clip, labels = walls(task), torch.arange(64) % 3
+    jump = task.jumps[0][torch.arange(64) % 4]
+    sigma, middle, end = jump.unbind(1)
+    x = (2 + sigma).view(-1, 1, 1, 1) * seeded(64, 1, 4, 4, seed=3, dtype=torch.float32)
+    ratio = [(b / a).view(-1, 1, 1, 1) for a, b in ((sigma, middle), (middle, end), (sigma, end))]
+    with torch.no_grad():
+        first = clip(guided(teacher(), labels, 4.0)(x, sigma))
+        halfway = first + (x - first) * ratio[0]
+        second = clip(guided(teacher(), labels, 4.0)(halfway, middle))
+        ended = second + (halfway - second) * ratio[1]
+        target = (ended - ratio[2] * x) / (1 - ratio[2])
+        plain = VEDenoiser(task.network)(x, sigma, labels)
+        error = (clip(plain) - target) ** 2
+    expected = (error * sigma.view(-1, 1, 1, 1).pow(-2).clamp(min=1)).mean()
+    assert (clip(plain) != plain).double().mean() > 0.1
+    found = task.loss(0, x, jump.unbind(1), labels, draws(0))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_the_consistency_target_has_reflected_estimates_alone():
+    task = task_of("ddil", SMALL | {"guidance": 4.0, "base": "consistency"})
+    wild(task)
+    clip, labels = walls(task), torch.arange(64) % 3
+    t = torch.linspace(5, 995, 64)  # below 20 the teacher's step ends at 0
+    sigma, end = task.network.sigma(t), task.network.sigma((t - 20).clamp(min=0))
+    x = (2 + sigma).view(-1, 1, 1, 1) * seeded(64, 1, 4, 4, seed=3, dtype=torch.float32)
+    with torch.no_grad():
+        plain = guided(teacher(), labels, 4.0)(x, sigma)
+        first = clip(plain)
+        x_s = first + (x - first) * (end / sigma).view(-1, 1, 1, 1)
+        reached = clip(VEDenoiser(task.average)(x_s, end, labels))
+        found = task.target(x, sigma, labels)
+    assert (first != plain)[0].any() and (first != plain).double().mean() > 0.1
+    torch.testing.assert_close(found[0], first[0])
+    torch.testing.assert_close(found[1:], reached[1:], rtol=1e-3, atol=1e-3)
 
 
 # The run.

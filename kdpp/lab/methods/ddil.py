@@ -229,6 +229,7 @@ class OnProgressive(DDIL, Progressive):  # type: ignore[misc]  # their Settings 
         base = replace(base, iterations=s.iterations // phases)
         Progressive.__init__(self, replace(job, settings=base))
         self.prepare(job)
+        self.stage = 0  # of the iteration that is under way: early or late in its phase
 
     def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
         phase, done = divmod(i, self.settings.iterations)
