@@ -153,12 +153,14 @@ class Graph:
         state, dtype = run.state(x)
         self.state, self.extra_args = state.clone(), map_rows(dict(extra_args), None, torch.clone)
         self.drawn = Drawn.of(run.course, run.noise(state), state)
-        table, indices = run.course.table(x), range(len(run.course.steps))
+        self.table = run.course.table(x)  # the graph reads it where it lies, so it has to stay
+        indices = range(len(run.course.steps))
 
         def loop() -> Tensor:
-            noise = Handed(self.drawn)
-            start, given = self.state, self.extra_args
-            return walk(run.course, run.model, start, table, given, noise, indices, None, dtype)
+            start, given, noise = self.state, self.extra_args, Handed(self.drawn)
+            return walk(
+                run.course, run.model, start, self.table, given, noise, indices, None, dtype
+            )
 
         side = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(x.device))

@@ -175,6 +175,7 @@ def test_a_latent_without_numbers_can_be_sampled(solver):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @over_solvers
 def test_no_synchronisation_on_a_gpu(solver):
     """CUDA's own watch: with sigmas on the host nothing in the run waits for the device."""
