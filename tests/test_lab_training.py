@@ -7,6 +7,7 @@ import argparse
 import csv
 import dataclasses
 import errno
+import importlib
 import os
 import random
 import signal
@@ -841,7 +842,8 @@ def test_a_settings_file_is_checked_as_flags_are(tmp_path):
     assert set(contents(tmp_path)) == {"s.toml"}
 
 
-# Kills and processes. A fresh interpreter forks the runs, so that each need not import torch.
+# Kills and processes. A fresh interpreter forks the runs, so that each need not import torch; it
+# trains none itself, since torch cannot fork once it has (where there is a GPU).
 
 
 def forked(work) -> int:
@@ -871,7 +873,7 @@ def kill_again_and_again(kills: int, folder: Path) -> None:
     """Kill one run so often, a few states further each time: at any moment, and within a write."""
     flags = (*SMALL_FLAGS, "--iterations", 40 * kills, "--save-every", 3)
     whole, out = folder / "whole", folder / "killed"
-    run_command("teacher", "--out", whole, *flags)
+    ended(forked(lambda: run_command("teacher", "--out", whole, *flags)))
 
     def state() -> int:
         path = out / "state.safetensors"
@@ -916,7 +918,7 @@ def share_among_processes(count: int, folder: Path) -> None:
             os.fsync = os.replace = os.mkdir = refuse
         run_command(*flags, "--out", folder / "several")
 
-    run_command(*flags, "--out", folder / "alone")
+    ended(forked(lambda: run_command(*flags, "--out", folder / "alone")))
     for pid in [forked(lambda rank=rank: one_of_several(rank)) for rank in range(count)]:
         ended(pid)
 
@@ -950,5 +952,6 @@ def test_two_processes_train_what_one_does_and_one_writes(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    importlib.import_module("torch._dynamo")  # which every optimiser does, and which makes folders
     work = {"kill": kill_again_and_again, "share": share_among_processes}
     work[sys.argv[1]](int(sys.argv[2]), Path(sys.argv[3]))
