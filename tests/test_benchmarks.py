@@ -50,7 +50,7 @@ def test_precision():
 def test_four_plus_one(scales, evaluations, monkeypatch):
     """The ratio of evaluations, both halves of CFG counted."""
     monkeypatch.setattr(four_plus_one, "SHAPE", (1, 4, 8, 8))
-    row = four_plus_one.measure("euler", scales, 1)
+    row = four_plus_one.measure(four_plus_one.pair("convolutions"), "euler", scales, 1)
     assert row["evaluations"] == pytest.approx(evaluations)
     assert row["time / evaluations"] > 0
 
