@@ -274,7 +274,7 @@ def test_the_heads_alone_are_the_discriminator():
 
 def test_an_adversarial_step_is_hinge_loss_and_distillation():
     """Both steps from autograd, written out for a student of one level."""
-    task = task_of("adversarial", DUEL | {"steps": 1, "weight": 0.7})
+    task = task_of("adversarial", DUEL | {"steps": 1, "weight": 0.7, "rate": 1e-4})
     twin, heads = copy.deepcopy(task.network), copy.deepcopy(task.discriminator)
     reported = task.step(0, draws(0))
 
