@@ -30,7 +30,8 @@ METRICS = ("fd", "fd_teacher", "inception_score", "accuracy", "recall")
 
 def train(name: str, folder: Path) -> None:
     """One student and the one that teaches it, where they are not there yet."""
-    settings = dict(read_toml(HERE / "students.toml")[name])
+    kind, _, seed = name.partition("-seed-")
+    settings = {**read_toml(HERE / "students.toml")[kind], "seed": int(seed or 0)}
     method, teacher = settings.pop("method"), settings.get("teacher", "")
     if teacher.startswith("students/"):
         train(teacher.removeprefix("students/"), folder)
