@@ -726,7 +726,7 @@ def test_a_low_rank_student_changes_the_teacher_by_its_rank(tmp_path, teacher):
 
 def test_a_teacher_with_guidance_inside_is_refused(tmp_path, teacher):
     inside = dataclasses.replace(teacher, about=teacher.about | {"guidance": 2.0})
-    with pytest.raises(ValueError, match="the teacher has its guidance inside it"):
+    with pytest.raises(ValueError, match="the teacher is guided already"):
         train(tiny_run("consistency", teacher=inside), tmp_path)
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kdpp
+from kdpp.lab import processes
 from kdpp.lab.data import load_data
 from kdpp.lab.metrics import Points, estimate, load_features, measure
 from kdpp.lab.models import Model, load_model
-from kdpp.lab.sampling import Recipe, draw, image_seeds, levels_for, single_thread
+from kdpp.lab.sampling import Recipe, draw, image_seeds, levels_for
 from kdpp.noise import SeededNoise
 
 SUBSTEPS = 8
@@ -55,7 +56,7 @@ def sweep(folder: Path, name: str, seeds: Sequence[int], count: int) -> list[dic
     reference = Points(features(data.images))
     own = Recipe(teacher, None, "euler", levels_for(teacher, 50), cond_scale=CFG)
     rows = []
-    with single_thread():
+    with processes.single_thread():
         # Seeds of its own: a teacher's trajectory from the same noise would be too near.
         theirs = Points(features(draw(own, image_seeds(900, count)).x))
         for row in tqdm(list(settings(len(levels_for(student)) - 1)), desc=f"rollouts of {name}"):

@@ -13,19 +13,25 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from kdpp.cli import main as kdpp_command
 from kdpp.lab.compare import compare
+from kdpp.lab.metrics import estimate, paired, verdict
 from kdpp.lab.settings import read_toml
 from rollouts import sweep
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "results" / "papers"
 SETTINGS = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
-METRICS = ("fd", "fd_teacher", "inception_score", "accuracy", "recall")
+BASES = {
+    "ddil-unreflected": "progressive", "reflected": "progressive", "ddil": "reflected",
+    "ddil-lcm-unreflected": "lcm-slow", "reflected-lcm": "lcm-slow", "ddil-lcm": "reflected-lcm",
+}  # fmt: skip
+"""What a student of table 4 is compared with, of the same training seed."""
 
 
 def train(name: str, folder: Path) -> None:
@@ -74,7 +80,10 @@ def change(value: dict[str, Any] | None) -> str:
 def grid_table(results: dict[str, Any]) -> list[str]:
     """The cells of a compare run as lines of Markdown."""
     guided = [cell for cell in results["cells"] if cell["guide"] == "teacher"]
-    cells = [cell for cell in results["cells"] if cell["guide"] != "self"]
+    cells = [
+        cell for cell in results["cells"]
+        if cell["guide"] != "self" and "-seed-" not in cell["student"]
+    ]  # fmt: skip
     several = [s for s in SETTINGS if len({str(cell[s]) for cell in guided}) > 1]
     shown = several or (["teacher_scale"] if guided else [])
     controls = any(cell["metrics"]["fd"]["self_change"] for cell in cells)
@@ -124,12 +133,32 @@ def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def training_table(results: dict[str, Any]) -> list[str]:
+    """FD over training seeds, those of one kind of student in a row."""
+    of: dict[str, list[float]] = {}  # by kind, in the order of the seeds
+    for cell in results["cells"]:
+        kind = cell["student"].partition("-seed-")[0]
+        of.setdefault(kind, []).append(cell["metrics"]["fd"]["mean"])
+    lines = ["| student | FD, by training seed | mean | change | against |", "|" + "---|" * 5]
+    for kind, values in of.items():
+        if len(values) > 1:
+            each, base = ", ".join(f"{value:.2f}" for value in values), BASES.get(kind, "")
+            found = paired(values, of[base]) if base else None
+            seen = figure(asdict(found), sign="+") if found else ""
+            if found and verdict(found) == "none seen":
+                seen = f"none seen ({seen})"
+            row = [kind, each, figure(asdict(estimate(values))), seen, base]
+            lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
 def table(number: int, folder: Path) -> str:
     """One table as Markdown, with how it was made."""
     results = run_grid(number, folder)
     lines = grid_table(results)
     settings, versions = results["settings"], results["versions"]
     if number == 4:
+        lines += ["", *training_table(results)]
         seeds = settings["seeds"]
         for name in ("progressive-short", "lcm"):
             train(name, folder)

@@ -8,14 +8,13 @@ reports is a function of these files alone, timings included.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import os
 import platform
 import time
 from base64 import b64encode
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
@@ -31,14 +30,13 @@ from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 import kdpp
+from kdpp.lab import processes
 from kdpp.lab.data import Data, load_data
-from kdpp.lab.files import locked, make_folder, remove_leftovers, write_atomically
+from kdpp.lab.files import digest, locked, make_folder, remove_leftovers, write_atomically
 from kdpp.lab.metrics import METRICS, Points, estimate, load_features, measure, paired, verdict
 from kdpp.lab.models import Model, load_model
-from kdpp.lab.processes import single_thread
 from kdpp.lab.sampling import Recipe, draw, fingerprint, image_seeds, levels_for
 from kdpp.lab.spec import Cell, Guidance, Spec, cells_of, read_spec
-from kdpp.lab.train import _device as device_of
 
 __all__ = ["add_arguments", "compare", "run"]
 
@@ -85,7 +83,7 @@ def compare(path: Path, out: Path, device: str = "cpu") -> None:
 
     spec = read_spec(path)
     text = path.read_text(encoding="utf-8")
-    with _apart() as (rank, processes), single_thread():
+    with _apart() as (rank, size), processes.single_thread():
         bench = Bench(spec, device)
         jobs = bench.jobs(out / "cells")
         for cell in {job.cell: None for job in jobs if _stored(job.path) is None}:
@@ -93,7 +91,7 @@ def compare(path: Path, out: Path, device: str = "cpu") -> None:
         make_folder(out / "cells")
         with locked(out) if rank == 0 else nullcontext():
             bench.measure_teacher(out / "cells", rank)
-            _carry_out(bench, jobs, rank, processes)
+            _carry_out(bench, jobs, rank, size)
             if rank > 0:
                 return
             for folder in (out, out / "cells"):
@@ -125,7 +123,7 @@ class Bench:
     """
 
     def __init__(self, spec: Spec, device: str) -> None:
-        self.spec, self.device = spec, device_of(device)
+        self.spec, self.device = spec, processes.device(device)
         students = spec.students.items()
         self.models = {name: load_model(place, self.device) for name, place in students}
         self.teacher = None if spec.teacher is None else load_model(spec.teacher, self.device)
@@ -165,7 +163,7 @@ class Bench:
         common = self._common()
         digests = {cell: [common, fingerprint(recipe)] for cell, recipe in self.recipes.items()}
         jobs = [
-            Job(cell, seed, folder / f"{_digest([*digests[cell], seed])}.json")
+            Job(cell, seed, folder / f"{digest([*digests[cell], seed])}.json")
             for seed in self.spec.runs
             for cell in self.cells
         ]
@@ -174,7 +172,7 @@ class Bench:
     def _common(self) -> str:
         """A digest of what all cells are measured with."""
         own = self._teacher_recipe
-        return _digest([
+        return digest([
             self.spec.images, self.data.images.numpy().tobytes(), self.data.classes,
             self.spec.features, _file_content(self.spec.features), own and fingerprint(own),
         ])  # fmt: skip
@@ -225,7 +223,7 @@ class Bench:
         }
 
 
-def _carry_out(bench: Bench, jobs: Sequence[Job], rank: int, processes: int) -> None:
+def _carry_out(bench: Bench, jobs: Sequence[Job], rank: int, size: int) -> None:
     """Compute what is missing of this process's share; the main one then waits for the others.
 
     Should another one die, its launcher ends this one. Files are waited for, not a barrier of
@@ -233,7 +231,7 @@ def _carry_out(bench: Bench, jobs: Sequence[Job], rank: int, processes: int) -> 
     """
     jobs = list({job.path: job for job in jobs}.values())  # one checkpoint may have two names
     missing = [job for job in jobs if _stored(job.path) is None]
-    mine = [job for job in jobs[rank::processes] if job in missing]
+    mine = [job for job in jobs[rank::size] if job in missing]
     there = len(jobs) - len(missing)
     with tqdm(total=len(jobs), initial=there, desc="cells", unit="cell", disable=rank > 0) as bar:
 
@@ -284,21 +282,13 @@ def _check_fit(name: str, model: Model, data: Data) -> None:
         )
 
 
-def _digest(parts: Collection[Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(content).to_bytes(8, "big") + content)
-    return digest.hexdigest()
-
-
 def _file_content(features: str) -> str | None:
     """A digest of the files that features are read from."""
     place = Path(features.partition(":")[2])
     if place == Path():
         return None
     paths = sorted(place.iterdir()) if place.is_dir() else [place]
-    return _digest([path.read_bytes() for path in paths if path.is_file()])
+    return digest([path.read_bytes() for path in paths if path.is_file()])
 
 
 # What is reported ---------------------------------------------------------------------------------

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import io
 import json
 import math
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ import kdpp
 from kdpp.checks import check_count
 from kdpp.lab import processes
 from kdpp.lab.data import Data, load_data
-from kdpp.lab.files import locked, make_folder, remove_leftovers, write_atomically
+from kdpp.lab.files import digest, locked, make_folder, remove_leftovers, write_atomically
 from kdpp.lab.metrics import (
     METRICS,
     NEIGHBOURS,
@@ -46,7 +45,6 @@ from kdpp.lab.metrics import (
 )
 from kdpp.lab.models import Model, load_model
 from kdpp.lab.sampling import Images, Recipe, draw, fingerprint, image_seeds, levels_for
-from kdpp.lab.train import _device
 
 __all__ = ["add_arguments", "run"]
 
@@ -144,7 +142,7 @@ class Task:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace) -> Task:
-        device = _device(arguments.device)
+        device = processes.device(arguments.device)
         model = load_model(arguments.model, device)
         teacher = None if arguments.teacher is None else load_model(arguments.teacher, device)
         ways, own = _ways(arguments, model, teacher)
@@ -299,8 +297,8 @@ def _part(
     judgement depends on beside the images.
     """
     images = [fingerprint(recipe), run, task.images]
-    path = folder / f"{_digest([*images, *common])}.safetensors"
-    batches = folder / _digest(images)
+    path = folder / f"{digest([*images, *common])}.safetensors"
+    batches = folder / digest(images)
     main = processes.rank() == 0
     part = _read(path) if main else None
     if not _mains_word(part is not None, task.device):
@@ -345,14 +343,6 @@ def _mains_word(yes: bool, device: torch.device) -> bool:
     word = torch.tensor([yes], dtype=torch.int64, device=device)
     distributed.broadcast(word, 0)
     return bool(word)
-
-
-def _digest(parts: Iterable[object]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(len(content).to_bytes(8, "big") + content)
-    return digest.hexdigest()
 
 
 # What is reported ---------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["locked", "make_folder", "remove_leftovers", "write_atomically"]
+__all__ = ["digest", "locked", "make_folder", "remove_leftovers", "write_atomically"]
 
 _PART = ".part"
 
@@ -50,6 +51,15 @@ def make_folder(folder: Path) -> None:
         raise type(error)(
             f"the folder {folder} could not be made ({error.strerror}); name another"
         ) from error
+
+
+def digest(parts: Iterable[object]) -> str:
+    """A name for what the parts determine: bytes as they are, anything else by its repr."""
+    blake = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        blake.update(len(content).to_bytes(8, "big") + content)
+    return blake.hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["average", "joined", "rank", "single_thread", "size"]
+__all__ = ["average", "device", "join", "joined", "rank", "single_thread", "size"]
 
 
 def rank() -> int:
@@ -35,17 +36,39 @@ def average(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
+def device(name: str) -> torch.device:
+    """The device "cpu", or this process's own of "cuda"; ValueError for others, or without CUDA."""
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"the device is {name!r}; it must be 'cpu' or 'cuda'")
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("the device is 'cuda', and torch finds none here; take --device cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def join(device: torch.device) -> bool:
+    """Join the other processes, if the environment (RANK, WORLD_SIZE, …) says there are some.
+
+    Says whether it joined now. For good, until the process ends: torch finds the addresses of the
+    last group where it looks for the next, so that a group for each call would not do.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
+        return False
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(_leave)
+    return True
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Join the other processes, if the environment (RANK, WORLD_SIZE, …) says there are some."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
-        yield
-        return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """`join` for the block."""
+    now = join(device)
     try:
         yield
     finally:
-        distributed.destroy_process_group()
+        if now:
+            _leave()
 
 
 @contextmanager
@@ -57,6 +80,11 @@ def single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _leave() -> None:
+    if _running():
+        distributed.destroy_process_group()
 
 
 def _running() -> bool:

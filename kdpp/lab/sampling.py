@@ -7,11 +7,9 @@ seeds, so that any number of processes computes the same batches, and on the CPU
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import inspect
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,7 +31,6 @@ from kdpp.digits.schedules import schedule
 from kdpp.lab import processes
 from kdpp.lab.files import make_folder, write_atomically
 from kdpp.lab.models import Model
-from kdpp.lab.processes import single_thread
 from kdpp.lab.settings import unknown
 from kdpp.noise import SeededNoise, read_seeds
 
@@ -47,7 +44,6 @@ __all__ = [
     "fingerprint",
     "image_seeds",
     "levels_for",
-    "single_thread",
 ]
 
 SAMPLERS = {
@@ -273,8 +269,8 @@ def draw(
     device = next(recipe.student.network.parameters()).device
     parts = torch.split(torch.arange(len(numbers)), chunk)
     shelf = None if folder is None else Shelf(folder, _key(recipe, numbers, labels, chunk))
-    threads = single_thread() if device.type == "cpu" else nullcontext()
-    _join(device)
+    threads = processes.single_thread() if device.type == "cpu" else nullcontext()
+    processes.join(device)
     with threads, _counted(recipe) as counts:
         peak = _peak_memory(device)
         mine = range(processes.rank(), len(parts), processes.size())
@@ -297,16 +293,6 @@ def draw(
     if recipe.teacher is not None:
         compute += recipe.teacher.parameters * teacher
     return Images(x, labels, (student, teacher), compute, cost.seconds, memory)
-
-
-def _join(device: torch.device) -> None:
-    """Join the other processes for good, if there are some and nobody has.
-
-    Not for each call: torch finds the addresses of the last group where it looks for the next.
-    """
-    if processes.size() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(distributed.destroy_process_group)
 
 
 def _check(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def _train(chosen: Any, arguments: argparse.Namespace) -> None:
     from kdpp.lab.trainer import Run, train
 
     common, settings = _settings(chosen, arguments)
-    device = _device(arguments.device)
+    device = processes.device(arguments.device)
     with processes.single_thread(), processes.joined(device):
         teacher = load_model(common.teacher, device) if chosen.teacher else None
         name = common.teacher if chosen.teacher else None
@@ -143,15 +142,3 @@ def _add_settings(group: Any, kind: type) -> None:
 
 def _names(kind: type) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"the device is {name!r}; it must be 'cpu' or 'cuda'")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("the device is 'cuda', and torch finds none here; take --device cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 import kdpp
 from kdpp.checks import check_count, check_latent, check_number, check_sigmas
 from kdpp.denoisers import Denoiser, map_rows, trained_range
+from kdpp.lab import processes
 from kdpp.lab.sampling import (
     INITIAL,
     RENOISE,
@@ -37,7 +38,6 @@ from kdpp.lab.sampling import (
     Recipe,
     image_seeds,
     levels_for,
-    single_thread,
 )
 from kdpp.noise import NoiseSampler, SeededNoise
 from kdpp.plan import VE
@@ -972,10 +972,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from kdpp.lab.files import make_folder, write_atomically
     from kdpp.lab.models import load_model
-    from kdpp.lab.train import _device as device_of
 
     _figure()
-    device = device_of(arguments.device)
+    device = processes.device(arguments.device)
     student, teacher = (load_model(name, device) for name in (arguments.student, arguments.teacher))
     baked, guidance = student.about["guidance"], arguments.guidance
     if guidance is None:
@@ -995,7 +994,7 @@ def run(arguments: argparse.Namespace) -> None:
     make_folder(arguments.out)
     like = torch.empty(len(seeds), *student.shape, device=device)
     labels = torch.tensor(seeds, device=device) % student.classes
-    with single_thread():
+    with processes.single_thread():
         tuning = tune(
             model.student,
             model.teachers[0].denoiser,

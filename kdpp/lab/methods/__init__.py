@@ -49,6 +49,7 @@ __all__ = [
     "load_methods",
     "method",
     "new_network",
+    "plain_teacher",
     "seeded",
     "student_network",
     "update_average",
@@ -219,6 +220,15 @@ def new_network(config: Mapping[str, Any], job: Job, conditions: Sequence[str] =
     with seeded(job.seed):
         network = build({**config, **data, "conditions": list(conditions)})
     return network.to(job.device)
+
+
+def plain_teacher(job: Job) -> Model:
+    """The job's teacher; ValueError for one that has its guidance inside it."""
+    teacher = job.teacher
+    assert teacher is not None
+    if teacher.needs_w or teacher.about["guidance"] is not None:
+        raise ValueError("the teacher is guided already; give a model to be guided by CFG")
+    return teacher
 
 
 def student_network(

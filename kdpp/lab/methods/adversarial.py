@@ -20,12 +20,12 @@ from kdpp.lab.methods import (
     descend,
     frozen,
     method,
+    plain_teacher,
     seeded,
     student_network,
     update_average,
 )
-from kdpp.lab.methods.progressive import grid, guided, stretched
-from kdpp.lab.methods.sfd import Grid, plain_teacher
+from kdpp.lab.methods.progressive import Grid, grid, guided, stretched
 from kdpp.lab.models import Model
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
@@ -107,8 +107,8 @@ class Adversarial(Task):
     score distillation. σ is drawn over ``judged``, s over the whole schedule. The student starts
     from the teacher's weights.
 
-    It is f that does it: of itself the other term draws all images of a class to its mode. With as few
-    images as the digits f soon knows them, and the student gets worse again: the iterations are
+    It is f that does it: of itself the other term draws all images of a class to its mode. With as
+    few images as the digits f soon knows them, and the student gets worse again: the iterations end
     where it is best.
 
     Raises ValueError for a teacher that has its guidance inside it.

@@ -19,6 +19,7 @@ from kdpp.lab.methods import (
     descend,
     frozen,
     method,
+    plain_teacher,
     seeded,
     student_network,
     update_average,
@@ -73,11 +74,8 @@ class Consistency(Task):
                 raise ValueError(f"w_range is {self.w_range}; it must be two numbers that rise")
 
     def __init__(self, job: Job) -> None:
-        assert job.teacher is not None
-        if job.teacher.about["conditions"] or job.teacher.about["guidance"] is not None:
-            raise ValueError("the teacher has its guidance inside it; give one to be guided by CFG")
         self.settings = job.settings
-        self.teacher = job.teacher.network
+        self.teacher = plain_teacher(job).network
         self.network = self.student(job)
         self.average = frozen(self.network)
         self.iterations = self.settings.iterations

@@ -13,9 +13,19 @@ from torch.nn import functional as F
 
 from kdpp.checks import check_count, check_number
 from kdpp.digits.schedules import TIMESTEPS
-from kdpp.lab.methods import Draws, Job, Task, cosine, descend, method, update_average
+from kdpp.lab.methods import (
+    Draws,
+    Job,
+    Task,
+    cosine,
+    descend,
+    method,
+    plain_teacher,
+    update_average,
+)
 from kdpp.lab.methods.consistency import Consistency
 from kdpp.lab.methods.progressive import (
+    Grid,
     Progressive,
     ddim,
     deterministic_counts,
@@ -24,7 +34,6 @@ from kdpp.lab.methods.progressive import (
     jump_target,
     stretched,
 )
-from kdpp.lab.methods.sfd import Grid, plain_teacher
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
 from kdpp.rollouts import mixed_rollout

@@ -22,10 +22,12 @@ from kdpp.lab.methods import (
     descend,
     frozen,
     method,
+    plain_teacher,
     student_network,
     update_average,
 )
 from kdpp.lab.methods.progressive import (
+    Grid,
     Halving,
     HalvingSettings,
     ddim,
@@ -38,7 +40,6 @@ from kdpp.lab.methods.progressive import (
     stretched,
     weighted_error,
 )
-from kdpp.lab.methods.sfd import plain_teacher
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
 
@@ -158,7 +159,7 @@ class StageTwo(Halving):
         return self.network, self.about(sampler, grid(s.grid, s.steps))
 
 
-def rising(kind: Literal["divided", "trailing"], steps: int, lowest: float) -> list[float]:
+def rising(kind: Grid, steps: int, lowest: float) -> list[float]:
     """The levels of an encoding in so many steps: the grid's upwards, from ``lowest`` instead of 0.
 
     Raises ValueError where the grid has a level that is not above the lowest.

@@ -20,11 +20,11 @@ from kdpp.lab.methods import (
     descend,
     frozen,
     method,
+    plain_teacher,
     student_network,
     update_average,
 )
-from kdpp.lab.methods.progressive import Estimate, grid, guided, stretched
-from kdpp.lab.methods.sfd import Grid, plain_teacher
+from kdpp.lab.methods.progressive import Estimate, Grid, grid, guided, stretched
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
 

@@ -34,6 +34,7 @@ __all__ = [
 
 Estimate = Callable[[Tensor, Tensor], Tensor]
 """``(x (B, *shape), σ (B,)) -> D (B, *shape)``."""
+Grid = Literal["divided", "trailing"]
 Weighting = Literal["truncated", "snr+1", "snr", "constant"]
 
 
@@ -113,7 +114,7 @@ def guided(teacher: Model, labels: Tensor, scale: Tensor | float) -> Estimate:
     return denoise
 
 
-def grid(kind: Literal["divided", "trailing"], steps: int) -> tuple[float, ...]:
+def grid(kind: Grid, steps: int) -> tuple[float, ...]:
     """The levels of so many steps, the last one 0; every other one of twice as many.
 
     Raises ValueError for a number of steps outside [1, 1000].
@@ -149,10 +150,10 @@ class HalvingSettings:
     start_steps: int = setting(
         64, "DDIM steps of the first teacher: steps times a power of 2", low=1
     )
-    grid: Literal["divided", "trailing"] = setting(
+    grid: Grid = setting(
         "divided", "the levels: at even timesteps, or all but the first of those divided by 2.5"
     )
-    weighting: Literal["truncated", "snr+1", "snr", "constant"] = setting(
+    weighting: Weighting = setting(
         "truncated", "of the squared error of x0: max(SNR, 1), SNR + 1, SNR or 1"
     )
     iterations: int = setting(200, "optimisation steps of each phase", low=1)

@@ -15,16 +15,23 @@ from torch.nn import functional as F
 import kdpp
 from kdpp.checks import check_count, check_number
 from kdpp.denoisers import Denoiser
-from kdpp.lab.methods import Draws, Job, Task, cosine, descend, method, student_network
-from kdpp.lab.methods.progressive import ddim, grid
-from kdpp.lab.models import Model
+from kdpp.lab.methods import (
+    Draws,
+    Job,
+    Task,
+    cosine,
+    descend,
+    method,
+    plain_teacher,
+    student_network,
+)
+from kdpp.lab.methods.progressive import Grid, ddim, grid
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
 from kdpp.rollouts import between
 
-__all__ = ["SFD", "plain_teacher", "trajectory"]
+__all__ = ["SFD", "trajectory"]
 
-Grid = Literal["divided", "trailing"]
 Solver = Literal["dpmpp_3m", "heun", "euler"]
 SOLVERS: dict[Solver, Callable[..., Tensor]] = {
     "dpmpp_3m": partial(kdpp.sample_dpmpp_3m_sde_tg, eta=0.0),
@@ -33,15 +40,6 @@ SOLVERS: dict[Solver, Callable[..., Tensor]] = {
 }
 CALLS: dict[Solver, int] = {"dpmpp_3m": 1, "heun": 2, "euler": 1}
 """Evaluations that a solver makes in a step."""
-
-
-def plain_teacher(job: Job) -> Model:
-    """The job's teacher; ValueError for one that has its guidance inside it."""
-    teacher = job.teacher
-    assert teacher is not None
-    if teacher.needs_w or teacher.about["guidance"] is not None:
-        raise ValueError("the teacher is guided already; give a model to be guided by CFG")
-    return teacher
 
 
 def trajectory(
