@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import kdpp
+from kdpp.cli import main
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -92,3 +94,35 @@ def test_the_page_on_adding_a_solver():
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
+
+
+SHORT = {
+    "train": ["--iterations", "3", "--batch", "8"],
+    "evaluate": ["--images", "100", "--seeds", "2"],
+}
+
+
+def commands(page):
+    """The lines of a page's shell blocks that start with ``kdpp``, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("kdpp ")]
+
+
+@pytest.mark.parametrize(
+    "page, count",
+    [("README.md", 5), *((f"docs/{name}.md", n) for name, n in
+     {"training": 3, "evaluating": 1, "comparing": 1, "tuning": 1}.items())],
+)  # fmt: skip
+def test_the_lab_s_commands_run_as_they_stand(page, count, tmp_path, monkeypatch):
+    """One after the other in an empty folder; flags at the end cut training and measuring short."""
+    monkeypatch.chdir(tmp_path)
+    found = commands(page)
+    assert len(found) == count
+    for line in found:
+        words = shlex.split(line)[1:]
+        if "--list" not in words:
+            words += SHORT.get(words[0], [])
+        assert main(words) == 0, line
+        if "--out" in words:
+            assert list(Path(words[words.index("--out") + 1]).iterdir()), line
