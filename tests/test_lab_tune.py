@@ -18,6 +18,7 @@ from kdpp.digits import load_classifier, load_data, load_student, load_teacher
 from kdpp.digits.metrics import features_of, frechet_distance
 from kdpp.digits.networks import guided_denoise
 from kdpp.digits.schedules import SCHEDULE, schedule
+from kdpp.lab import looks as measured
 from kdpp.lab import tune as module
 from kdpp.lab.tune import tune
 
@@ -105,7 +106,7 @@ def test_a_biased_student_is_to_be_guided():
     """The verdict, its settings and its code do on fresh samples what they promise."""
     tuning = tune(biased, teacher, starts(100, 64), LEVELS, sampler=kdpp.sample_lcm_tg)
     assert tuning.guide and tuning.check.change.counts and tuning.check.own.high < 0.0
-    assert tuning.cost == module.Cost(3, 1, None)
+    assert tuning.cost == measured.Cost(3, 1, None)
     x = starts(400, 64, seed=1)
     model = eval(
         tuning.code.removeprefix("model = "),
@@ -201,21 +202,21 @@ def test_a_student_that_misses_nothing_is_no_division_by_zero():
         (zeros, ones, zeros),
         (1e-4 * ones, 1e-8 * ones, ones),
     ):
-        assert all(torch.equal(value, zeros[0]) for value in module._fitted(uv, vv, ee, 0.95))
-    scale, low, high, explained = module._fitted(ones, 2 * ones, ones, 0.95)
+        assert all(torch.equal(value, zeros[0]) for value in measured.fitted(uv, vv, ee, 0.95))
+    scale, low, high, explained = measured.fitted(ones, 2 * ones, ones, 0.95)
     assert torch.equal(scale, 0.5 * ones[0]) and torch.equal(explained, 0.5 * ones[0])
     assert torch.equal(low, scale) and torch.equal(high, scale)
 
 
 def trial(step, change, itself=0.0, variance=0.1):
     """A trial of this mean change, each interval 0.02 wide, of pictures that far apart."""
-    look = module.Look("teacher", step, 1.0, 0.3, 0.0, 1.0, scale=0.5)
+    look = measured.Look("teacher", step, 1.0, 0.3, 0.0, 1.0, scale=0.5)
 
     def made(mean):
-        return module.Change(mean, mean - 0.01, mean + 0.01, mean * variance)
+        return measured.Change(mean, mean - 0.01, mean + 0.01, mean * variance)
 
     changes = map(made, (change, itself, change - itself))
-    return module.Trial(look, module.replace(look, by="student"), *changes)
+    return measured.Trial(look, measured.replace(look, by="student"), *changes)
 
 
 def test_which_step_is_chosen():
@@ -250,12 +251,12 @@ def test_a_picture_that_became_another_counts_once():
     perfect = torch.linspace(-1.0, 1.0, 50).view(50, 1)
     plain = perfect + 0.1
     plain[7] = 40.0
-    distances = module._Distances(None, plain, perfect, None)
+    distances = measured.Distances(None, plain, perfect, None)
     assert distances.plain.max() == pytest.approx(0.01, rel=1e-4)
     change = distances.change(distances.of(perfect + 0.05) - distances.plain)
     assert change.mean == pytest.approx(-0.75, abs=1e-4)
     assert change.of_variance == pytest.approx(-0.0075 / float(perfect.var()), rel=1e-3)
-    clamped = module._Distances(None, plain, perfect, (-1.0, 1.0))
+    clamped = measured.Distances(None, plain, perfect, (-1.0, 1.0))
     assert clamped.plain.max() <= distances.plain.max() and clamped.plain[-1] == 0.0
 
 
@@ -265,9 +266,9 @@ def test_intervals_are_for_all_looks_together():
 
     generator = torch.Generator().manual_seed(0)
     sums = torch.rand(30, 8, 3, generator=generator, dtype=torch.float64) + 0.5
-    looks = [module.Look("teacher", 0, 1.0, 0.3, 1.0, w) for w in range(8)]
-    found = module._estimates(looks, sums)
-    _, low, high = module._ratio(sums[..., 0], sums[..., 1], 0.95)
+    looks = [measured.Look("teacher", 0, 1.0, 0.3, 1.0, w) for w in range(8)]
+    found = measured.estimates(looks, sums)
+    _, low, high = measured.jackknife(sums[..., 0], sums[..., 1], 0.95)
     wider = t.ppf(1 - 0.025 / 8, 29) / t.ppf(0.975, 29)
     for look, a, b in zip(found, low.tolist(), high.tolist(), strict=True):
         assert look.high - look.low == pytest.approx(wider * (b - a))
@@ -278,7 +279,7 @@ def test_intervals_hold_what_they_promise():
     generator = torch.Generator().manual_seed(0)
     below = torch.randn(50, 4000, generator=generator, dtype=torch.float64).exp()
     noise = torch.randn(50, 4000, generator=generator, dtype=torch.float64)
-    mean, low, high = module._ratio(0.3 * below + below * noise, below, 0.95)
+    mean, low, high = measured.jackknife(0.3 * below + below * noise, below, 0.95)
     held = float(((low < 0.3) & (high > 0.3)).double().mean())
     assert 0.92 < held < 0.97
     assert float((mean - 0.3).abs().mean()) < 0.2
@@ -291,7 +292,7 @@ CLASSLESS = {"cond": torch.zeros(20, 1), "uncond": torch.zeros(20, 1)}
 
 
 def part_of(student, sampler, levels):
-    pair = module._Pair(student, teacher, sampler, levels, CLASSLESS, 1.0, 50, None)
+    pair = measured.Pair(student, teacher, sampler, levels, CLASSLESS, 1.0, 50, None)
     return pair, pair.part(starts(20, 4).float(), torch.arange(20), torch.arange(20))
 
 
@@ -314,7 +315,7 @@ def test_the_teachers_run_is_the_samplers_limit(name):
 def test_looks_and_revisions_in_every_sampler(name):
     """Looks that none hears leave every bit; a look that is heard moves the state by the gain."""
     pair, part = part_of(biased_of(teacher), SOLVERS[name].sample, LEVELS)
-    looks = module._looks(pair, (0.3,))
+    looks = measured.possible_looks(pair, (0.3,))
     plain = part.plain()
     assert torch.equal(part.study(looks).plain, plain)
     (look,) = [k for k in looks if k.place == (1, 0.3, 0.0) and k.by == "teacher"]
@@ -338,7 +339,7 @@ def test_moves_in_closed_form():
     """σ_down/σ and the weight of a revision, from the papers' formulas."""
 
     def moves(sampler):
-        pair = module._Pair(teacher, teacher, sampler, LEVELS, {}, 1.0, 50, None)
+        pair = measured.Pair(teacher, teacher, sampler, LEVELS, {}, 1.0, 50, None)
         return [tuple(move) for move in pair.moves]
 
     assert moves(kdpp.sample_lcm_tg) == [(0.0, 1.0)] * 3

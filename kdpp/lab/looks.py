@@ -1,0 +1,541 @@
+"""The looks of `kdpp.lab.tune`, measured: least squares along a student's runs, and whole runs.
+
+A *look* is one call of the teacher at one step, ``b = D_ψ^w(x̂ + σ_s ε, σ_s)``; the formulas stand
+in `kdpp.lab.tune.tune`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kdpp
+from kdpp.checks import check_count, check_number, check_sigmas
+from kdpp.denoisers import Denoiser, map_rows, trained_range
+from kdpp.lab.sampling import RENOISE, SOLVER
+from kdpp.noise import NoiseSampler, SeededNoise
+from kdpp.plan import VE
+
+__all__ = [
+    "Change",
+    "Cost",
+    "Distances",
+    "Look",
+    "Pair",
+    "Part",
+    "Trial",
+    "estimates",
+    "possible_looks",
+    "steps_of",
+]
+
+SURE = 0.95
+"""The confidence of every interval."""
+EXPLAINED = 0.05
+"""The least share of the miss that a look must explain to be tried."""
+VISIBLE = 10**-2.5
+"""The least gain that counts, as a share of the pictures' variance: 0.3 %, 25 dB below it.
+
+Where the pictures' deviation is a quarter of their range that is a PSNR of 37 dB.
+"""
+SAME = 1e-6
+"""A look whose ``|b - x̂|²`` is a smaller share of the miss says what the student says."""
+UNHEARD = 1e-30
+"""A λ so small that the student's run keeps every bit, while the teacher is asked and reported."""
+FEWEST = 8
+"""Its fewest steps for one of the student's."""
+FAR = 0.9
+"""The quantile of the unguided distances that larger ones count as."""
+
+By = Literal["teacher", "student"]
+Sampler = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One way to spend a call at one step, and what least squares says of it.
+
+    Attributes:
+        by: "teacher", or "student" for the control: the student in the teacher's place.
+        step, sigma: the guided step, from 0, and the level that it starts at.
+        renoise, renoise_eta, cfg_scale: σ_s, ρ and w, as `kdpp.TeacherGuidedDenoiser` has them.
+        scale, low, high: λ* and its interval, at `SURE` for all looks together (Bonferroni).
+        explained: R², the share of ``Σ|miss|²`` that ``λ*(b - x̂)`` takes away.
+    """
+
+    by: By
+    step: int
+    sigma: float
+    renoise: float
+    renoise_eta: float
+    cfg_scale: float
+    scale: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    explained: float = 0.0
+
+    @property
+    def place(self) -> tuple[int, float, float]:
+        """Where and with which noise it is taken, whoever takes it."""
+        return self.step, self.renoise, self.renoise_eta
+
+    @property
+    def worth_a_trial(self) -> bool:
+        """Whether λ* is surely not 0 and the look explains enough."""
+        return (self.low > 0.0 or self.high < 0.0) and self.explained >= EXPLAINED
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keywords of `kdpp.TeacherGuidedDenoiser` that do this, λ* rounded to three digits."""
+        scale = round(self.scale, 3)
+        settings: dict[str, Any] = {
+            "teacher_scale": scale,
+            "teacher_steps": [self.step],
+            "renoise": self.renoise,
+            "renoise_eta": self.renoise_eta,
+            "teacher_cfg_scale": self.cfg_scale,
+        }
+        return settings if 0.0 <= scale <= 1.0 else settings | {"extrapolate": True}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A paired change of the mean squared distance to the teacher's run.
+
+    ``mean``, in [``low``, ``high``] at `SURE`, is a share of the unguided distance; ``of_variance``
+    the same change as a share of the pictures' variance.
+    """
+
+    mean: float
+    low: float
+    high: float
+    of_variance: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether the distance falls, surely and visibly."""
+        return self.high < 0.0 and -self.of_variance >= VISIBLE
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The best look of the teacher and of the student at one step, in whole runs.
+
+    ``change`` and ``itself_change`` are against no guidance, ``own`` is the teacher's against the
+    student's: how much of the change is the teacher's own.
+    """
+
+    look: Look
+    itself: Look
+    change: Change
+    itself_change: Change
+    own: Change
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What guidance adds to one image; both halves of CFG count.
+
+    ``student`` and ``teacher`` are evaluations of the whole guided run; ``compute`` is its
+    parameters × evaluations over those of the unguided run, None where a denoiser is no module.
+    """
+
+    student: int
+    teacher: int
+    compute: float | None
+
+
+class Move(NamedTuple):
+    """What a sampler does in a step: ``x' = ratio·x + …``, and the weight of a revision in it."""
+
+    ratio: float
+    gain: float
+
+
+class Study(NamedTuple):
+    """The unguided pictures, the teacher's in their place, and the sums of every look.
+
+    ``sums`` (n, looks, 3) holds ``<d, miss>``, ``|d|²`` and ``|miss|²`` with ``d = b - x̂``.
+    """
+
+    plain: Tensor
+    perfect: Tensor
+    sums: Tensor
+
+
+class Pair:
+    """Student, teacher and sampler, checked: what a run of theirs does and takes."""
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        sampler: Sampler,
+        sigmas: Tensor | Sequence[float],
+        extra_args: Mapping[str, Any],
+        guidance: float,
+        detail: int,
+        max_batch: int | None,
+    ) -> None:
+        if kdpp.TeacherGuidedDenoiser(student, teacher, teacher_steps=0).space is not VE:
+            raise ValueError(
+                "tune takes denoisers in VE form: bring a flow model and its teacher over with "
+                "kdpp.as_ve, and the levels as σ = τ/(1-τ)"
+            )
+        self.levels = check_sigmas(sigmas)[0]
+        if len(self.levels) < 2 or self.levels[0] == 0.0:
+            raise ValueError(f"sigmas is {self.levels}; give two levels or more, the first above 0")
+        self.student, self.teacher, self.sampler = student, teacher, sampler
+        self.extra_args, self.max_batch = extra_args, max_batch
+        self.guidance = check_number("guidance", guidance)
+        self.own_scale = check_number("cond_scale", extra_args.get("cond_scale", 1.0))
+        self.detail = check_count("detail", detail, 1)
+        parameters = inspect.signature(sampler).parameters
+        if "s_churn" in parameters and parameters["s_churn"].default != 0.0:
+            raise ValueError("tune does not follow churn; leave s_churn 0")
+        self.draws = "noise_sampler" in parameters
+        self.moves, self.evaluations = self.probe()
+        self.spent: dict[By, int] = {"student": 0, "teacher": 0}
+        self.bar: Any = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that a teacher can revise."""
+        return [i for i, move in enumerate(self.moves) if move.gain != 0.0]
+
+    def denoiser(self, by: By) -> Denoiser:
+        return self.student if by == "student" else self.teacher
+
+    def model(self, student: Denoiser, teacher: Any, **settings: Any) -> kdpp.TeacherGuidedDenoiser:
+        return kdpp.TeacherGuidedDenoiser(
+            student, teacher, flow=False, max_batch=self.max_batch, **settings
+        )
+
+    def sample(
+        self,
+        model: Any,
+        x: Tensor,
+        extra_args: Mapping[str, Any],
+        noise: NoiseSampler,
+        start: int = 0,
+    ) -> list[dict[str, Any]]:
+        """What the callback is told of every step from ``start`` on; at the end the result's x."""
+        told: list[dict[str, Any]] = []
+        own = {"noise_sampler": noise} if self.draws else {}
+        sigmas = torch.tensor(self.levels[start:], dtype=torch.float64)
+        result = self.sampler(model, x, sigmas, extra_args, told.append, True, **own)
+        return [*told, {"x": result}]
+
+    def probe(self) -> tuple[list[Move], int]:
+        """What the sampler does in each step, and the student's evaluations in a run.
+
+        Read off from runs of one number without noise. To a student that always says 0 the ODE's
+        solution is proportional to σ: from 1 a step goes to its ratio. A teacher that says 1 then,
+        with λ = 1, adds the gain.
+        """
+        calls: list[int] = []
+
+        def nothing(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            calls.append(len(x))
+            return torch.zeros_like(x)
+
+        def one(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+            return torch.ones_like(x)
+
+        def run(x: Tensor, start: int = 0, **settings: Any) -> list[dict[str, Any]]:
+            model = self.model(nothing, one, teacher_cfg_scale=1.0, **settings)
+            return self.sample(model, x, extra_args, lambda *_: zero, start)
+
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        extra_args = {"cond": zero, "uncond": zero, "cond_scale": self.own_scale}
+        moves = []
+        for i, level in enumerate(self.levels[:-1]):
+            calls.clear()
+            free = run(torch.ones_like(zero), i, teacher_steps=0)
+            told = run(zero, teacher_scale=1.0, teacher_steps=[i], renoise=level or 1.0)
+            moves.append(Move(float(free[1]["x"]), float(told[i + 1]["x"])))
+        calls.clear()
+        run(zero, teacher_steps=0)
+        return moves, len(calls) if isinstance(self.student, kdpp.OwnCFG) else sum(calls)
+
+    def part(self, x: Tensor, seeds: Tensor, rows: Tensor) -> Part:
+        """Some of the samples."""
+        here = rows.to(x.device)
+
+        def pick(value: Tensor) -> Tensor:
+            return value[here.to(value.device)]
+
+        return Part(self, x[here], map_rows(self.extra_args, len(x), pick), seeds[rows])
+
+    def grid(self, i: int) -> list[float]:
+        """The levels of the teacher's own run through step i, to where that goes without noise.
+
+        ``tan(φ)`` with evenly spaced φ: finest where σ is about the data's deviation, which is 1.
+        """
+        start = self.levels[i]
+        end = start * min(self.moves[i].ratio, 1.0)
+        high, low = math.atan(start), math.atan(end)
+        count = max(FEWEST, math.ceil(self.detail * (high - low) / math.atan(self.levels[0])))
+        inner = [math.tan(high + (low - high) * k / count) for k in range(1, count)]
+        return [start, *inner, end]
+
+    def price(self, by: By, scale: float) -> int:
+        """Evaluations of one call."""
+        return 1 if scale == 1.0 or isinstance(self.denoiser(by), kdpp.OwnCFG) else 2
+
+    def expense(self, looks: Sequence[Look], fit: int, check: int) -> tuple[int, int]:
+        """Evaluations of student and teacher, at most, for a tuning with so many samples."""
+        asked: dict[By, list[int]] = {"student": [], "teacher": []}
+        steps = range(len(self.moves))
+        for look in looks:
+            asked[look.by].append(self.price(look.by, look.cfg_scale))
+        each = self.price("teacher", self.guidance)
+        through = [each * (len(grid) - 1) * (grid[0] > grid[-1]) for grid in map(self.grid, steps)]
+        trials = len(steps_of(looks))
+        student = fit * (sum(asked["student"]) + self.evaluations * (1 + 2 * trials))
+        student += check * 3 * self.evaluations
+        student += (fit * trials + check) * max(asked["student"])
+        teacher = fit * (sum(asked["teacher"]) + 2 * sum(through) - through[0])
+        teacher += check * sum(through) + (fit * trials + check) * max(asked["teacher"])
+        return student, teacher
+
+    def spend(self, by: By, count: int) -> None:
+        """Count evaluations."""
+        self.spent[by] += count
+        if self.bar is not None:
+            self.bar.update(count)
+
+    def cost(self, look: Look) -> Cost:
+        """What an image takes with the look."""
+        evaluations: dict[By, int] = {"student": self.evaluations, "teacher": 0}
+        evaluations[look.by] += self.price(look.by, look.cfg_scale)
+        student, teacher = _parameters(self.student), _parameters(self.teacher)
+        compute: float | None = None
+        if student is not None and teacher is not None:
+            compute = student * evaluations["student"] + teacher * evaluations["teacher"]
+            compute /= student * self.evaluations
+        return Cost(evaluations["student"], evaluations["teacher"], compute)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the samples, and what the pair does with them."""
+
+    pair: Pair
+    x: Tensor
+    extra_args: Mapping[str, Any]
+    seeds: Tensor
+
+    @cached_property
+    def noises(self) -> list[Tensor]:
+        """What the sampler's noise adds in each step: read off where the student says 0."""
+        model = self.pair.model(_silent, _silent, teacher_steps=0)
+        told = self.sample(model, torch.zeros_like(self.x))
+        states = [info["x"] for info in told]
+        moves = self.pair.moves
+        return [after - move.ratio * x for move, (x, after) in zip(moves, pairwise(states))]
+
+    def sample(self, model: Any, x: Tensor) -> list[dict[str, Any]]:
+        """A run of the sampler, with the noise of the samples' seeds."""
+        return self.pair.sample(model, x, self.extra_args, SeededNoise(x, self.seeds, SOLVER))
+
+    def guided(self, look: Look) -> Tensor:
+        """The pictures with the look's guidance."""
+        pair = self.pair
+        noise = SeededNoise(self.x, self.seeds, RENOISE)
+        helper = pair.denoiser(look.by)
+        model = pair.model(pair.student, helper, renoise_noise_sampler=noise, **look.settings)
+        pictures: Tensor = self.sample(model, self.x)[-1]["x"]
+        pair.spend("student", len(self.x) * pair.evaluations)
+        if model.teachers[0].scale != 0.0:
+            pair.spend(look.by, len(self.x) * pair.price(look.by, look.cfg_scale))
+        return pictures
+
+    def plain(self) -> Tensor:
+        """The pictures of the student alone."""
+        pair = self.pair
+        model = pair.model(pair.student, pair.teacher, teacher_steps=0)
+        pictures: Tensor = self.sample(model, self.x)[-1]["x"]
+        pair.spend("student", len(self.x) * pair.evaluations)
+        return pictures
+
+    def follow(self, x: Tensor, i: int) -> Tensor:
+        """Φ_ψ: where the teacher's own run takes the state, as far as step i goes without noise."""
+        pair, levels = self.pair, self.pair.grid(i)
+        if levels[0] == levels[-1]:
+            return x
+        alone = pair.model(pair.teacher, pair.teacher, teacher_steps=0)
+        extra_args = {**self.extra_args, "cond_scale": pair.guidance}
+        sigmas = torch.tensor(levels, dtype=torch.float64)
+        pair.spend("teacher", len(x) * pair.price("teacher", pair.guidance) * (len(levels) - 1))
+        return kdpp.sample_dpmpp_2m_tg(alone, x, sigmas, extra_args, None, True)
+
+    def perfect(self, first: Tensor | None = None) -> Tensor:
+        """The teacher in the student's place: the run in which every step is Φ_ψ, and its noise."""
+        x = self.x
+        for i, noise in enumerate(self.noises):
+            x = (self.follow(x, i) if first is None or i else first) + noise
+        return x
+
+    def study(self, looks: Sequence[Look]) -> Study:
+        """One unguided run, in which every look is taken and none heard."""
+        pair, count = self.pair, len(self.x)
+        teachers = [
+            kdpp.Teacher(
+                pair.denoiser(look.by), UNHEARD, [look.step], look.cfg_scale, look.renoise,
+                look.renoise_eta,
+            )
+            for look in looks
+        ]  # fmt: skip
+        noise = SeededNoise(self.x, self.seeds, RENOISE)
+        model = pair.model(pair.student, teachers, renoise_noise_sampler=noise)
+        told = self.sample(model, self.x)
+        pair.spend("student", count * pair.evaluations)
+        for look in looks:
+            pair.spend(look.by, count * pair.price(look.by, look.cfg_scale))
+        sums = []
+        first = None
+        for i in steps_of(looks):
+            info, after = told[i], told[i + 1]["x"]
+            there = self.follow(info["x"], i)
+            first = there if i == 0 else first
+            miss = (there + self.noises[i] - after) / pair.moves[i].gain
+            own, answers = info["denoised_student"], info["denoised_teacher"]
+            for answer in answers if isinstance(answers, list) else [answers]:
+                d = answer - own
+                sums.append(torch.stack([_dot(d, miss), _dot(d, d), _dot(miss, miss)], -1))
+        return Study(told[-1]["x"], self.perfect(first), torch.stack(sums, 1))
+
+
+class Distances:
+    """Mean squared distances of pictures to the teacher's in their place, sample by sample."""
+
+    def __init__(
+        self,
+        part: Part,
+        plain: Tensor,
+        perfect: Tensor,
+        bounds: tuple[float, float] | None,
+    ) -> None:
+        self.part, self.bounds = part, bounds
+        self.farthest = math.inf
+        self.perfect = self.seen(perfect)
+        self.variance = float(self.perfect.var(0).mean())
+        if self.variance == 0.0:
+            raise ValueError("the teacher's pictures are all the same; there is nothing to tune")
+        distances = self.of(plain)
+        self.farthest = float(distances.quantile(FAR))
+        self.plain = distances.clamp(max=self.farthest)
+
+    def seen(self, pictures: Tensor) -> Tensor:
+        """The pictures as a viewer sees them."""
+        if not bool(pictures.isfinite().all()):
+            raise ValueError("a run of the student or the teacher ended in NaN or infinite numbers")
+        pictures = pictures.double()
+        return pictures if self.bounds is None else pictures.clamp(*self.bounds)
+
+    def of(self, pictures: Tensor) -> Tensor:
+        distances = (self.seen(pictures) - self.perfect).square().flatten(1).mean(1)
+        return distances.clamp(max=self.farthest)
+
+    def trial(self, look: Look, itself: Look) -> Trial:
+        """Both looks in whole runs."""
+        taught, second = (self.of(self.part.guided(one)) for one in (look, itself))
+        changes = (taught - self.plain, second - self.plain, taught - second)
+        return Trial(look, itself, *map(self.change, changes))
+
+    def change(self, difference: Tensor) -> Change:
+        mean, low, high = (float(number) for number in jackknife(difference, self.plain, SURE))
+        return Change(mean, low, high, mean * float(self.plain.mean()) / self.variance)
+
+
+def possible_looks(pair: Pair, levels: Sequence[float]) -> list[Look]:
+    """The looks to measure, in the order of steps."""
+    for level in levels:
+        check_number("levels holds a level that", level, 0.0, math.inf)
+    ranges = [trained_range(model) for model in (pair.student, pair.teacher)]
+    low, high = (
+        pick(bound[k] for bound in [(0.0, math.inf), *filter(None, ranges)])
+        for k, pick in enumerate((max, min))
+    )
+    askers: list[tuple[By, float]] = [("teacher", w) for w in dict.fromkeys((1.0, pair.guidance))]
+    askers.append(("student", pair.own_scale))
+    looks = []
+    for i in pair.steps:
+        sigma, after = pair.levels[i : i + 2]
+        # Six digits, so that what is measured is what the settings print.
+        near = [float(f"{level:.6g}") for level in (sigma, after)]
+        for level in dict.fromkeys([*near, *(level for level in levels if level < sigma)]):
+            if level > 0.0 and low * (1 - 1e-4) <= level <= high * (1 + 1e-4):
+                looks += [
+                    Look(by, i, sigma, level, eta, w) for eta in (1.0, 0.0) for by, w in askers
+                ]
+    if not looks:
+        raise ValueError(
+            f"no step can be revised from a level that both networks were trained for, "
+            f"[{low:g}, {high:g}]; the sampler's are {pair.levels}"
+        )
+    return looks
+
+
+def steps_of(looks: Sequence[Look]) -> list[int]:
+    """The steps that have looks."""
+    return list(dict.fromkeys(look.step for look in looks))
+
+
+def estimates(looks: Sequence[Look], sums: Tensor) -> list[Look]:
+    """The looks with what least squares says of them; ``sums`` as in `Study`, of all samples."""
+    sure = 1.0 - (1.0 - SURE) / len(looks)
+    uv, vv, ee = sums.unbind(-1)
+    rows = torch.stack(fitted(uv, vv, ee, sure), -1).tolist()
+    names = ("scale", "low", "high", "explained")
+    return [replace(look, **dict(zip(names, row))) for look, row in zip(looks, rows)]
+
+
+def fitted(uv: Tensor, vv: Tensor, ee: Tensor, sure: float) -> tuple[Tensor, ...]:
+    """λ*, its interval and R², of sums (n, looks) for each sample; 0 where a look says the same."""
+    scale, low, high = jackknife(uv, vv, sure)
+    miss = ee.sum(0)
+    explained = scale * uv.sum(0) / miss
+    says = (miss > 0.0) & (vv.sum(0) > SAME * miss)
+    return tuple(torch.where(says, value, 0.0) for value in (scale, low, high, explained))
+
+
+def jackknife(above: Tensor, below: Tensor, sure: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``Σ above / Σ below`` over the samples (dimension 0), and its interval by the jackknife.
+
+    The ratio is computed anew without each sample; from the spread of these follows its standard
+    error, ``sqrt((n-1)/n Σ (r_j - r̄)²)``, and with Student's t for n - 1 the interval.
+    """
+    from scipy.stats import t
+
+    count = len(above)
+    ratio = above.sum(0) / below.sum(0)
+    without = (above.sum(0) - above) / (below.sum(0) - below)
+    error = ((count - 1) / count * (without - without.mean(0)).square().sum(0)).sqrt()
+    reach = float(t.ppf((1.0 + sure) / 2.0, count - 1)) * error
+    return ratio, ratio - reach, ratio + reach
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products, sample by sample."""
+    return (a.double() * b.double()).flatten(1).sum(1)
+
+
+def _silent(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def _parameters(denoiser: Denoiser) -> int | None:
+    """How many numbers a network has, if it is one."""
+    if not isinstance(denoiser, nn.Module):
+        return None
+    return sum(p.numel() for p in denoiser.parameters()) or None
