@@ -526,9 +526,10 @@ ABOUT = {
 @every_case
 def test_the_result_samples_as_its_file_says(case, trained):
     model = load_model(trained(case, "out"))
-    assert (model.sampler, model.about["conditions"], model.about["guidance"]) == ABOUT[case]
+    sampler = model.about["sampler"]
+    assert (sampler, model.about["conditions"], model.about["guidance"]) == ABOUT[case]
     levels = grid("divided", 2)
-    if model.sampler == "encode":
+    if sampler == "encode":
         levels = tuple(rising("divided", 2, float(model.denoiser.sigma_min)))
     assert model.levels == (None if case == "stage one" else levels)
     labels = torch.arange(9) % CLASSES
@@ -537,10 +538,12 @@ def test_the_result_samples_as_its_file_says(case, trained):
         extra_args |= {"uncond": torch.full_like(labels, CLASSES), "cond_scale": 2.0}
     denoiser = kdpp.GuidanceConditioned(model.denoiser) if model.needs_w else model.denoiser
     x, sigmas = levels[0] * noise(9, 1, 2, 2).float(), torch.tensor(levels)
-    if model.sampler == "encode":
+    if sampler == "encode":
+        with pytest.raises(ValueError, match="is an encoder, from images to noise"):
+            _ = model.sampler
         images = kdpp.encode(denoiser, x, sigmas, extra_args, disable=True)
     else:
-        solver = kdpp.SOLVERS[f"sample_{model.sampler}_tg"].sample
+        solver = kdpp.SOLVERS[f"sample_{sampler}_tg"].sample
         wrapped = kdpp.TeacherGuidedDenoiser(denoiser, denoiser, teacher_steps=0)
         images = solver(wrapped, x, sigmas, extra_args, disable=True)
     assert images.shape == x.shape and bool(images.isfinite().all())

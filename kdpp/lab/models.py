@@ -55,7 +55,14 @@ class Model:
 
     @property
     def sampler(self) -> str:
-        """The kdpp solver that it was made for, without ``sample_`` and ``_tg``."""
+        """The kdpp solver that it was made for, without ``sample_`` and ``_tg``.
+
+        Raises ValueError for an encoder, which samples nothing.
+        """
+        if self.about["sampler"] == "encode":
+            raise ValueError(
+                "the model is an encoder, from images to noise (kdpp.encode); give one that samples"
+            )
         return str(self.about["sampler"])
 
     @property
