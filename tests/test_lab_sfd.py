@@ -269,6 +269,27 @@ def test_without_guidance_the_student_takes_any(tmp_path):
     assert about["evaluations"] == 60 * 32 * 4 * (4 + 1)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("t_min", [0.0, 0.1])
+@pytest.mark.parametrize("solver", ["dpmpp_3m", "heun", "euler"])
+def test_the_evaluations_are_those_that_were_made(solver, t_min, guidance):
+    """Rows that both networks were called with; the rate falls as a cosine meanwhile."""
+    settings = {"solver": solver, "guidance": guidance, "substeps": 2, "steps": [2, 3]}
+    task = task_of("sfd", SMALL | settings | {"t_min": t_min, "iterations": 4, "rate": 1e-3})
+    rows, rates = [], []
+    hooks = [
+        network.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
+        for network in (task.teacher.network, task.network)
+    ]
+    for i in range(4):
+        task.step(i, draws(i))
+        rates.append(task.optimisers["network"].param_groups[0]["lr"])
+    for hook in hooks:
+        hook.remove()
+    assert task.result()[1]["evaluations"] == sum(rows)
+    assert rates == pytest.approx([1e-3, 0.853553e-3, 0.5e-3, 0.146447e-3], rel=1e-4)
+
+
 def test_t_min_ends_the_last_step(tmp_path):
     assert schedule_to("divided", 4, 0.0) == schedule(4)
     assert schedule_to("divided", 4, 0.1) == (*schedule(4)[:-1], 0.1)
@@ -289,6 +310,7 @@ def test_it_resumes_bit_for_bit(tmp_path, monkeypatch):
         ({"substeps": 0}, "substeps is 0"),
         ({"t_min": -0.1}, "t_min is -0.1"),
         ({"t_min": 0.5}, "start their last one at"),
+        ({"t_min": schedule(4)[-2]}, "start their last one at"),
         ({"solver": "dpm"}, "'dpmpp_3m' or 'heun' or 'euler'"),
     ],
 )

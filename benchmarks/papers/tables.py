@@ -21,12 +21,47 @@ from typing import Any
 from kdpp.cli import main as kdpp_command
 from kdpp.lab.compare import compare
 from kdpp.lab.metrics import estimate, paired, verdict
+from kdpp.lab.models import load_model
 from kdpp.lab.settings import read_toml
 from rollouts import sweep
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "docs" / "results" / "papers"
 SETTINGS = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
+Way = tuple[str, int, float]  # a student, its steps, its CFG scale
+PAIRS: dict[int, list[tuple[Way, Way]]] = {
+    3: [
+        (("ours-D-4", 4, 2.0), ("teacher", 4, 2.0)),
+        (("ours-D-4", 4, 2.0), ("teacher", 8, 2.0)),
+        (("ours-D-4", 4, 2.0), ("teacher", 16, 2.0)),
+        (("ours-D-8", 8, 2.0), ("teacher", 16, 2.0)),
+        (("ours-D-1", 1, 2.0), ("teacher", 8, 2.0)),
+        (("ours-D-4", 4, 2.0), ("single-w-4", 4, 2.0)),
+        (("ours-D-4", 4, 2.0), ("halves-4", 4, 2.0)),
+        (("ours-D-8", 8, 2.0), ("halves-8", 8, 2.0)),
+        *(
+            ((f"ours-S-{n}", n, scale), (f"ours-D-{n}", n, scale))
+            for n in (8, 4)
+            for scale in (1.0, 2.0, 4.0)
+        ),
+    ],
+    5: [
+        (("sfd", 4, 1.0), ("progressive", 4, 1.0)),
+        (("sfd-50", 4, 1.0), ("progressive", 4, 1.0)),
+        (("sfd-50", 4, 1.0), ("sfd", 4, 1.0)),
+        (("sfd-100", 4, 1.0), ("sfd", 4, 1.0)),
+        (("sfd-euler", 4, 1.0), ("sfd", 4, 1.0)),
+        (("sfd-heun", 4, 1.0), ("sfd", 4, 1.0)),
+        (("sfd-t-min", 4, 1.0), ("sfd", 4, 1.0)),
+        (("sfd-t-min-01", 4, 1.0), ("sfd", 4, 1.0)),
+        (("sfd-steps", 4, 1.0), ("sfd", 4, 1.0)),
+        (("sfd-steps", 3, 1.0), ("sfd-3", 3, 1.0)),
+        (("sfd-steps", 5, 1.0), ("sfd-5", 5, 1.0)),
+        (("sfd", 3, 1.0), ("sfd-3", 3, 1.0)),
+        (("sfd", 5, 1.0), ("sfd-5", 5, 1.0)),
+    ],
+}
+"""Ways to sample that are compared, the first against the second."""
 BASES = {
     "ddil-unreflected": "progressive", "reflected": "progressive", "ddil": "reflected",
     "ddil-lcm-unreflected": "lcm-slow", "reflected-lcm": "lcm-slow", "ddil-lcm": "reflected-lcm",
@@ -89,8 +124,10 @@ def grid_table(results: dict[str, Any]) -> list[str]:
     controls = any(cell["metrics"]["fd"]["self_change"] for cell in cells)
     head = ["student", "solver", "steps", "CFG", *shown, "evaluations", "compute, M", "FD"]
     head += ["change", "itself"] if guided and controls else ["change"] if guided else []
-    head += ["FD to the teacher", "IS", "accuracy, %", "recall"]
+    head += ["FD to the teacher", "IS", "accuracy, %", "recall", "training, M"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    models = {name: load_model(told["checkpoint"]) for name, told in results["models"].items()}
+    training = {name: model.about.get("evaluations") for name, model in models.items()}
     for cell in cells:
         fd, costs = cell["metrics"]["fd"], cell["costs"]
         row = [cell["student"], cell["sampler"], cell["steps"], f"{cell['cond_scale']:g}"]
@@ -101,7 +138,8 @@ def grid_table(results: dict[str, Any]) -> list[str]:
         row += [evaluations, f"{costs['compute'] / 1e6:.2f}", figure(fd)]
         if guided:
             row += [change(fd["change"])] + ([change(fd["self_change"])] if controls else [])
-        row += rest(cell["metrics"])
+        trained = training[cell["student"]]
+        row += [*rest(cell["metrics"]), f"{trained / 1e6:.2f}" if trained else ""]
         lines.append("| " + " | ".join(map(str, row)) + " |")
     return lines
 
@@ -133,6 +171,29 @@ def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def pair_table(results: dict[str, Any], pairs: Sequence[tuple[Way, Way]]) -> list[str]:
+    """Paired changes from one way to another, over sampling seeds."""
+    found = {
+        (cell["student"], cell["steps"], cell["cond_scale"]): cell["metrics"]
+        for cell in results["cells"]
+    }
+    head = ["first", "against", "change of FD", "of FD to the teacher"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for ways in pairs:
+        row = [f"{name}, {steps} steps, CFG {scale:g}" for name, steps, scale in ways]
+        for metric in ("fd", "fd_teacher"):
+            row.append(seen(*(found[way][metric]["values"] for way in ways)))
+        lines.append("| " + " | ".join(row) + " |")
+    return lines
+
+
+def seen(values: Sequence[float], base: Sequence[float]) -> str:
+    """A paired change; in brackets where its interval holds 0."""
+    found = paired(values, base)
+    said = figure(asdict(found), sign="+")
+    return f"none seen ({said})" if verdict(found) == "none seen" else said
+
+
 def training_table(results: dict[str, Any]) -> list[str]:
     """FD over training seeds, those of one kind of student in a row."""
     of: dict[str, list[float]] = {}  # by kind, in the order of the seeds
@@ -143,11 +204,8 @@ def training_table(results: dict[str, Any]) -> list[str]:
     for kind, values in of.items():
         if len(values) > 1:
             each, base = ", ".join(f"{value:.2f}" for value in values), BASES.get(kind, "")
-            found = paired(values, of[base]) if base else None
-            seen = figure(asdict(found), sign="+") if found else ""
-            if found and verdict(found) == "none seen":
-                seen = f"none seen ({seen})"
-            row = [kind, each, figure(asdict(estimate(values))), seen, base]
+            change = seen(values, of[base]) if base else ""
+            row = [kind, each, figure(asdict(estimate(values))), change, base]
             lines.append("| " + " | ".join(row) + " |")
     return lines
 
@@ -156,6 +214,8 @@ def table(number: int, folder: Path) -> str:
     """One table as Markdown, with how it was made."""
     results = run_grid(number, folder)
     lines = grid_table(results)
+    if number in PAIRS:
+        lines += ["", *pair_table(results, PAIRS[number])]
     settings, versions = results["settings"], results["versions"]
     if number == 4:
         lines += ["", *training_table(results)]

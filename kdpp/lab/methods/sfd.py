@@ -151,14 +151,16 @@ class SFD(Task):
 
     def result(self) -> tuple[nn.Module, dict[str, Any]]:
         s = self.settings
-        teachers = CALLS[s.solver] * s.substeps * (2 if self.guided else 1)
+        halves, saved = (2 if self.guided else 1), (s.solver == "heun" and s.t_min == 0.0)
         counts = [s.steps[i % len(s.steps)] for i in range(s.iterations)]
+        # Heun's step to 0 is Euler's.
+        teachers = halves * sum(CALLS[s.solver] * s.substeps * count - saved for count in counts)
         return self.network, {
             "sampler": "euler",
             "levels": list(self.schedules[s.steps[-1]]),
             "conditions": {"steps": [min(s.steps), max(s.steps)]} if self.counted else {},
             "guidance": s.guidance if self.guided else None,
-            "evaluations": sum(counts) * (teachers + 1) * s.batch,
+            "evaluations": (teachers + sum(counts)) * s.batch,
         }
 
 
