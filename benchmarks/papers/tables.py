@@ -4,7 +4,7 @@
 
 Students are trained into DIR/students by `kdpp train` (students.toml says how); grids are run by
 `kdpp compare` into DIR/table1 … table5, each with its page. Everything resumes where it was
-stopped. --write puts the tables where the docs include them.
+stopped. --write puts the tables, and pictures of two, where the docs include them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from kdpp.lab.compare import compare
 from kdpp.lab.metrics import estimate, paired, verdict
 from kdpp.lab.models import load_model
 from kdpp.lab.settings import read_toml
+from pictures import PICTURES, png
 from rollouts import sweep
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parents[1] / "docs" / "results" / "papers"
+DOCS = HERE.parents[1] / "docs"
+RESULTS, IMAGES = DOCS / "results" / "papers", DOCS / "images"
 SETTINGS = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
 Way = tuple[str, int, float]  # a student, its steps, its CFG scale
 PAIRS: dict[int, list[tuple[Way, Way]]] = {
@@ -95,6 +97,11 @@ def run_grid(number: int, folder: Path) -> dict[str, Any]:
     copy = folder / spec.name
     copy.write_text(spec.read_text(encoding="utf-8"), encoding="utf-8")
     compare(copy, folder / f"table{number}")
+    return stored(number, folder)
+
+
+def stored(number: int, folder: Path) -> dict[str, Any]:
+    """The results of a finished grid."""
     results: dict[str, Any] = json.loads((folder / f"table{number}" / "results.json").read_bytes())
     return results
 
@@ -242,6 +249,9 @@ def main() -> None:
     for number in settings.tables:
         text = table(number, settings.out)
         print(text)
+        if settings.write and number in PICTURES:
+            picture = PICTURES[number](stored(number, settings.out))
+            (IMAGES / f"papers-{number}.png").write_bytes(png(picture))
         if settings.write:
             RESULTS.mkdir(parents=True, exist_ok=True)
             (RESULTS / f"table{number}.md").write_text(text, encoding="utf-8")
