@@ -1,6 +1,8 @@
 """The benchmarks run, at sizes at which they say nothing, and their figures are what they claim."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import measure
 import precision
 import size_cost
 import step_cost
+import training_time
 
 
 def test_kernels_reads_and_memory_are_counted():
@@ -84,3 +87,53 @@ def test_figures_say_where_they_were_taken(tmp_path):
     assert written["about"]["torch"] in measure.heading(written["about"])
 
 
+
+
+def test_training_time(monkeypatch, capsys, tmp_path):
+    """Every way once, the second stage from the first; the sum is of all."""
+    kept = ["teacher", "guided-stage-one", "guided-stage-two"]
+    monkeypatch.setattr(training_time, "load_methods", lambda: kept)
+    monkeypatch.setattr(training_time, "MORE", {"half of it": ("progressive", "--steps", "32")})
+    out = tmp_path / "times.json"
+    monkeypatch.setattr(sys, "argv", ["training_time", "--iterations", "1", "--json", str(out)])
+    training_time.main()
+    rows = json.loads(out.read_bytes())["rows"]["methods"]
+    assert [row["method"] for row in rows] == [*kept, "half of it"]
+    assert f"{sum(row['cpu'] for row in rows):.0f} s =" in capsys.readouterr().out
+
+
+def test_a_table_of_the_papers(monkeypatch, tmp_path, capsys):
+    """Trains what is named, its teacher too, measures, compares; again it finds all there."""
+    monkeypatch.syspath_prepend(str(Path(training_time.__file__).parent / "papers"))
+    import tables
+
+    (tmp_path / "students.toml").write_text(
+        '[a]\nmethod = "guided-stage-one"\niterations = 1\n'
+        '[b]\nmethod = "guided-stage-two"\niterations = 1\nteacher = "students/a"\n'
+        'start_steps = 8\n[c]\nmethod = "consistency"\niterations = 1\n'
+    )
+    names = ["b", "c", "c-seed-1", "c-seed-2"]
+    (tmp_path / "table5.toml").write_text(
+        'title = "t"\nimages = 20\nseeds = 2\nteacher = "digits:teacher"\n[students]\n'
+        + "".join(f'{name} = "students/{name}"\n' for name in names)
+        + "[reference]\nsteps = 4\ncond_scale = 1.0\n[[grid]]\nstudent = " + json.dumps(names) + '\n[[grid]]\nstudent = "c"\n'
+        "teacher_scale = 0.5\n"
+    )  # fmt: skip
+    pairs = [(("b", 4, 1.0), ("c", 4, 1.0))]
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "PAIRS", {5: pairs})
+    out = tmp_path / "out"
+    out.mkdir()
+    text = tables.table(5, out)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert [row[0] for row in rows[2:5]] == ["b", "c", "c"]  # training seeds go by themselves
+    assert rows[8][:2] == ["b, 4 steps, CFG 1", "c, 4 steps, CFG 1"]
+    results = tables.stored(5, out)
+    fd = {cell["student"]: cell["metrics"]["fd"]["values"] for cell in results["cells"][:4]}
+    mean = sum(a - b for a, b in zip(fd["b"], fd["c"])) / 2
+    assert f"{mean:+.2f} ±" in rows[8][2]
+    per_seed = tables.training_table(results)
+    assert len(per_seed) == 3 and per_seed[2].startswith("| c | ")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert len(before) == 5 and tables.table(5, out) == text
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
