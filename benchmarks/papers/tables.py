@@ -182,8 +182,8 @@ def pair_table(results: dict[str, Any], pairs: Sequence[tuple[Way, Way]]) -> lis
     """Paired changes from one way to another, over sampling seeds."""
     found = {
         (cell["student"], cell["steps"], cell["cond_scale"]): cell["metrics"]
-        for cell in results["cells"]
-    }
+        for cell in results["cells"] if cell["guide"] == "none"
+    }  # fmt: skip
     head = ["first", "against", "change of FD", "of FD to the teacher"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for ways in pairs:
@@ -204,7 +204,7 @@ def seen(values: Sequence[float], base: Sequence[float]) -> str:
 def training_table(results: dict[str, Any]) -> list[str]:
     """FD over training seeds, those of one kind of student in a row."""
     of: dict[str, list[float]] = {}  # by kind, in the order of the seeds
-    for cell in results["cells"]:
+    for cell in (cell for cell in results["cells"] if cell["guide"] == "none"):
         kind = cell["student"].partition("-seed-")[0]
         of.setdefault(kind, []).append(cell["metrics"]["fd"]["mean"])
     lines = ["| student | FD, by training seed | mean | change | against |", "|" + "---|" * 5]
