@@ -116,9 +116,10 @@ def test_a_table_of_the_papers(monkeypatch, tmp_path, capsys):
     (tmp_path / "table5.toml").write_text(
         'title = "t"\nimages = 20\nseeds = 2\nteacher = "digits:teacher"\n[students]\n'
         + "".join(f'{name} = "students/{name}"\n' for name in names)
-        + "[reference]\nsteps = 4\ncond_scale = 1.0\n[[grid]]\nstudent = " + json.dumps(names) + '\n[[grid]]\nstudent = "c"\n'
-        "teacher_scale = 0.5\n"
-    )  # fmt: skip
+        + "[reference]\nsteps = 4\ncond_scale = 1.0\n[[grid]]\nstudent = "
+        + json.dumps(names)
+        + '\n[[grid]]\nstudent = "c"\nteacher_scale = 0.5\n'
+    )
     pairs = [(("b", 4, 1.0), ("c", 4, 1.0))]
     monkeypatch.setattr(tables, "HERE", tmp_path)
     monkeypatch.setattr(tables, "PAIRS", {5: pairs})
