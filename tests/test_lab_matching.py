@@ -320,6 +320,29 @@ def test_an_adversarial_step_is_hinge_loss_and_distillation():
 CLOSE = DUEL | {"steps": 1, "batch": 64, "iterations": 100, "judged": [0.0, 100.0]}
 
 
+def test_the_adversarial_student_learns_at_all_of_its_levels():
+    """Real images noised to a level that is drawn for each."""
+    task = task_of("adversarial", DUEL | {"steps": 4, "batch": 64})
+    asked = []
+    task.student.register_forward_pre_hook(lambda _, given: asked.append(given))
+    task.step(0, draws(0))
+    ((x, sigma, _),) = asked
+    levels = schedule(4)
+    assert set(sigma.tolist()) == {torch.tensor(level).item() for level in levels[:-1]}
+    for level in levels[:-1]:
+        here = x[sigma == torch.tensor(level)]
+        assert here.std() == pytest.approx((level**2 + spots().images.var()) ** 0.5, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["matching", "adversarial"])
+def test_the_result_is_the_running_average(name):
+    task = task_of(name, {"batch": 16, "iterations": 2, "steps": 2, "rate": 1e-2})
+    task.step(0, draws(0))
+    assert task.result()[0] is task.average
+    weights = zip(task.average.parameters(), task.network.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in weights)
+
+
 def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tmp_path):
     """First against an idle student, the teacher's one step from noise; then it is idle itself."""
     taught = task_of("adversarial", CLOSE | {"rate": 0.0, "head_rate": 1e-2})
