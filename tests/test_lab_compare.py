@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,16 @@ def test_late_steps_and_levels(tmp_path):
     found, _ = cells(path)
     assert [c.guidance.teacher_steps for c in found if c.guide == "teacher"] == [(3,), (0, 2)]
     assert found[1].guidance.renoise == 0.25
+
+
+def test_the_page_has_as_many_colours_as_it_counts():
+    """In light and in dark; no other place counts them."""
+    folder = files("kdpp.lab") / "templates"
+    style, script = ((folder / f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    (count,) = re.findall(r"const COLOURS = (\d+);", script)
+    found = re.findall(r"--s(\d+): (#[0-9a-f]{6});", style)
+    assert [int(number) for number, _ in found] == [*range(int(count))] * 2
+    assert len(set(found)) == 2 * int(count) and script.count("var(--s") == 1
 
 
 def test_the_example_is_sound():

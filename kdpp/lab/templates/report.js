@@ -76,12 +76,14 @@
     teacher: "M0 -6.3L5.8 4.2L-5.8 4.2Z",
     self: "M0 -5.8L5.8 0L0 5.8L-5.8 0Z",
   };
+  const COLOURS = 12;
+  const paintOf = (family) => `var(--s${family % COLOURS})`;
   const hidden = new Set();
   let across = data.axes[0];
 
   function mark(kind, colour, x, y) {
     const hollow = kind === "self";
-    const paint = hollow ? `stroke:var(--s${colour % 8})` : `fill:var(--s${colour % 8})`;
+    const paint = `${hollow ? "stroke" : "fill"}:${paintOf(colour)}`;
     return element("path", {
       d: MARKS[kind], class: hollow ? "mark hollow" : "mark", style: paint,
       transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
@@ -165,7 +167,7 @@
     const place = (one) => [x.place(one.costs[across.name]), y.place(value(one)[0])];
     const line = (from, to, name, colour) => {
       const [[x1, y1], [x2, y2]] = [place(from), place(to)];
-      return element("line", { class: name, x1, y1, x2, y2, style: `stroke:var(--s${colour % 8})` });
+      return element("line", { class: name, x1, y1, x2, y2, style: `stroke:${paintOf(colour)}` });
     };
     const byNumber = new Map(points.map((one) => [one.cell, one]));
     for (const [index] of data.families.entries()) {
@@ -179,7 +181,7 @@
     }
     for (const one of points) {
       const [mean, half] = value(one), [at, height] = place(one);
-      const paint = `stroke:var(--s${one.family % 8})`;
+      const paint = `stroke:${paintOf(one.family)}`;
       const [top, low] = [y.place(mean + half), y.place(mean - half)];
       const bars = [[at, at, top, low], [at - 4, at + 4, top, top], [at - 4, at + 4, low, low]];
       const group = element("g", { class: "point", "data-cell": one.cell },
