@@ -49,7 +49,10 @@ def images(student: Model, teacher: Model, seed: int, count: int, row: dict[str,
 
 
 def sweep(folder: Path, name: str, seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
-    """Every row's figures over the seeds, for the student in ``folder``/students/``name``."""
+    """Every row's figures over the seeds, for the student in ``folder``/students/``name``.
+
+    ``values`` are the Fréchet distances to the data, one for each seed.
+    """
     student, teacher = load_model(folder / "students" / name), load_model("digits:teacher")
     data = load_data("digits")
     features = load_features("digits", data.images, data.classes)
@@ -66,5 +69,6 @@ def sweep(folder: Path, name: str, seeds: Sequence[int], count: int) -> list[dic
                 labels = torch.tensor(image_seeds(seed, count)) % student.classes
                 scores.append(measure(x, labels, features, reference, theirs))
             means = {key: asdict(estimate([one[key] for one in scores])) for key in scores[0]}
-            rows.append({"student": name, **row, "metrics": means})
+            values = [one["fd"] for one in scores]
+            rows.append({"student": name, **row, "metrics": means, "values": values})
     return rows

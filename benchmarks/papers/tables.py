@@ -165,7 +165,8 @@ def rest(metrics: dict[str, Any]) -> list[str]:
 
 def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The sweeps of rollouts as lines of Markdown."""
-    head = ["student", "who", "FD", "FD to the teacher", "IS", "accuracy, %", "recall"]
+    head = ["student", "who", "FD", "against p_T = 0", "FD to the teacher", "IS", "accuracy, %"]
+    head.append("recall")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         if "switch" in row:
@@ -173,7 +174,9 @@ def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
             who = f"{row['first']}, from transition {row['switch']} the {other}"
         else:
             who = f"p_T = {row['teacher_probability']:g}"
-        cells = [row["student"], who, figure(row["metrics"]["fd"]), *rest(row["metrics"])]
+        alone = row.get("teacher_probability") == 0.0
+        change = "" if alone else seen(row["values"], rows[0]["values"])
+        cells = [row["student"], who, figure(row["metrics"]["fd"]), change, *rest(row["metrics"])]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -227,7 +230,7 @@ def table(number: int, folder: Path) -> str:
     if number == 4:
         lines += ["", *training_table(results)]
         seeds = settings["seeds"]
-        for name in ("progressive-short", "lcm"):
+        for name in ("ddil", "progressive-short", "lcm"):
             train(name, folder)
             rows = sweep(folder, name, seeds, settings["images"])
             lines += ["", *rollout_table(rows)]
