@@ -13,6 +13,8 @@ import precision
 import size_cost
 import step_cost
 import training_time
+from kdpp.lab.methods import load_methods
+from kdpp.lab.settings import read_toml
 
 
 def test_kernels_reads_and_memory_are_counted():
@@ -139,3 +141,16 @@ def test_a_table_of_the_papers(monkeypatch, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     assert len(before) == 5 and tables.table(5, out) == text
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+
+
+def test_every_student_of_the_papers_tables_can_be_trained():
+    """Named in students.toml, by a method that there is; so is who teaches it."""
+    folder = Path(training_time.__file__).parent / "papers"
+    students = read_toml(folder / "students.toml")
+    assert {settings["method"] for settings in students.values()} <= set(load_methods())
+    places = [settings["teacher"] for settings in students.values() if "teacher" in settings]
+    for spec in folder.glob("table*.toml"):
+        places += read_toml(spec)["students"].values()
+    named = [place.removeprefix("students/") for place in places if not place.startswith("digits:")]
+    assert len(named) > 50
+    assert {name.partition("-seed-")[0] for name in named} <= set(students)
