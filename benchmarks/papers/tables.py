@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -29,7 +29,19 @@ from rollouts import sweep
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
 RESULTS, IMAGES = DOCS / "results" / "papers", DOCS / "images"
-SETTINGS = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
+SAID: dict[str, Callable[[Any], str]] = {
+    "teacher_scale": lambda value: f"λ {value:g}",
+    "teacher_steps": lambda value: f"k {value}" if isinstance(value, int) else at(*value),
+    "renoise": lambda value: f"s {value}" if isinstance(value, str) else f"σ_s {value:.3g}",
+    "renoise_eta": lambda value: f"ρ {value:g}",
+    "teacher_cfg_scale": lambda value: f"ω {value:g}",
+}
+"""How the guidance of a cell is said."""
+def at(step: int) -> str:
+    """A single guided step."""
+    return "last step" if step == -1 else f"step {step}"
+
+
 Way = tuple[str, int, float]  # a student, its steps, its CFG scale
 PAIRS: dict[int, list[tuple[Way, Way]]] = {
     3: [
@@ -126,29 +138,39 @@ def grid_table(results: dict[str, Any]) -> list[str]:
         cell for cell in results["cells"]
         if cell["guide"] != "self" and "-seed-" not in cell["student"]
     ]  # fmt: skip
-    several = [s for s in SETTINGS if len({str(cell[s]) for cell in guided}) > 1]
-    shown = several or (["teacher_scale"] if guided else [])
+    varied = [name for name in SAID if len({str(cell[name]) for cell in guided}) > 1]
+    varied = varied or ["teacher_scale"]
     controls = any(cell["metrics"]["fd"]["self_change"] for cell in cells)
-    head = ["student", "solver", "steps", "CFG", *shown, "evaluations", "compute, M", "FD"]
-    head += ["change", "itself"] if guided and controls else ["change"] if guided else []
-    head += ["FD to the teacher", "IS", "accuracy, %", "recall", "training, M"]
+    head = ["student", "sampled", *(["guided"] if guided else [])]
+    head += ["FD", *(["change"] if guided else []), *(["itself"] if controls else [])]
+    head += ["FD to the teacher", "IS", "accuracy, %", "recall"]
+    head += ["evaluations", "compute, M", "training, M"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     models = {name: load_model(told["checkpoint"]) for name, told in results["models"].items()}
     training = {name: model.about.get("evaluations") for name, model in models.items()}
     for cell in cells:
         fd, costs = cell["metrics"]["fd"], cell["costs"]
-        row = [cell["student"], cell["sampler"], cell["steps"], f"{cell['cond_scale']:g}"]
-        row += ["" if cell[s] is None else str(cell[s]) for s in shown]
+        scale = "" if cell["cond_scale"] == 1.0 else f", CFG {cell['cond_scale']:g}"
+        row = [cell["student"], f"{cell['sampler']} {cell['steps']}{scale}"]
+        if guided:
+            said = varied if cell in guided else []
+            row.append(", ".join(SAID[name](cell[name]) for name in said))
+        row.append(figure(fd))
+        if guided:
+            row += [change(fd["change"])] + ([change(fd["self_change"])] if controls else [])
         evaluations = f"{costs['student_evaluations']:g}"
         if costs["teacher_evaluations"]:
             evaluations += f" + {costs['teacher_evaluations']:g}"
-        row += [evaluations, f"{costs['compute'] / 1e6:.2f}", figure(fd)]
-        if guided:
-            row += [change(fd["change"])] + ([change(fd["self_change"])] if controls else [])
         trained = training[cell["student"]]
-        row += [*rest(cell["metrics"]), f"{trained / 1e6:.2f}" if trained else ""]
-        lines.append("| " + " | ".join(map(str, row)) + " |")
+        row += [*rest(cell["metrics"]), evaluations, f"{costs['compute'] / 1e6:.2f}"]
+        row.append(f"{trained / 1e6:.2f}" if trained else "")
+        lines.append(line(row))
     return lines
+
+
+def line(cells: Sequence[str]) -> str:
+    """A row of Markdown; in its cells no line ends at a space."""
+    return "| " + " | ".join(cell.replace(" ", "\u00a0") for cell in cells) + " |"
 
 
 def rest(metrics: dict[str, Any]) -> list[str]:
@@ -177,7 +199,7 @@ def rollout_table(rows: Sequence[dict[str, Any]]) -> list[str]:
         alone = row.get("teacher_probability") == 0.0
         change = "" if alone else seen(row["values"], rows[0]["values"])
         cells = [row["student"], who, figure(row["metrics"]["fd"]), change, *rest(row["metrics"])]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(line(cells))
     return lines
 
 
@@ -193,7 +215,7 @@ def pair_table(results: dict[str, Any], pairs: Sequence[tuple[Way, Way]]) -> lis
         row = [f"{name}, {steps} steps, CFG {scale:g}" for name, steps, scale in ways]
         for metric in ("fd", "fd_teacher"):
             row.append(seen(*(found[way][metric]["values"] for way in ways)))
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append(line(row))
     return lines
 
 
@@ -216,7 +238,7 @@ def training_table(results: dict[str, Any]) -> list[str]:
             each, base = ", ".join(f"{value:.2f}" for value in values), BASES.get(kind, "")
             change = seen(values, of[base]) if base else ""
             row = [kind, each, figure(asdict(estimate(values))), change, base]
-            lines.append("| " + " | ".join(row) + " |")
+            lines.append(line(row))
     return lines
 
 

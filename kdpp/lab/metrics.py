@@ -86,8 +86,9 @@ METRICS = {
 class Features:
     """A map from images to vectors in which sets of images are compared.
 
-    ``extract`` maps images [n, *shape], clamped to ``limits``, to [n, D]; ``classify``, where there
-    are classes, such vectors to logits [n, C]. ``labelled``: those classes are the data's labels.
+    ``extract`` maps ``images [n, *shape]``, clamped to ``limits``, to [n, D]; ``classify``, where
+    there are classes, such vectors to logits [n, C]. ``labelled``: those classes are the data's
+    labels.
     """
 
     name: str
@@ -120,7 +121,7 @@ def data_range(images: Tensor) -> tuple[float, float]:
 
 
 def load_features(name: str, images: Tensor, classes: int) -> Features:
-    """The features of this name, for data ``images`` [N, *shape] of so many classes.
+    """The features of this name, for data ``images [N, *shape]`` of so many classes.
 
     - "digits": the last hidden layer of the classifier that ships with kdpp, 64 wide.
     - "pixels": the pixels themselves, or latents.
@@ -340,7 +341,7 @@ def measure(
     data: Points,
     teacher: Points | None = None,
 ) -> dict[str, float]:
-    """The `METRICS` of images [N, *shape], asked to be of the classes ``labels`` [N].
+    """The `METRICS` of ``images [N, *shape]``, asked to be of the classes ``labels`` [N].
 
     ``data`` and ``teacher`` are the features of the data and of the teacher's own many-step
     samples. Features without classes give no inception score, those whose classes are not the
