@@ -24,7 +24,7 @@ def changes(results: Mapping[str, Any]) -> Figure:
         "where kdpp tune says": lambda cell: not first(cell),
     }
     students = list(dict.fromkeys(cell["student"] for cell in cells))
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for k, chosen in enumerate(ways.values()):
         for cell in filter(chosen, cells):
