@@ -132,7 +132,7 @@ def test_a_table_of_the_papers(monkeypatch, tmp_path, capsys):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     # Training seeds go by themselves.
     assert [row[:3] for row in rows[2:4]] == [["b", "euler 4", ""], ["c", "lcm 4", ""]]
-    assert rows[4][:3] == ["c", "lcm 4", "λ 0.5"] and rows[4][-3] == "4 + 1"
+    assert rows[4][:3] == ["c", "lcm 4", "λ 0.5"] and rows[4][-4] == "4 + 1"
     assert len({len(row) for row in rows[:5]}) == 1
     assert rows[8][:2] == ["b, 4 steps, CFG 1", "c, 4 steps, CFG 1"]
     results = tables.stored(5, out)

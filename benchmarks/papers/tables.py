@@ -144,7 +144,7 @@ def grid_table(results: dict[str, Any]) -> list[str]:
     head = ["student", "sampled", *(["guided"] if guided else [])]
     head += ["FD", *(["change"] if guided else []), *(["itself"] if controls else [])]
     head += ["FD to the teacher", "IS", "accuracy, %", "recall"]
-    head += ["evaluations", "compute, M", "training, M"]
+    head += ["evaluations", "compute, M", "ms", "training, M"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     models = {name: load_model(told["checkpoint"]) for name, told in results["models"].items()}
     training = {name: model.about.get("evaluations") for name, model in models.items()}
@@ -163,7 +163,7 @@ def grid_table(results: dict[str, Any]) -> list[str]:
             evaluations += f" + {costs['teacher_evaluations']:g}"
         trained = training[cell["student"]]
         row += [*rest(cell["metrics"]), evaluations, f"{costs['compute'] / 1e6:.2f}"]
-        row.append(f"{trained / 1e6:.2f}" if trained else "")
+        row += [f"{costs['milliseconds']:.3f}", f"{trained / 1e6:.2f}" if trained else ""]
         lines.append(line(row))
     return lines
 
