@@ -365,7 +365,7 @@ def test_it_resumes_bit_for_bit_with_its_dataset(tmp_path, monkeypatch, base, st
     [
         ({"base": "sfd"}, "'progressive' or 'consistency'"),
         ({"shares": [0.5]}, "early and late"),
-        ({"turns": [0.5, 1.5]}, "turns is 1.5"),
+        ({"turns": [0.5, 1.5]}, r"turns is \(0.5, 1.5\)"),
         ({"change": -1.0}, "change is -1.0"),
         ({"every": 0}, "every is 0"),
         ({"capacity": 0}, "capacity is 0"),

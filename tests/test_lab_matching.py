@@ -11,12 +11,13 @@ import torch
 from kdpp.digits import schedule
 from kdpp.digits.networks import waves
 from kdpp.lab import processes
-from kdpp.lab.methods import Job
+from kdpp.lab.methods import Job, load_methods
 from kdpp.lab.methods.adversarial import Adversarial, Discriminator, features
 from kdpp.lab.methods.matching import Matching, matching_gradient
 from kdpp.lab.methods.sfd import trajectory
 from kdpp.lab.models import Model
 from kdpp.lab.networks import VEDenoiser, build
+from kdpp.lab.settings import fill
 from problems import seeded
 from test_lab_sfd import (
     CPU,
@@ -332,6 +333,34 @@ def test_the_adversarial_student_learns_at_all_of_its_levels():
     for level in levels[:-1]:
         here = x[sigma == torch.tensor(level)]
         assert here.std() == pytest.approx((level**2 + spots().images.var()) ** 0.5, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("adversarial", {"judged": [5.0]}, "judged is .*two numbers that rise"),
+        ("adversarial", {"judged": [800.0, 100.0]}, "judged is .*two numbers that rise"),
+        ("adversarial", {"judged": [0.0, 2000.0]}, r"judged is .*in \[0, 999\]"),
+        ("matching", {"compared": []}, "compared is .*two numbers that rise"),
+        ("matching", {"compared": [-1.0, 5.0]}, r"compared is .*in \[0, 999\]"),
+        ("adversarial", {"weight": -1.0}, "weight is -1.0; it must be at least 0"),
+        ("adversarial", {"width": 0}, "width is 0; it must be at least 1"),
+        *(
+            (name, {setting: value}, f"{setting} is {value}; it must be ")
+            for name in ("adversarial", "matching", "sfd", "ddil")
+            for setting, value in (("iterations", 0), ("batch", 0), ("rate", -1.0))
+        ),
+        *(
+            (name, {"average": value}, f"average is {value}; it must be ")
+            for name in ("adversarial", "matching")
+            for value in (-0.1, 1.1)
+        ),
+        ("sfd", {"dropout": 3.0}, "dropout is 3.0; it must be "),
+    ],
+)
+def test_settings_outside_their_range_are_refused_before_any_work(name, settings, said):
+    with pytest.raises(ValueError, match=said):
+        fill(load_methods()[name].settings, settings)
 
 
 @pytest.mark.parametrize("name", ["matching", "adversarial"])

@@ -122,8 +122,8 @@ def test_without_guidance_it_is_k_diffusions_sampler_in_float32(solver, options,
     sde = "Brownian" in solver.needs
     # The tree answers levels a rounding away with other noise: plain noise for those. The noise of
     # their last steps takes this mixture's rounding far: k-diffusion's own float32 is as far off.
-    # LMS weighs slopes with alternating signs: 2e-5 was seen on another processor.
-    bound = 1e-3 if sde else 1e-4 if solver.name == "sample_lms_tg" else TOLERANCE[torch.float32]
+    # LMS weighs slopes with alternating signs: 2.1e-5 was seen on another processor.
+    bound = 1e-3 if sde else 3e-5 if solver.name == "sample_lms_tg" else TOLERANCE[torch.float32]
     torch.manual_seed(12)
     noise = noise_for(solver, x) if sde else {}
     expected = k_diffusion(solver, problem, x, sigmas, **options, **noise)

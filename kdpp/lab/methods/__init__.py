@@ -43,6 +43,7 @@ __all__ = [
     "Job",
     "Method",
     "Task",
+    "check_rising",
     "cosine",
     "descend",
     "frozen",
@@ -51,6 +52,7 @@ __all__ = [
     "new_network",
     "plain_teacher",
     "seeded",
+    "stretched",
     "student_network",
     "update_average",
 ]
@@ -204,6 +206,17 @@ class Draws:
     def _mine(self, n: int, values: Any) -> Tensor:
         first = n * processes.rank()
         return torch.from_numpy(values[first : first + n]).to(self.device)
+
+
+def stretched(values: Tensor, x: Tensor) -> Tensor:
+    """Values (B,) as (B, 1, …), to go with x (B, *shape)."""
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def check_rising(name: str, values: Sequence[float]) -> None:
+    """ValueError unless the setting is a range: two numbers that rise."""
+    if len(values) != 2 or values[0] >= values[1]:
+        raise ValueError(f"{name} is {values}; it must be two numbers that rise")
 
 
 @contextmanager

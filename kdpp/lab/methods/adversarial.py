@@ -16,16 +16,18 @@ from kdpp.lab.methods import (
     Draws,
     Job,
     Task,
+    check_rising,
     cosine,
     descend,
     frozen,
     method,
     plain_teacher,
     seeded,
+    stretched,
     student_network,
     update_average,
 )
-from kdpp.lab.methods.progressive import Grid, grid, guided, stretched
+from kdpp.lab.methods.progressive import Grid, grid, guided
 from kdpp.lab.models import Model
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
@@ -119,14 +121,25 @@ class Adversarial(Task):
         steps: int = setting(4, "steps of the student")
         grid: Grid = setting("divided", "the levels: trailing, or with the tail divided by 2.5")
         guidance: float = setting(2.0, "the teacher's CFG scale (1: none)")
-        weight: float = setting(0.3, "of the distillation term")
-        judged: tuple[float, ...] = setting((100.0, 800.0), "timesteps at which f looks")
-        width: int = setting(64, "of the discriminator's heads")
-        iterations: int = setting(400, "optimisation steps, of student and discriminator each")
-        batch: int = setting(128, "images in a step")
-        rate: float = setting(2e-5, "the student's first learning rate (Adam); falls as a cosine")
-        head_rate: float = setting(2e-3, "the discriminator's learning rate")
-        average: float = setting(0.98, "decay of the student's running average (EMA)")
+        weight: float = setting(0.3, "of the distillation term", low=0)
+        judged: tuple[float, ...] = setting(
+            (100.0, 800.0), "timesteps at which f looks", low=0, high=TIMESTEPS - 1
+        )
+        width: int = setting(64, "of the discriminator's heads", low=1)
+        iterations: int = setting(
+            400, "optimisation steps, of student and discriminator each", low=1
+        )
+        batch: int = setting(128, "images in a step", low=1)
+        rate: float = setting(
+            2e-5, "the student's first learning rate (Adam); falls as a cosine", low=0
+        )
+        head_rate: float = setting(2e-3, "the discriminator's learning rate", low=0)
+        average: float = setting(
+            0.98, "decay of the student's running average (EMA)", low=0, high=1
+        )
+
+        def __post_init__(self) -> None:
+            check_rising("judged", self.judged)
 
     def __init__(self, job: Job) -> None:
         s: Adversarial.Settings = job.settings

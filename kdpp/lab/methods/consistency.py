@@ -15,12 +15,14 @@ from kdpp.lab.methods import (
     Draws,
     Job,
     Task,
+    check_rising,
     cosine,
     descend,
     frozen,
     method,
     plain_teacher,
     seeded,
+    stretched,
     student_network,
     update_average,
 )
@@ -70,8 +72,8 @@ class Consistency(Task):
         )
 
         def __post_init__(self) -> None:
-            if self.w_range and not (len(self.w_range) == 2 and self.w_range[0] < self.w_range[1]):
-                raise ValueError(f"w_range is {self.w_range}; it must be two numbers that rise")
+            if self.w_range:
+                check_rising("w_range", self.w_range)
 
     def __init__(self, job: Job) -> None:
         self.settings = job.settings
@@ -97,7 +99,7 @@ class Consistency(Task):
         images, labels = draws.batch(s.batch)
         labels = draws.dropped(labels, s.dropout)
         t = draws.uniform(len(images)) * (TIMESTEPS - 1)
-        x = images + _along(self.network.sigma(t), images) * draws.noise(images)
+        x = images + stretched(self.network.sigma(t), images) * draws.noise(images)
         conditions = {}
         if self.w_range:
             low, high = self.w_range
@@ -123,12 +125,12 @@ class Consistency(Task):
         self, x: Tensor, t: Tensor, labels: Tensor, conditions: dict[str, Tensor]
     ) -> Tensor:
         """D_ema at the end of the teacher's step from (x, t)."""
-        scale = _along(1 + conditions["w"], x) if conditions else self.settings.guidance
+        scale = stretched(1 + conditions["w"], x) if conditions else self.settings.guidance
         estimate = guided_denoise(self.teacher, x, t, labels, scale)
         s = t - self.settings.skip
-        ended = _along(s < 0, x)
+        ended = stretched(s < 0, x)
         s = s.clamp(min=0)
-        ratio = _along(self.network.sigma(s) / self.network.sigma(t), x)
+        ratio = stretched(self.network.sigma(s) / self.network.sigma(t), x)
         x_s = estimate + ratio * (x - estimate)
         return torch.where(ended, estimate, self.average.denoise(x_s, s, labels, **conditions))
 
@@ -190,8 +192,3 @@ class LoRAConsistency(Consistency):
                 adapted: Any = layer
                 weights[f"{name}.weight"].add_(adapted.get_delta_weight("default"))
         return merged, super().result()[1]
-
-
-def _along(values: Tensor, x: Tensor) -> Tensor:
-    """Values ``(B,)`` as ``(B, 1, …)``, to go with x."""
-    return values.view(-1, *[1] * (x.ndim - 1))

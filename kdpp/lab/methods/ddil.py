@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdpp.checks import check_count, check_number
 from kdpp.digits.schedules import TIMESTEPS
 from kdpp.lab.methods import (
     Draws,
@@ -21,6 +20,7 @@ from kdpp.lab.methods import (
     descend,
     method,
     plain_teacher,
+    stretched,
     update_average,
 )
 from kdpp.lab.methods.consistency import Consistency
@@ -32,7 +32,6 @@ from kdpp.lab.methods.progressive import (
     grid,
     guided,
     jump_target,
-    stretched,
 )
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
@@ -129,30 +128,29 @@ class DDIL(Task):
         base: Literal["progressive", "consistency"] = setting("progressive", "what it is on top of")
         steps: int = setting(4, "steps of the finished student")
         start_steps: int = setting(64, "progressive: DDIM steps of the first teacher")
-        substeps: int = setting(8, "consistency: the teacher's steps in a transition")
+        substeps: int = setting(8, "consistency: the teacher's steps in a transition", low=1)
         grid: Grid = setting("divided", "the levels: trailing, or with the tail divided by 2.5")
         guidance: float = setting(2.0, "the CFG scale built in (1: none)")
-        shares: tuple[float, ...] = setting((0.25, 0.5), "p: of collected states, early and late")
-        turns: tuple[float, ...] = setting((0.15, 0.8), "β: of the student's turns, early and late")
-        change: float = setting(0.6, "the share of a phase that is early")
-        every: int = setting(20, "iterations from one collecting to the next")
-        fresh: int = setting(1024, "states that are collected at a time")
-        capacity: int = setting(8192, "states that are kept, the newest")
+        shares: tuple[float, ...] = setting(
+            (0.25, 0.5), "p: of collected states, early and late", low=0, high=1
+        )
+        turns: tuple[float, ...] = setting(
+            (0.15, 0.8), "β: of the student's turns, early and late", low=0, high=1
+        )
+        change: float = setting(0.6, "the share of a phase that is early", low=0, high=1)
+        every: int = setting(20, "iterations from one collecting to the next", low=1)
+        fresh: int = setting(1024, "states that are collected at a time", low=1)
+        capacity: int = setting(8192, "states that are kept, the newest", low=1)
         reflected: bool = setting(True, "clip estimates to the range of the data")
-        iterations: int = setting(800, "optimisation steps, shared by the phases")
-        batch: int = setting(256, "images in a step")
-        rate: float = setting(1e-3, "the first learning rate (Adam); it falls to 0")
+        iterations: int = setting(800, "optimisation steps, shared by the phases", low=1)
+        batch: int = setting(256, "images in a step", low=1)
+        rate: float = setting(1e-3, "the first learning rate (Adam); it falls to 0", low=0)
 
         def __post_init__(self) -> None:
             for name in ("shares", "turns"):
                 values = getattr(self, name)
                 if len(values) != 2:
                     raise ValueError(f"{name} is {values}; it must be two, early and late")
-                for value in values:
-                    check_number(name, value, 0.0, 1.0)
-            check_number("change", self.change, 0.0, 1.0)
-            for name in ("substeps", "every", "fresh", "capacity"):
-                check_count(name, getattr(self, name), 1)
 
     own: Settings
     collected: Collected

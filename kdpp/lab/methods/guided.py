@@ -23,6 +23,7 @@ from kdpp.lab.methods import (
     frozen,
     method,
     plain_teacher,
+    stretched,
     student_network,
     update_average,
 )
@@ -37,7 +38,6 @@ from kdpp.lab.methods.progressive import (
     halved,
     pairs,
     share,
-    stretched,
     weighted_error,
 )
 from kdpp.lab.networks import VEDenoiser

@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdpp.checks import check_count
 from kdpp.digits.schedules import TIMESTEPS
 from kdpp.lab.methods import (
     Draws,
     Job,
     Task,
+    check_rising,
     cosine,
     descend,
     frozen,
     method,
     plain_teacher,
+    stretched,
     student_network,
     update_average,
 )
-from kdpp.lab.methods.progressive import Estimate, Grid, grid, guided, stretched
+from kdpp.lab.methods.progressive import Estimate, Grid, grid, guided
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
 
@@ -77,16 +78,22 @@ class Matching(Task):
         steps: int = setting(4, "steps of the student")
         grid: Grid = setting("divided", "the levels: trailing, or with the tail divided by 2.5")
         guidance: float = setting(1.5, "the teacher's CFG scale (1: none)")
-        ratio: int = setting(5, "steps of the fake denoiser for one of the student's")
-        compared: tuple[float, ...] = setting((20.0, 980.0), "timesteps at which both are compared")
-        iterations: int = setting(1000, "optimisation steps of the fake denoiser")
-        batch: int = setting(128, "images in a step")
-        rate: float = setting(2e-4, "the student's first learning rate (Adam); falls as a cosine")
-        fake_rate: float = setting(5e-4, "the fake denoiser's learning rate")
-        average: float = setting(0.98, "decay of the student's running average (EMA)")
+        ratio: int = setting(5, "steps of the fake denoiser for one of the student's", low=1)
+        compared: tuple[float, ...] = setting(
+            (20.0, 980.0), "timesteps at which both are compared", low=0, high=TIMESTEPS - 1
+        )
+        iterations: int = setting(1000, "optimisation steps of the fake denoiser", low=1)
+        batch: int = setting(128, "images in a step", low=1)
+        rate: float = setting(
+            2e-4, "the student's first learning rate (Adam); falls as a cosine", low=0
+        )
+        fake_rate: float = setting(5e-4, "the fake denoiser's learning rate", low=0)
+        average: float = setting(
+            0.98, "decay of the student's running average (EMA)", low=0, high=1
+        )
 
         def __post_init__(self) -> None:
-            check_count("ratio", self.ratio, 1)
+            check_rising("compared", self.compared)
 
     def __init__(self, job: Job) -> None:
         s: Matching.Settings = job.settings

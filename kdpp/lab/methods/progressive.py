@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from kdpp.checks import check_count
 from kdpp.digits.schedules import schedule, trailing
-from kdpp.lab.methods import Draws, Job, Task, descend, frozen, method, student_network
+from kdpp.lab.methods import (
+    Draws,
+    Job,
+    Task,
+    descend,
+    frozen,
+    method,
+    stretched,
+    student_network,
+)
 from kdpp.lab.models import Model
 from kdpp.lab.networks import VEDenoiser
 from kdpp.lab.settings import setting
@@ -28,7 +37,6 @@ __all__ = [
     "jump_target",
     "pairs",
     "share",
-    "stretched",
     "weighted_error",
 ]
 
@@ -36,11 +44,6 @@ Estimate = Callable[[Tensor, Tensor], Tensor]
 """``(x (B, *shape), σ (B,)) -> D (B, *shape)``."""
 Grid = Literal["divided", "trailing"]
 Weighting = Literal["truncated", "snr+1", "snr", "constant"]
-
-
-def stretched(values: Tensor, x: Tensor) -> Tensor:
-    """Values (B,) as (B, 1, …), to go with x (B, *shape)."""
-    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def ddim(denoised: Tensor, x: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kdpp
-from kdpp.checks import check_count, check_number
 from kdpp.denoisers import Denoiser
 from kdpp.lab.methods import (
     Draws,
@@ -94,21 +93,26 @@ class SFD(Task):
     class Settings:
         steps: tuple[int, ...] = setting((4,), "numbers of steps to be trained for")
         grid: Grid = setting("divided", "the levels: trailing, or with the tail divided by 2.5")
-        t_min: float = setting(0.0, "the level at which the last step ends, for the grid's 0")
+        t_min: float = setting(
+            0.0, "the level at which the last step ends, for the grid's 0", low=0
+        )
         solver: Solver = setting("dpmpp_3m", "the teacher's")
-        substeps: int = setting(4, "steps of the teacher's in one of the student's, K")
+        substeps: int = setting(4, "steps of the teacher's in one of the student's, K", low=1)
         guidance: float = setting(2.0, "the CFG scale built in; 1: none, the student takes any")
-        iterations: int = setting(300, "trajectories, of as many optimisation steps as they have")
-        batch: int = setting(256, "trajectories side by side")
-        rate: float = setting(2e-4, "the first learning rate (Adam); it falls as a cosine")
-        dropout: float = setting(0.12, "share of labels that are dropped, with guidance 1")
+        iterations: int = setting(
+            300, "trajectories, of as many optimisation steps as they have", low=1
+        )
+        batch: int = setting(256, "trajectories side by side", low=1)
+        rate: float = setting(2e-4, "the first learning rate (Adam); it falls as a cosine", low=0)
+        dropout: float = setting(
+            0.12, "share of labels that are dropped, with guidance 1", low=0, high=1
+        )
 
     def __init__(self, job: Job) -> None:
         s: SFD.Settings = job.settings
         self.settings, self.teacher = s, plain_teacher(job)
         if not s.steps:
             raise ValueError("steps is empty; give the numbers of steps to be trained for")
-        check_count("substeps", s.substeps, 1)
         self.schedules = {n: schedule_to(s.grid, n, s.t_min) for n in s.steps}
         self.network = student_network(job, None, ["steps"] if self.counted else [])
         self.student = VEDenoiser(self.network)
@@ -167,7 +171,6 @@ class SFD(Task):
 def schedule_to(kind: Grid, steps: int, t_min: float) -> tuple[float, ...]:
     """The grid's levels, t_min in the place of 0; ValueError unless it is below the others."""
     levels = grid(kind, steps)
-    check_number("t_min", t_min, 0.0)
     if t_min >= levels[-2]:
         raise ValueError(
             f"t_min is {t_min!r}; {steps} steps start their last one at {levels[-2]:.3g}, and it "

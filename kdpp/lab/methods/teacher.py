@@ -19,6 +19,7 @@ from kdpp.lab.methods import (
     frozen,
     method,
     new_network,
+    stretched,
     update_average,
 )
 from kdpp.lab.networks import TEACHER
@@ -64,7 +65,7 @@ class Teacher(Task):
         labels = draws.dropped(labels, s.dropout)
         t = draws.uniform(len(images)) * (TIMESTEPS - 1)
         noise = draws.noise(images)
-        sigma = self.network.sigma(t).view(-1, *[1] * (images.ndim - 1))
+        sigma = stretched(self.network.sigma(t), images)
         root = (1 + sigma**2).sqrt()
         x_vp = (images + sigma * noise) / root
         if s.loss == "v":
