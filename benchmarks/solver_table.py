@@ -77,7 +77,7 @@ class Mixture:
 
     def __call__(self, x: Tensor, sigma: Tensor, **extra_args: object) -> Tensor:
         total = self.variance + sigma[:, None] ** 2
-        share = (-torch.cdist(x, self.means) ** 2 / (2 * total)).softmax(1)
+        share = (-(torch.cdist(x, self.means) ** 2) / (2 * total)).softmax(1)
         return (self.variance * x + sigma[:, None] ** 2 * (share @ self.means)) / total
 
     def solution(self, x: Tensor, sigma: float) -> Tensor:

@@ -250,7 +250,7 @@ class TeacherGuidedDenoiser(nn.Module):
                 if sigma == 0.0 and _is_explicit(teacher.steps):
                     raise ValueError(
                         f"teacher_steps holds step {i}, which goes to σ = 0, where "
-                        f'renoise={teacher.renoise!r} revises nothing: give a level, renoise=σ_s'
+                        f"renoise={teacher.renoise!r} revises nothing: give a level, renoise=σ_s"
                     )
                 scale = self._scale(teacher.scale, i, sigma) if sigma > 0.0 else 0.0
                 if scale != 0.0:

@@ -124,16 +124,18 @@ def runs_of(
         if fast and isinstance(guidance.get("teacher_scale"), list):
             guidance = {**guidance, "teacher_scale": 0.3, "teacher_steps": [0, -1]}
         yield name, sampled(sample, parameters, guidance=guidance)
-    yield "guided, no CFG", sampled(
-        sample, parameters, cond_scale=1.0, guidance={**guided, "teacher_cfg_scale": 1.0}
+    yield (
+        "guided, no CFG",
+        sampled(sample, parameters, cond_scale=1.0, guidance={**guided, "teacher_cfg_scale": 1.0}),
     )
     several = [
         kdpp.Teacher(mixture(1), 0.2, 2, 3.0, draws=2),
         kdpp.Teacher(mixture(2), 0.3, kdpp.NoiseRange(0.5, 6.0), 1.0, "current", 0.5),
     ]
     mask = torch.tensor([[0.0, 0.5], [1.0, 0.25]], dtype=torch.float64)
-    yield "several teachers, a mask", sampled(
-        sample, parameters, teachers=several, guidance={"teacher_mask": mask}
+    yield (
+        "several teachers, a mask",
+        sampled(sample, parameters, teachers=several, guidance={"teacher_mask": mask}),
     )
     yield "random levels", sampled(sample, parameters, guidance={**guided, "renoise": "random"})
     yield "flow", sampled(sample, parameters, flow=True, guidance=GUIDED["plain"])
@@ -168,8 +170,11 @@ def other_runs() -> Iterator[tuple[str, Tensor]]:
     noise, mask = seeded(BATCH, *SHAPE, seed=5), torch.tensor([[0.0, 1.0], [0.5, 1.0]])
     known = kdpp.inpaint(model, image, mask, noise)
     torch.manual_seed(22)
-    yield "inpaint", kdpp.image_to_image(
-        kdpp.sample_euler_tg, known, image, SIGMAS[1:], extra_args, noise=noise, disable=True
+    yield (
+        "inpaint",
+        kdpp.image_to_image(
+            kdpp.sample_euler_tg, known, image, SIGMAS[1:], extra_args, noise=noise, disable=True
+        ),
     )
     seeds = kdpp.SeededNoise(x, [7, 8], 3)
     yield "SeededNoise", torch.stack([seeds(), seeds.draw(11)])

@@ -89,8 +89,6 @@ def test_figures_say_where_they_were_taken(tmp_path):
     assert written["about"]["torch"] in measure.heading(written["about"])
 
 
-
-
 def test_training_time(monkeypatch, capsys, tmp_path):
     """Every way once, the second stage from the first; the sum is of all."""
     kept = ["teacher", "guided-stage-one", "guided-stage-two"]

@@ -37,6 +37,8 @@ SAID: dict[str, Callable[[Any], str]] = {
     "teacher_cfg_scale": lambda value: f"ω {value:g}",
 }
 """How the guidance of a cell is said."""
+
+
 def at(step: int) -> str:
     """A single guided step."""
     return "last step" if step == -1 else f"step {step}"

@@ -173,16 +173,18 @@ def table(rows: Sequence[Row], images: int) -> str:
     lines += [("", "student", "teacher", "time", "FD", "change of FD", "score", "recognised, %")]
     for row in rows:
         ratios = sorted(a / b for a, b in zip(row.seconds, base.seconds))
-        lines.append((
-            row.name,
-            f"{row.evaluations[0]:g}",
-            f"{row.evaluations[1]:g}",
-            f"{ratios[len(ratios) // 2]:.1f}",
-            spread([score.frechet_distance for score in row.scores]),
-            "" if row is base else spread(changes(row, base), sign="+"),
-            spread([score.inception_score for score in row.scores]),
-            spread([100 * score.accuracy for score in row.scores], digits=1),
-        ))
+        lines.append(
+            (
+                row.name,
+                f"{row.evaluations[0]:g}",
+                f"{row.evaluations[1]:g}",
+                f"{ratios[len(ratios) // 2]:.1f}",
+                spread([score.frechet_distance for score in row.scores]),
+                "" if row is base else spread(changes(row, base), sign="+"),
+                spread([score.inception_score for score in row.scores]),
+                spread([100 * score.accuracy for score in row.scores], digits=1),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*lines)]
     body = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()

@@ -37,9 +37,16 @@ def euler(
 
 @solver(order=1)
 def sample_euler_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
     """Euler (= DDIM): ``x' = x̂_new + (x - x̂)/σ·σ'``.
 
@@ -55,9 +62,16 @@ def sample_euler_tg(
 
 @solver(order=1, cfg_pp=True)
 def sample_euler_cfg_pp_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
     """Euler with CFG++: ``x' = x̂_new + (x - x̂_∅)/σ·σ'``, x̂_∅ the unconditional estimate.
 
@@ -79,9 +93,15 @@ def euler_ancestral(sigmas: Sequence[float], eta: float, s_noise: float) -> Iter
 
 @solver(order=1)
 def sample_euler_ancestral_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Ancestral Euler: ``x' = x̂_new + (x - x̂)/σ·σ_down + σ_up n``.
 
@@ -96,9 +116,15 @@ def sample_euler_ancestral_tg(
 
 @solver(order=1, cfg_pp=True)
 def sample_euler_ancestral_cfg_pp_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Ancestral Euler with CFG++: ``x' = x̂_new + (x - x̂_∅)/σ·σ_down + σ_up n``.
 
@@ -122,9 +148,14 @@ def ddim_stochastic(sigmas: Sequence[float], s_noise: float) -> Iterator[Step]:
 
 @solver(order=None)
 def sample_ddim_stochastic_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """N-step stochastic DDIM: two levels down at once, then noise for one level up again.
 
@@ -149,8 +180,12 @@ def lcm(sigmas: Sequence[float]) -> Iterator[Step]:
 
 @solver(order=None)
 def sample_lcm_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Multistep random (consistency) sampling, for LCM and DMD2: ``x' = x̂_new + σ' n``.

@@ -65,8 +65,12 @@ def estimates_row(
 
 @solver(order=2)
 def sample_dpmpp_2m_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M): ``x' = x̂_new - e^{-h} x̂ + (1 - e^{-h})/(2r)·(x̂ - x̂_prev) + e^{-h} x``.
 
@@ -80,8 +84,12 @@ def sample_dpmpp_2m_tg(
 
 @solver(order=2, cfg_pp=True)
 def sample_dpmpp_2m_cfg_pp_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) with CFG++: x̂_∅ takes x̂'s place in the direction.
 
@@ -94,9 +102,15 @@ def sample_dpmpp_2m_cfg_pp_tg(
 
 @solver(order=2)
 def sample_dpmpp_2m_ancestral_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Ancestral DPM-Solver++(2M): 2M to σ_down, then ``+ σ_up n``.
 
@@ -152,8 +166,13 @@ def check_order(order: int, low: int, high: int) -> None:
 
 @solver(order=2)
 def sample_lms_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None, order: int = 4,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    order: int = 4,
 ) -> Tensor:
     """Linear multistep (Adams-Bashforth in σ): ``x' = x + Σ_j c_j (x_j - x̂_j)/σ_j + (x̂_new - x̂)``.
 
@@ -232,8 +251,13 @@ def unified(
 
 @solver(order=3)
 def sample_unipc_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None, order: int = 2,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    order: int = 2,
 ) -> Tensor:
     """UniPC (B(h) = e^{-h} - 1, "bh2") of ``order`` p = 1 to 3: predict, evaluate, correct.
 

@@ -59,9 +59,15 @@ def dpmpp_sde(sigmas: Sequence[float], eta: float, s_noise: float, r: float) -> 
 
 @solver(order=2, evaluations=2, needs=NEEDS)
 def sample_dpmpp_sde_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
     r: float = 0.5,
 ) -> Tensor:
     """DPM-Solver++ (stochastic): 2S with noise to the middle point and to the end.
@@ -112,9 +118,15 @@ def dpmpp_2m_sde(
 
 @solver(order=2, needs=NEEDS)
 def sample_dpmpp_2m_sde_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
     solver_type: str = "midpoint",
 ) -> Tensor:
     """DPM-Solver++(2M) SDE: ``x' = σ'/σ e^{-ηh} x + W x̂ + c (x̂ - x̂_prev)/r + (x̂_new - x̂) + s n``.
@@ -177,9 +189,15 @@ def add_difference(weights: dict[int, float], factor: float, newer: int, older: 
 
 @solver(order=2, needs=NEEDS)
 def sample_dpmpp_3m_sde_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """DPM-Solver++(3M) SDE as k-diffusion, diffusers and the authors' code have it: of order 2.
 
@@ -198,9 +216,15 @@ def sample_dpmpp_3m_sde_tg(
 
 @solver(order=3, needs=NEEDS, extra=1)
 def sample_dpmpp_3m_sde_o3_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """DPM-Solver++(3M) SDE of true third order: ``… + φ_2 d' - 2 φ_3 d'' + …``.
 

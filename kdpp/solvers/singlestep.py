@@ -82,9 +82,16 @@ def heun(
 
 @solver(order=2, evaluations=2)
 def sample_heun_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
     """Heun: ``x' = x + (σ' - σ)/2·((x - x̂)/σ + (x_2 - x̂_2)/σ') + (x̂_new,2 - x̂_2)``.
 
@@ -113,9 +120,16 @@ def dpm_2(
 
 @solver(order=2, evaluations=2)
 def sample_dpm_2_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
 ) -> Tensor:
     """DPM-Solver-2: ``x' = x + (σ' - σ)·(u - x̂_u)/σ_u + (x̂_new,u - x̂_u)``, σ_u = sqrt(σ σ').
 
@@ -142,9 +156,15 @@ def dpm_2_ancestral(sigmas: Sequence[float], eta: float, s_noise: float) -> Iter
 
 @solver(order=2, evaluations=2)
 def sample_dpm_2_ancestral_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """Ancestral DPM-Solver-2: `sample_dpm_2_tg`'s step to σ_down, then ``+ σ_up n``.
 
@@ -188,9 +208,16 @@ def check_middle(r: float) -> None:
 
 @solver(order=2, evaluations=2)
 def sample_dpmpp_2s_ancestral_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, *,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    *,
     r: float = 0.5,
 ) -> Tensor:
     """Ancestral DPM-Solver++(2S), its middle point u at the fraction r of the step in -log σ.
@@ -209,9 +236,16 @@ def sample_dpmpp_2s_ancestral_tg(
 
 @solver(order=2, evaluations=2, cfg_pp=True)
 def sample_dpmpp_2s_ancestral_cfg_pp_tg(
-    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, *,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
+    *,
     r: float = 0.5,
 ) -> Tensor:
     """Ancestral DPM-Solver++(2S) with CFG++: x̂_∅ takes x̂'s place in the direction.
@@ -299,9 +333,17 @@ def stage_row(
 
 @solver(order=2, evaluations=3, needs="σ_min > 0; its steps are its own")
 def sample_dpm_fast_tg(
-    model: Any, x: Tensor, sigma_min: float, sigma_max: float, n: int,
-    extra_args: ExtraArgs = None, callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    model: Any,
+    x: Tensor,
+    sigma_min: float,
+    sigma_max: float,
+    n: int,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
+    eta: float = 0.0,
+    s_noise: float = 1.0,
+    noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
     """DPM-Solver-fast: ``n`` evaluations from ``sigma_max`` to ``sigma_min``, in steps of order 3.
 
