@@ -94,7 +94,7 @@ def main() -> None:
     settings = parser.parse_args()
     warnings.simplefilter("ignore")  # k-diffusion's dependencies, at import
     torch.set_num_threads(1)
-    names = [s.removeprefix("sample_").removesuffix("_tg") for s in kdpp.SOLVERS]
+    names = list(kdpp.SOLVERS)
     names = [n for n in names if not n.endswith("cfg_pp") and n != "dpm_fast"]
     cells = [(name, dtype) for dtype in DTYPES for name in names]
     rows = [errors(*cell, settings.steps) for cell in tqdm(cells, desc="measuring")]

@@ -1,7 +1,8 @@
 """The table of solvers in the docs: what each claims, and what was measured.
 
-    python benchmarks/solver_table.py > docs/solver_table.md
-    python benchmarks/solver_table.py --plot docs/images/solver_errors.png
+    python benchmarks/solver_table.py                  # measures the solvers that it lacks
+    python benchmarks/solver_table.py --all            # measures all anew: a minute
+    python benchmarks/solver_table.py --plot           # draws docs/images/solver_errors.png
 
 Orders: deterministic runs (η = 0, no teacher) on five Gaussians with the closed-form solution of
 the probability-flow ODE, σ from 10 to 0.2 in equal steps of -log σ; the fitted slope of
@@ -13,12 +14,12 @@ step of `o3` makes one more, so it has a step less). Everything in float64.
 
 from __future__ import annotations
 
-import inspect
+import argparse
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,13 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import kdpp
-from kdpp.solvers import Solver
+from kdpp import Solver
 
+DOCS = Path(__file__).parents[1] / "docs"
+TABLE, PLOT = DOCS / "solver_table.md", DOCS / "images" / "solver_errors.png"
 HIGH, LOW = 10.0, 0.2
-STEPS = (48, 64, 96, 128)
-LATE_STEPS = {"sample_lms_tg": (256, 384, 512)}
-"""Where the asymptotic regime begins later."""
-VARIANTS = {"sample_unipc_tg": ({}, {"order": 3})}
+FACTORS = (0.75, 1.0, 1.5, 2.0)
+"""Of the number of steps from which a solver's order is seen."""
+VARIANTS = {"unipc": ({}, {"order": 3})}
 """Settings that make another solver."""
 SIGMA_MAX, SIGMA_MIN = 14.6146, 0.0292
 EVALUATIONS = (4, 6, 8)
@@ -93,10 +95,6 @@ class Mixture:
         return self(state, x.new_full((len(x),), SIGMA_MIN))
 
 
-def accepts(solver: Solver, name: str) -> bool:
-    return name in inspect.signature(solver.sample).parameters
-
-
 def sample(
     solver: Solver,
     settings: Mapping[str, object],
@@ -106,14 +104,14 @@ def sample(
 ) -> Tensor:
     """A deterministic run without a teacher."""
     wrapped = kdpp.TeacherGuidedDenoiser(model, model, teacher_steps=0)
-    options = {**settings, "eta": 0.0} if accepts(solver, "eta") else dict(settings)
-    if solver.cfg_pp:
-        cond = torch.zeros(len(x), 1)
-        options["extra_args"] = {"cond": cond, "uncond": cond}
-    levels: tuple[object, ...] = (torch.tensor(sigmas, dtype=torch.float64),)
-    if accepts(solver, "sigma_min"):
-        levels = (sigmas[-1], sigmas[0], solver.evaluations * (len(sigmas) - 1))
-    return solver.sample(wrapped, x, *levels, disable=True, **options)
+    options = {**settings, "eta": 0.0} if "eta" in solver.options else dict(settings)
+    cond = torch.zeros(len(x), 1)
+    extra_args = {"cond": cond, "uncond": cond} if solver.cfg_pp else {}
+    if solver.own_levels is not None:
+        options["n"] = solver.evaluations * (len(sigmas) - 1)
+        sigmas = solver.levels(sigmas[-1], sigmas[0], options["n"])
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    return kdpp.sample(solver, wrapped, x, levels, extra_args, disable=True, **options)
 
 
 def rms(difference: Tensor) -> float:
@@ -124,7 +122,7 @@ def measured_orders(
     solver: Solver, settings: Mapping[str, object], problems: int = PROBLEMS
 ) -> list[float]:
     """The fitted order on each Gaussian."""
-    steps = LATE_STEPS.get(solver.name, STEPS)
+    steps = [round(factor * solver.order_from) for factor in FACTORS]
     orders = []
     for seed in range(problems):
         model = Gaussian.random(seed)
@@ -175,13 +173,25 @@ def few_step_error(
     return math.exp(float(np.mean(np.log(errors))))
 
 
+NOISE = {"none": "–", "plain": "plain", "brownian": "Brownian"}
+FACTS = ["solver", "evaluations a step", "order", "multistep", "noise", "levels"]
+
+
 def facts(solver: Solver, settings: Mapping[str, object]) -> list[str]:
-    """The cells that are claims: name, evaluations, order, noise, needs."""
+    """The cells that the solver itself gives."""
     call = "".join(f"{key}={value}" for key, value in settings.items())
     name = f"`{solver.name}({call})`" if call else f"`{solver.name}`"
     each = str(solver.evaluations) + (f" (+{solver.extra} once)" if solver.extra else "")
     order = "–" if solver.order is None else str(solver.order + ("order" in settings))
-    return [name, each, order, "yes" if solver.stochastic else "no", solver.needs or "–"]
+    multistep = "yes" if solver.multistep else "no"
+    return [
+        name,
+        each,
+        order,
+        multistep,
+        NOISE[solver.noise],
+        "own" if solver.own_levels else "any",
+    ]
 
 
 def figures(solver: Solver, settings: Mapping[str, object]) -> list[str]:
@@ -190,7 +200,7 @@ def figures(solver: Solver, settings: Mapping[str, object]) -> list[str]:
         return ["–"] * (1 + 2 * len(EVALUATIONS))
     orders = measured_orders(solver, settings)
     cells = [f"{np.mean(orders):.2f} ({min(orders):.2f}–{max(orders):.2f})"]
-    if accepts(solver, "sigma_min"):  # it does not go to 0
+    if solver.own_levels is not None:  # it does not go to 0
         return cells + ["–"] * (2 * len(EVALUATIONS))
     return cells + [
         f"{few_step_error(solver, settings, name, n):.3f}"
@@ -204,22 +214,40 @@ def lines() -> list[tuple[Solver, Mapping[str, object]]]:
     return [(s, v) for s in kdpp.SOLVERS.values() for v in VARIANTS.get(s.name, ({},))]
 
 
-HEAD = ["sampler", "evaluations a step", "order", "stochastic", "needs", "measured order"]
+HEAD = [*FACTS, "measured order"]
 HEAD += [f"log-uniform, {n}" for n in EVALUATIONS] + [f"Karras, {n}" for n in EVALUATIONS]
+
+
+def stored() -> list[list[str]]:
+    """The cells of the table as it stands, line by line."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines() if TABLE.exists() else []
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines[2:]]
+
+
+def write(anew: bool) -> None:
+    """Write the table: facts from the solvers, figures measured where they are not there yet."""
+    known = {} if anew else {row[0]: row[len(FACTS) :] for row in stored()}
+    rows = []
+    for line in tqdm(lines(), desc="measuring"):
+        cells = facts(*line)
+        rows.append(cells + (known.get(cells[0]) or figures(*line)))
+    text = ["| " + " | ".join(row) + " |" for row in (HEAD, *rows)]
+    text.insert(1, "|" + "---|" * len(HEAD))
+    TABLE.write_text("\n".join(text) + "\n", encoding="utf-8")
 
 
 PLOTTED = ("euler", "dpmpp_2m", "unipc", "dpmpp_2s_ancestral", "heun", "dpmpp_3m_sde",
            "dpmpp_3m_sde_o3")  # fmt: skip
 
 
-def plot(path: str) -> None:
+def plot(path: Path) -> None:
     """Error against evaluations on both kinds of levels, at the evaluations really made."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, 2, sharey=True), ("log-uniform", "Karras")):
         for short in tqdm(PLOTTED, desc=name):
-            solver = kdpp.SOLVERS[f"sample_{short}_tg"]
+            solver = kdpp.SOLVERS[short]
             made = [solver.evaluations * k + 1 + solver.extra for k in range(1, 20)]
             made = [n for n in made if 3 <= n <= 20]
             errors = [few_step_error(solver, {}, name, n) for n in made]
@@ -235,13 +263,14 @@ def plot(path: str) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "--plot":
-        plot(sys.argv[2])
-        return
-    print("| " + " | ".join(HEAD) + " |")
-    print("|" + "---|" * len(HEAD))
-    for line in tqdm(lines(), desc="measuring", file=sys.stderr):
-        print("| " + " | ".join([*facts(*line), *figures(*line)]) + " |")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="measure every solver anew")
+    parser.add_argument("--plot", action="store_true", help="draw the plot instead")
+    chosen = parser.parse_args()
+    if chosen.plot:
+        plot(PLOT)
+    else:
+        write(chosen.all)
 
 
 if __name__ == "__main__":

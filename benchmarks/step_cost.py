@@ -104,7 +104,7 @@ def main() -> None:
     settings = parser.parse_args()
     warnings.simplefilter("ignore")  # k-diffusion's dependencies, at import
     torch.set_num_threads(1)
-    names = [s.removeprefix("sample_").removesuffix("_tg") for s in kdpp.SOLVERS]
+    names = list(kdpp.SOLVERS)
     names.remove("dpm_fast")  # it makes its own steps
     names = [n for n in names if hasattr(kdpp.kdiffusion.sampling, f"sample_{n}")]
     cells = [(name, shape) for shape in STEPS for name in names]

@@ -9,6 +9,7 @@ from kdpp import kdiffusion, solvers
 from kdpp._version import __version__
 from kdpp.capture import capture
 from kdpp.denoisers import OwnCFG
+from kdpp.driver import sample
 from kdpp.editing import image_to_image, inpaint, truncate
 from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
 from kdpp.memory import Borrowed, without_adapters
@@ -22,9 +23,9 @@ from kdpp.models import (
 )
 from kdpp.noise import BrownianNoise, SeededNoise
 from kdpp.rollouts import Rollout, encode, mixed_rollout
+from kdpp.solver import SOLVERS, Option, Solver, solver
 from kdpp.solvers.euler import *
 from kdpp.solvers.multistep import *
-from kdpp.solvers.registry import SOLVERS, Solver, solver
 from kdpp.solvers.sde import *
 from kdpp.solvers.singlestep import *
 from kdpp.stacking import stack_teachers
@@ -37,6 +38,7 @@ __all__ = [
     "GuidanceConditioned",
     "LCMDenoiser",
     "NoiseRange",
+    "Option",
     "OwnCFG",
     "Rollout",
     "SeededNoise",
@@ -53,6 +55,7 @@ __all__ = [
     "inpaint",
     "kdiffusion",
     "mixed_rollout",
+    "sample",
     "sds_scale",
     "solver",
     "stack_teachers",

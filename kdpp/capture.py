@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdpp.denoisers import map_rows
-from kdpp.driver import RECORDED, Course, Noise, Run, walk
+from kdpp.denoisers import map_tensors
+from kdpp.driver import Noise, PlannedRun, ReadyPlan, plan_run, walk
 from kdpp.memory import borrowed_in
+from kdpp.solver import Solver, solver_of
 
 __all__ = ["capture"]
 
@@ -20,7 +21,7 @@ WARM_UPS = 3  # runs on a side stream, in which libraries choose their kernels a
 
 
 def capture(
-    sample: Callable[..., Tensor],
+    sampler: Callable[..., Tensor] | Solver | str,
     model: Any,
     x: Tensor,
     sigmas: Tensor,
@@ -29,13 +30,13 @@ def capture(
     mode: str = "compile",
     **options: Any,
 ) -> Callable[..., Tensor]:
-    """``sample(model, x, sigmas, extra_args, **options)`` as one piece, to be run again and again.
+    """A sampler's run as one piece, to be carried out again and again.
 
     For one schedule and one set of settings. Noise is drawn before the loop, from where the sampler
     itself would draw it, so every run has its own; it takes one latent for each draw.
 
     Args:
-        sample: one of kdpp's samplers.
+        sampler: one of kdpp's samplers, such as ``kdpp.sample_euler_tg``, or its name.
         model: a `kdpp.TeacherGuidedDenoiser` whose networks torch can trace (or CUDA record): no
             reads of tensors' values, no teachers that come and go, none with ``maps``.
         x, extra_args: a latent and conditions as they will be given: shape, dtype and device hold
@@ -49,25 +50,24 @@ def capture(
         A function ``(x, extra_args) -> latent``; extra_args is by default what was given here.
 
     Raises:
-        ValueError: another mode, a callback, a teacher that cannot be captured; in a run of a
-            graph, a latent or conditions of another form than here.
+        ValueError: anything but one of kdpp's samplers, another mode, a callback, a teacher that
+            cannot be captured; in a run of a graph, a latent or conditions of another form than
+            here.
         RuntimeError: mode "graph" without CUDA.
     """
     if mode not in MODES:
         raise ValueError(f'mode is {mode!r}; it must be "compile" or "graph"')
-    if options.get("callback") is not None:
+    solver, fixed = solver_of(sampler)
+    given = {"callback": None, "disable": None, "noise_sampler": None, **fixed, **options}
+    callback, _, noise_sampler = (given.pop(n) for n in ("callback", "disable", "noise_sampler"))
+    if callback is not None:
         raise ValueError("a captured run has no steps to call back from; leave callback out")
     if mode == "graph" and x.device.type != "cuda":
         raise RuntimeError(f'mode="graph" records CUDA kernels; x lies on {x.device}')
-    runs: list[Run] = []
-    token = RECORDED.set(runs)
-    try:
-        sample(model, x, sigmas, extra_args, **options)
-    finally:
-        RECORDED.reset(token)
-    if not runs:
-        raise ValueError("nothing to capture: sigmas holds no step, or sample is not kdpp's")
-    guided = runs[0].model
+    run = plan_run(solver, model, x, sigmas, noise_sampler, given)
+    if not run.plan.steps:
+        raise ValueError(f"nothing to capture: sigmas holds no step, {sigmas}")
+    guided = run.model
     for teacher in guided.teachers:
         if teacher.maps is not None or borrowed_in(teacher.denoiser):
             raise ValueError("a teacher with maps, or one that comes and goes, cannot be captured")
@@ -75,7 +75,7 @@ def capture(
     if mode == "graph" and mask is not None and mask.device != x.device:
         raise ValueError(f"teacher_mask lies on {mask.device}; a graph needs it on {x.device}")
     make = Compiled if mode == "compile" else Graph
-    return make(runs[0], x, {} if extra_args is None else extra_args)
+    return make(run, x, {} if extra_args is None else extra_args)
 
 
 class Drawn(NamedTuple):
@@ -85,15 +85,15 @@ class Drawn(NamedTuple):
     teacher: list[Tensor]
 
     @classmethod
-    def of(cls, course: Course, noise: Noise, x: Tensor) -> Drawn:
+    def of(cls, plan: ReadyPlan, noise: Noise, x: Tensor) -> Drawn:
         """All that the loop will ask for, in its order."""
         drawn = cls([], [])
-        for i, step in enumerate(course.steps):
+        for i, step in enumerate(plan.steps):
             if step.churn is not None:
                 drawn.solver.append(noise.between(i, None))
-            for lesson in step.lessons:
-                if lesson.renoise.noise is not None:
-                    drawn.teacher.append(noise.renoise(x, i, lesson.level))
+            for revision in step.revisions:
+                if revision.renoise.noise is not None:
+                    drawn.teacher.append(noise.renoise(x, i, revision.level))
             for stage in step.stages:
                 if stage.update.noise is not None:
                     drawn.solver.append(noise.between(i, stage.end))
@@ -116,9 +116,9 @@ class Handed:
 class Compiled:
     """A run whose loop is compiled with its networks; see `capture`."""
 
-    def __init__(self, run: Run, x: Tensor, extra_args: Mapping[str, Any]) -> None:
+    def __init__(self, run: PlannedRun, x: Tensor, extra_args: Mapping[str, Any]) -> None:
         self.run, self.extra_args = run, extra_args
-        course, model, indices = run.course, run.model, range(len(run.course.steps))
+        plan, model, indices = run.plan, run.model, range(len(run.plan.steps))
 
         def loop(
             x: Tensor,
@@ -127,7 +127,7 @@ class Compiled:
             drawn: Drawn,
             dtype: torch.dtype | None,
         ) -> Tensor:
-            return walk(course, model, x, table, extra_args, Handed(drawn), indices, None, dtype)
+            return walk(plan, model, x, table, extra_args, Handed(drawn), indices, None, dtype)
 
         # torch keeps a few traces of one code object, and this run is not to use up another's.
         code, closure = loop.__code__.replace(), loop.__closure__
@@ -138,8 +138,8 @@ class Compiled:
     def __call__(self, x: Tensor, extra_args: Mapping[str, Any] | None = None) -> Tensor:
         given = self.extra_args if extra_args is None else extra_args
         state, dtype = self.run.state(x)
-        drawn = Drawn.of(self.run.course, self.run.noise(state), state)
-        table = list(self.run.course.table(x))
+        drawn = Drawn.of(self.run.plan, self.run.noise(state), state)
+        table = list(self.run.plan.levels_of(x))
         image: Tensor = self.loop(state, table, dict(given), drawn, dtype)
         return image.to(x.dtype)
 
@@ -148,19 +148,17 @@ class Graph:
     """A run recorded as one CUDA graph; see `capture`."""
 
     @torch.no_grad()
-    def __init__(self, run: Run, x: Tensor, extra_args: Mapping[str, Any]) -> None:
+    def __init__(self, run: PlannedRun, x: Tensor, extra_args: Mapping[str, Any]) -> None:
         self.run, self.form = run, _form((x, dict(extra_args)))
         state, dtype = run.state(x)
-        self.state, self.extra_args = state.clone(), map_rows(dict(extra_args), None, torch.clone)
-        self.drawn = Drawn.of(run.course, run.noise(state), state)
-        self.table = run.course.table(x)  # the graph reads it where it lies, so it has to stay
-        indices = range(len(run.course.steps))
+        self.state, self.extra_args = state.clone(), map_tensors(dict(extra_args), torch.clone)
+        self.drawn = Drawn.of(run.plan, run.noise(state), state)
+        self.table = run.plan.levels_of(x)  # the graph reads it where it lies, so it has to stay
+        indices = range(len(run.plan.steps))
 
         def loop() -> Tensor:
             start, given, noise = self.state, self.extra_args, Handed(self.drawn)
-            return walk(
-                run.course, run.model, start, self.table, given, noise, indices, None, dtype
-            )
+            return walk(run.plan, run.model, start, self.table, given, noise, indices, None, dtype)
 
         side = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(x.device))
@@ -181,7 +179,7 @@ class Graph:
                 "capture anew for another form"
             )
         state, _ = self.run.state(x)
-        drawn = Drawn.of(self.run.course, self.run.noise(state), state)
+        drawn = Drawn.of(self.run.plan, self.run.noise(state), state)
         self.state.copy_(state)
         for fixed, new in ((self.extra_args, given), (self.drawn, drawn)):
             for target, source in zip(_tensors(fixed), _tensors(new)):
@@ -193,11 +191,11 @@ class Graph:
 
 def _form(value: Any) -> Any:
     """The structure with every tensor's shape, dtype and device in its place."""
-    return map_rows(value, None, lambda tensor: (tuple(tensor.shape), tensor.dtype, tensor.device))
+    return map_tensors(value, lambda tensor: (tuple(tensor.shape), tensor.dtype, tensor.device))
 
 
 def _tensors(value: Any) -> list[Tensor]:
     """The structure's tensors, in order."""
     found: list[Tensor] = []
-    map_rows(value, None, found.append)
+    map_tensors(value, found.append)
     return found

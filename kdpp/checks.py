@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kdpp.plan import check_falling
 
 __all__ = ["check_count", "check_latent", "check_number", "check_sigmas", "read_levels"]
 
@@ -45,6 +46,8 @@ def read_levels(sigmas: Any) -> tuple[list[float], Tensor]:
     Raises TypeError for complex ones, ValueError unless they are 1-D, finite and not negative.
     """
     tensor = torch.as_tensor(sigmas)
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        tensor = tensor.to(torch.get_default_dtype())  # between whole levels lie others
     if tensor.is_complex():
         raise TypeError(f"sigmas has dtype {tensor.dtype}; levels must be real numbers")
     if tensor.ndim != 1:
@@ -59,9 +62,5 @@ def read_levels(sigmas: Any) -> tuple[list[float], Tensor]:
 def check_sigmas(sigmas: Any) -> tuple[list[float], Tensor]:
     """`read_levels` of a sampler's schedule; ValueError where it increases."""
     levels, tensor = read_levels(sigmas)
-    for sigma, sigma_next in pairwise(levels):
-        if sigma_next > sigma:
-            raise ValueError(
-                f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase"
-            )
+    check_falling(levels)
     return levels, tensor

@@ -19,16 +19,23 @@ from kdpp.checks import check_number
 
 __all__ = [
     "Call",
+    "Conditioning",
     "Denoise",
     "Denoiser",
-    "Halves",
     "OwnCFG",
+    "Rows",
+    "Unlike",
     "bind",
-    "halves",
+    "check_unwritten",
+    "conditioning_of",
+    "counted",
     "map_rows",
+    "map_tensors",
+    "pick_rows",
     "refuse_unmarked_cfg",
     "shaped",
     "trained_range",
+    "writes",
 ]
 
 Denoiser = Callable[..., Tensor]
@@ -47,10 +54,15 @@ class OwnCFG(nn.Module):
             unconditional estimate of the model's latest call, of the latent's shape.
     """
 
+    divisible = False
+    """Whether a batch may be split over several calls: it sees to the size of its own halves."""
+
     def __init__(
         self, model: Denoiser, uncond_denoised: Callable[[], Tensor] | None = None
     ) -> None:
         super().__init__()
+        if not callable(model):
+            raise TypeError(f"OwnCFG takes a denoiser, (x, sigma, **extra_args), not {model!r}")
         self.model = model
         self.uncond_denoised = uncond_denoised
 
@@ -92,13 +104,13 @@ def refuse_unmarked_cfg(model: Any, name: str) -> None:
         )
 
 
-class Halves(NamedTuple):
-    """What a denoiser is called with beside x and sigma: once, or for CFG's two halves."""
+class Conditioning(NamedTuple):
+    """What a denoiser is called with beside x and sigma, and its CFG scale."""
 
-    conditions: tuple[dict[str, Any], ...]
-    """Its keywords: one dict, or those of the unconditional and of the conditional half."""
+    parts: tuple[dict[str, Any], ...]
+    """Keywords: one dict for a single call, or the unconditional half's and the conditional's."""
     scale: float
-    """w; of no meaning where there is one dict."""
+    """The CFG scale of the two halves; a single part does not use it."""
 
     def join(self, answers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """``(D_∅ + w (D_c - D_∅), D_∅)`` of the two halves; one answer as it is."""
@@ -108,19 +120,19 @@ class Halves(NamedTuple):
         return torch.lerp(uncond, cond, self.scale), uncond
 
 
-def halves(
+def conditioning_of(
     model: Denoiser,
     name: str,
     extra_args: Mapping[str, Any],
     cfg_scale: float | None = None,
     needs_uncond: bool = False,
-) -> Halves:
+) -> Conditioning:
     """What ``extra_args`` and the CFG scale ask of this denoiser; arguments as in `bind`."""
     if isinstance(model, OwnCFG):
         kwargs = dict(extra_args)
         if cfg_scale is not None:
             kwargs["cond_scale"] = check_number(f"{name}_cfg_scale", cfg_scale)
-        return Halves((kwargs,), 1.0)
+        return Conditioning((kwargs,), 1.0)
     rest = dict(extra_args)
     cond, uncond = rest.pop("cond", None), rest.pop("uncond", None)
     own_scale = rest.pop("cond_scale", 1.0)
@@ -129,7 +141,7 @@ def halves(
     if scale == 1.0 and not needs_uncond:
         if "cond" in extra_args:
             rest["cond"] = cond
-        return Halves((rest,), scale)
+        return Conditioning((rest,), scale)
     if cond is None or uncond is None:
         raise ValueError(
             f"the {name} needs extra_args['cond'] and extra_args['uncond'] for "
@@ -137,7 +149,7 @@ def halves(
             + f"; given: {sorted(extra_args) or 'nothing'}. Give both"
             + ("" if needs_uncond else f", or set {argument}=1 for no guidance")
         )
-    return Halves(({**rest, "cond": uncond}, {**rest, "cond": cond}), scale)
+    return Conditioning(({**rest, "cond": uncond}, {**rest, "cond": cond}), scale)
 
 
 def bind(
@@ -155,19 +167,20 @@ def bind(
 
     Args:
         name: "student" or "teacher", for messages.
-        cfg_scale: w; None takes ``extra_args["cond_scale"]``, 1 if there is none.
-        needs_uncond: the unconditional estimate is wanted even at w = 1 (CFG++).
+        cfg_scale: the CFG scale; None takes ``extra_args["cond_scale"]``, 1 if that is left out.
+        needs_uncond: the unconditional estimate is wanted even at a scale of 1 (CFG++).
         dtype, max_batch: as in `Call`.
 
     Raises:
-        ValueError: ``uncond`` is missing where CFG needs it, does not fit ``cond``, or the scale is
-            no finite number. The returned function raises it for an output of another shape than x.
+        ValueError: ``uncond`` is missing where CFG needs it or does not fit ``cond``, or the scale
+            is not a finite number. The returned function raises it for an output of another shape
+            than x.
     """
-    given = halves(model, name, extra_args, cfg_scale, needs_uncond)
-    call = Call(model, name, given.conditions, len(x), dtype=dtype, max_batch=max_batch)
+    given = conditioning_of(model, name, extra_args, cfg_scale, needs_uncond)
+    call = Call(model, name, given.parts, len(x), dtype=dtype, max_batch=max_batch)
     if isinstance(model, OwnCFG) and needs_uncond:
         return _bind_own(model, name, call)
-    if len(given.conditions) == 1:
+    if len(given.parts) == 1:
         return lambda x, sigma: (call(x, sigma), None)
 
     def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -182,10 +195,12 @@ class Call:
     The parts are concatenated, batch-first tensors in their keywords too. The network is given
     ``dtype`` (None: what x has), and its answer comes back in x's dtype. ``max_batch`` caps the
     rows of a call; more are split evenly over ``ceil(rows / max_batch)`` calls. What does its own
-    CFG (`OwnCFG`) sees to that itself and is never split.
+    CFG (`OwnCFG`) sees to that itself and is never split. A network that ``takes_rows`` (a stack)
+    gets what goes by sample marked as such, `Rows`, and is not split either.
 
     Raises:
-        ValueError: keywords that do not fit into one batch; in a call, an output of another shape.
+        ValueError: keywords that do not fit into one batch (`Unlike`); in a call, an output of
+            another shape.
     """
 
     def __init__(
@@ -199,12 +214,18 @@ class Call:
         max_batch: int | None = None,
     ) -> None:
         self.model, self.name, self.dtype = model, name, dtype
-        joined = _joined(conditions, "", batch) if len(conditions) > 1 else dict(conditions[0])
         rows = batch * len(conditions)
-        capped = max_batch is not None and not isinstance(model, OwnCFG)
+        capped = max_batch is not None and getattr(model, "divisible", True)
         count = max(1, -(-rows // max_batch)) if capped and max_batch else 1
-        cuts = [partial(_chunk, count=count, j=j) for j in range(count)]
-        self.chunks = [joined] if count == 1 else [map_rows(joined, rows, cut) for cut in cuts]
+        self.chunks = [dict(conditions[0])]
+        if len(conditions) > 1 or count > 1:
+            joined = _joined(conditions, "", batch)
+            cuts = [partial(Rows.cut, count=count, j=j) for j in range(count)]
+            if getattr(model, "takes_rows", False):
+                map_rows(joined, _check_tensor)
+                self.chunks = [joined]
+            else:
+                self.chunks = [map_rows(joined, cut) for cut in cuts]
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         if len(self.chunks) > 1:
@@ -254,49 +275,105 @@ def shaped(output: Any, name: str, x: Tensor) -> Tensor:
     return output if output.dtype == x.dtype else output.to(x.dtype)
 
 
+class Unlike(ValueError):
+    """Keywords of several parts that do not fit into one batch."""
+
+
+PLAIN = (str, bytes, int, float, bool, type(None))
+"""Types whose equal values may stand for each other."""
+
+
+class Rows(NamedTuple):
+    """What goes by sample: a tensor's rows, or a list's entries."""
+
+    value: Any
+
+    def cut(self, count: int, j: int) -> Any:
+        """The j-th of ``count`` nearly equal parts, as ``torch.tensor_split`` has them."""
+        if isinstance(self.value, Tensor):
+            return self.value.tensor_split(count)[j] if count > 1 else self.value
+        share, more = divmod(len(self.value), count)
+        start = j * share + min(j, more)
+        return self.value[start : start + share + (j < more)]
+
+
 def _joined(parts: Sequence[Any], path: str, batch: int) -> Any:
-    """Equal structures joined: batch-first tensors concatenated, anything else the same in all."""
+    """Equal structures joined: what goes by sample is concatenated, as `Rows`; the rest is shared.
+
+    Raises `Unlike` where the parts differ in anything else.
+    """
     first = parts[0]
     if all(isinstance(p, Mapping) and p.keys() == first.keys() for p in parts):
         return {key: _joined([p[key] for p in parts], _inside(path, key), batch) for key in first}
+    if all(by_sample(p, batch) for p in parts):
+        if all(isinstance(p, Tensor) and p.shape == first.shape for p in parts):
+            return Rows(first if len(parts) == 1 else torch.cat(tuple(parts)))
+        if all(type(p) is type(first) for p in parts) and not isinstance(first, Tensor):
+            return Rows([entry for p in parts for entry in p])
     if all(isinstance(p, list | tuple) and len(p) == len(first) for p in parts):
         columns = enumerate(zip(*parts))
         return _like(first, [_joined(column, _inside(path, i), batch) for i, column in columns])
-    if all(isinstance(p, Tensor) for p in parts):
-        if first.ndim and all(p.shape == first.shape for p in parts) and len(first) == batch:
-            return torch.cat(tuple(parts))
-        if all(p is first for p in parts):
-            return first
-    elif all(p is first or (type(p) is type(first) and p == first) for p in parts):
+    if all(p is first or _equal(p, first) for p in parts):
         return first
     other = next((p for p in parts if p is not first), first)
-    raise ValueError(
+    raise Unlike(
         f"extra_args: {path} does not fit into one batch of {' + '.join([str(batch)] * len(parts))}"
-        f": {_describe(other)} and {_describe(first)}; both must be batch-first and alike"
+        f": {_describe(other)} and {_describe(first)}; both must be alike, with {batch} rows each"
     )
+
+
+def map_rows(joined: Any, change: Callable[[Rows], Any]) -> Any:
+    """Change every `Rows` in a joined structure; what is shared stays as it is."""
+    if isinstance(joined, Rows):
+        return change(joined)
+    if isinstance(joined, Mapping):
+        return {key: map_rows(value, change) for key, value in joined.items()}
+    if isinstance(joined, list | tuple):
+        return _like(joined, [map_rows(value, change) for value in joined])
+    return joined
+
+
+def _check_tensor(rows: Rows) -> None:
+    if not isinstance(rows.value, Tensor):
+        raise Unlike("extra_args: a list of texts cannot be shared out to stacked networks")
+
+
+def by_sample(value: Any, batch: int) -> bool:
+    """Whether a value has an entry for each sample: a tensor's rows, or a list's texts."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0 and len(value) == batch
+    texts = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    return texts and len(value) == batch
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return isinstance(a, PLAIN) and type(a) is type(b) and a == b
 
 
 def _inside(path: str, key: Any) -> str:
     return f"{path}[{key!r}]" if path else str(key)
 
 
-def map_rows(value: Any, rows: int | None, change: Callable[[Tensor], Any]) -> Any:
-    """Change every tensor of so many rows (None: every tensor) in a nested structure.
-
-    Anything else is left as it is.
-    """
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Change every tensor in a nested structure; anything else is left as it is."""
     if isinstance(value, Mapping):
-        return {key: map_rows(item, rows, change) for key, item in value.items()}
+        return {key: map_tensors(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return _like(value, [map_rows(item, rows, change) for item in value])
-    if isinstance(value, Tensor) and (rows is None or (value.ndim and len(value) == rows)):
-        return change(value)
+        return _like(value, [map_tensors(item, change) for item in value])
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def pick_rows(value: Any, batch: int, rows: Tensor) -> Any:
+    """Those rows (int64, on the CPU) of what goes by sample; anything else is left as it is."""
+    if isinstance(value, Mapping):
+        return {key: pick_rows(item, batch, rows) for key, item in value.items()}
+    if by_sample(value, batch):
+        if isinstance(value, Tensor):
+            return value[rows.to(value.device)]
+        return type(value)(value[i] for i in rows.tolist())
+    if isinstance(value, list | tuple):
+        return _like(value, [pick_rows(item, batch, rows) for item in value])
     return value
-
-
-def _chunk(rows: Tensor, count: int, j: int) -> Tensor:
-    """The j-th of ``count`` nearly equal parts."""
-    return rows.tensor_split(count)[j]
 
 
 def _like(value: Any, items: list[Any]) -> Any:
@@ -310,3 +387,32 @@ def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a dict of {sorted(map(str, value))}"
     return f"{type(value).__name__} {value!r}"
+
+
+# The memory of an answer --------------------------------------------------------------------------
+
+
+def writes(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to, by torch's count, which inference mode does not keep."""
+    if torch.compiler.is_compiling():
+        return []
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
+
+
+def check_unwritten(tensors: Sequence[Tensor], before: list[int], name: str) -> None:
+    """ValueError where a network wrote its answer over ``tensors``, earlier ones still in use."""
+    if writes(tensors) != before:
+        raise ValueError(
+            f"the {name} wrote its answer into memory that holds an earlier one, still in "
+            "use; return a new tensor from every call (clone the output)"
+        )
+
+
+def counted(answer: Tensor) -> Tensor:
+    """The answer, in memory of its own where torch does not count the writes to it.
+
+    For one that is kept while a network is called again, which may use its output buffer anew.
+    """
+    if torch.compiler.is_compiling() or not answer.is_inference():
+        return answer
+    return answer.clone()

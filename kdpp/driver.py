@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, Protocol
 
@@ -12,70 +11,76 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from kdpp.checks import check_latent, check_sigmas
-from kdpp.denoisers import bind
-from kdpp.guidance import Revision, TeacherGuidedDenoiser
-from kdpp.lessons import Lesson, check_unwritten, plan_lessons, prepare_guided, writes
-from kdpp.noise import NoiseSampler, checked, host_noise, private_generator, private_seed
+from kdpp.denoisers import bind, check_unwritten, counted, writes
+from kdpp.guidance import TeacherGuidedDenoiser
+from kdpp.guided_step import Revision, plan_revisions, prepare, weights_of
+from kdpp.noise import (
+    NoiseSampler,
+    brownian_noise,
+    checked,
+    host_noise,
+    private_generator,
+    private_seed,
+)
 from kdpp.plan import FLOW, Row, Space, Step
+from kdpp.solver import Solver, solver_of
 from kdpp.update import Update
 
-__all__ = ["Callback", "Plan", "report", "run"]
+__all__ = ["Callback", "ExtraArgs", "report", "sample"]
 
-Plan = Callable[[Sequence[float]], Iterable[Step]]
 Callback = Callable[[dict[str, Any]], Any]
+ExtraArgs = Mapping[str, Any] | None
 
 
 @torch.no_grad()
-def run(
-    plan: Plan,
+def sample(
+    solver: Solver | str,
     model: Any,
     x: Tensor,
     sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None,
-    callback: Callback | None,
-    disable: bool | None,
+    extra_args: ExtraArgs = None,
+    callback: Callback | None = None,
+    disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
-    *,
-    cfg_pp: bool = False,
-    default_noise: Callable[[Tensor, Tensor], NoiseSampler] = lambda x, sigmas: host_noise(x),
+    **options: Any,
 ) -> Tensor:
-    """Check everything, turn the sigmas into coefficients once, and walk the plan's steps.
+    """A run of any solver: check everything, plan it in numbers once, and walk its steps.
 
-    ``cfg_pp``: the solver's direction comes from the student's unconditional estimate.
-    ``default_noise(x, sigmas)`` makes the noise sampler where none is given. For the other
-    arguments and the errors see `kdpp.solvers`.
+    ``sample("euler", model, x, sigmas, …)`` is ``kdpp.sample_euler_tg(model, x, sigmas, …)``.
+
+    Args:
+        solver: a `kdpp.Solver`, or its name.
+        options: the solver's own, such as eta.
+
+    For the other arguments and the errors see `kdpp.solvers`.
     """
-    model = check_model(model)
-    check_latent(x)
-    levels, sigmas = check_sigmas(sigmas)
-    space = model.space
-    check_kind(levels, model, space)
-    if len(levels) < 2:
+    solver, fixed = solver_of(solver)
+    run = plan_run(solver, model, x, sigmas, noise_sampler, {**fixed, **options})
+    if not run.plan.steps:
         return x
-    course = chart(plan, model, levels, space, cfg_pp, lambda: private_seed(x))
-    this = Run(course, model, levels, sigmas, noise_sampler, default_noise)
-    recorded = RECORDED.get()
-    if recorded is not None:
-        recorded.append(this)
-        return x
-    told = None if callback is None else Told(callback, sigmas.unbind())
-    indices = range(len(course.steps)) if disable else trange(len(course.steps), disable=disable)
-    state, dtype = this.state(x)
-    noise, table = this.noise(state), course.table(x)
-    extra_args = {} if extra_args is None else extra_args
-    image = walk(course, model, state, table, extra_args, noise, indices, told, dtype)
+    state, dtype = run.state(x)
+    noise, levels = run.noise(state), run.plan.levels_of(x)
+    steps = len(run.plan.steps)
+    indices = range(steps) if disable else trange(steps, disable=disable)
+    listener = None if callback is None else Listener(callback, run.sigmas.unbind())
+    image = walk(
+        run.plan, run.model, state, levels, extra_args or {}, noise, indices, listener, dtype
+    )
     return image.to(x.dtype)
 
 
-class Run(NamedTuple):
+# A run in numbers ---------------------------------------------------------------------------------
+
+
+class PlannedRun(NamedTuple):
     """A run that is planned and not begun: all of it but the latent and the conditions."""
 
-    course: Course
+    plan: ReadyPlan
     model: TeacherGuidedDenoiser
     levels: Sequence[float]
     sigmas: Tensor
     noise_sampler: NoiseSampler | None
-    default_noise: Callable[[Tensor, Tensor], NoiseSampler]
+    brownian: bool
 
     def state(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
         """The state to start from, and what the networks are given if that is another dtype."""
@@ -84,17 +89,33 @@ class Run(NamedTuple):
 
     def noise(self, state: Tensor) -> Noise:
         """The sources of noise for one run from this state."""
-        noise = Noise(
-            self.model.renoise_noise_sampler, state, self.levels, self.sigmas, self.course.teaches
-        )
-        if self.course.draws:
-            given = self.noise_sampler
-            noise.sampler = self.default_noise(state, self.sigmas) if given is None else given
+        # The teachers' generator first: its seed is told from torch's stream, which the tree moves.
+        renoise, guided = self.model.renoise_noise_sampler, self.plan.guided
+        noise = Noise(self.noise_sampler, renoise, state, self.levels, self.sigmas, guided)
+        if noise.sampler is None and self.plan.draws:
+            make = partial(brownian_noise, sigmas=self.sigmas) if self.brownian else host_noise
+            noise.sampler = make(state)
         return noise
 
 
-RECORDED: ContextVar[list[Run] | None] = ContextVar("RECORDED", default=None)
-"""Where a list is set, `run` appends the run to it instead of carrying it out."""
+def plan_run(
+    solver: Solver,
+    model: Any,
+    x: Tensor,
+    sigmas: Tensor,
+    noise_sampler: NoiseSampler | None,
+    options: Mapping[str, Any],
+) -> PlannedRun:
+    """Check what is given and turn the sigmas into coefficients; errors as in `kdpp.solvers`."""
+    model = check_model(model)
+    check_latent(x)
+    levels, sigmas = check_sigmas(sigmas)
+    space = model.space
+    check_kind(levels, model, space)
+    steps = solver.plan(levels, space=space, **options)
+    revisions = plan_revisions(model, steps, solver.cfg_pp, lambda: private_seed(x))
+    plan = ready(steps, revisions, space, solver.cfg_pp, model.combine is not None)
+    return PlannedRun(plan, model, levels, sigmas, noise_sampler, solver.noise == "brownian")
 
 
 class ReadyStage(NamedTuple):
@@ -106,16 +127,16 @@ class ReadyStage(NamedTuple):
 
 
 class ReadyStep(NamedTuple):
-    """A step made ready: its churn, its stages, and its teachers' lessons."""
+    """A step made ready: its churn, its stages, and what its teachers are asked."""
 
     churn: Update | None
     lifted: float | None
     stages: tuple[ReadyStage, ...]
-    lessons: tuple[Lesson, ...]
+    revisions: tuple[Revision, ...]
 
 
-class Course(NamedTuple):
-    """A run in numbers, before any tensor: the same for every run of these settings."""
+class ReadyPlan(NamedTuple):
+    """A plan made ready for tensors: numbers still, the same for every run of these settings."""
 
     steps: tuple[ReadyStep, ...]
     levels: tuple[float, ...]
@@ -125,43 +146,13 @@ class Course(NamedTuple):
     states: int
     """How many of the states that earlier steps began with are kept."""
     draws: bool
-    teaches: bool
+    guided: bool
     cfg_pp: bool
 
-    def table(self, x: Tensor) -> Sequence[Tensor]:
+    def levels_of(self, x: Tensor) -> Sequence[Tensor]:
         """The student's levels as tensors ``(batch,)`` on x's device; copied there once."""
         levels = torch.tensor(self.levels, dtype=x.dtype).to(x.device, non_blocking=x.is_cuda)
         return levels[:, None].expand(-1, len(x)).contiguous().unbind()
-
-
-def chart(
-    plan: Plan,
-    model: TeacherGuidedDenoiser,
-    levels: Sequence[float],
-    space: Space,
-    cfg_pp: bool,
-    seed: Callable[[], int],
-) -> Course:
-    """The run's coefficients, from its levels and settings; ``seed`` is for random levels."""
-    steps = planned(plan, tuple(map(space.sigma, levels)))
-    revisions = model.revisions(steps, seed)
-    return ready(steps, tuple(map(tuple, revisions)), space, cfg_pp)
-
-
-def planned(plan: Plan, sigmas: tuple[float, ...]) -> tuple[Step, ...]:
-    """The plan's steps; those of a schedule that was planned before are kept."""
-    function, settings = (plan.func, plan.keywords) if isinstance(plan, partial) else (plan, {})
-    try:
-        return _planned(function, sigmas, **settings)
-    except TypeError:  # a setting that cannot be hashed; the plan itself says what is wrong with it
-        return tuple(plan(sigmas))
-
-
-@lru_cache(maxsize=64, typed=True)  # 2 and 2.0 are equal, and not both an order
-def _planned(
-    function: Callable[..., Iterable[Step]], sigmas: tuple[float, ...], **settings: Any
-) -> tuple[Step, ...]:
-    return tuple(function(sigmas, **settings))
 
 
 @lru_cache(maxsize=64)
@@ -170,8 +161,9 @@ def ready(
     revisions: tuple[tuple[Revision, ...], ...],
     space: Space,
     cfg_pp: bool,
-) -> Course:
-    """Every step made ready; the teachers' shares go into its last stage."""
+    combined: bool,
+) -> ReadyPlan:
+    """Every step made ready; the teachers' shares go into the update of its last stage."""
     made = []
     levels: list[float] = []
     for step, here in zip(steps, revisions):
@@ -183,23 +175,25 @@ def ready(
         stages = []
         for stage, following in zip(step.stages, [*step.stages[1:], None]):
             reached = step.sigma_next if following is None else following.sigma
-            scales = [] if following else [revision.scale for revision in here]
-            update = Update.of(stage.row, base, reached, space, cfg_pp, scales)
+            weights = () if following else weights_of(here, combined)
+            update = Update.of(stage.row, base, reached, space, cfg_pp, weights)
             end = space.level(reached) if following else None
             stages.append(ReadyStage(len(levels), update, end))
             levels.append(space.level(stage.sigma))
         lifted = space.level(base) if churn else None
-        lessons = plan_lessons(here, step.stages[-1].sigma, space, cfg_pp)
-        made.append(ReadyStep(churn, lifted, tuple(stages), lessons))
-    return Course(
+        made.append(ReadyStep(churn, lifted, tuple(stages), here))
+    return ReadyPlan(
         tuple(made),
         tuple(levels),
-        memory=max(step.memory for step in steps),
-        states=max(len(stage.row.past) for step in steps for stage in step.stages),
+        memory=max((step.memory for step in steps), default=0),
+        states=max((len(stage.row.past) for step in steps for stage in step.stages), default=0),
         draws=any(step.draws for step in steps),
-        teaches=any(revisions),
+        guided=any(revisions),
         cfg_pp=cfg_pp,
     )
+
+
+# Noise --------------------------------------------------------------------------------------------
 
 
 class Source(Protocol):
@@ -221,16 +215,16 @@ class Noise:
 
     def __init__(
         self,
+        sampler: NoiseSampler | None,
         renoise_sampler: NoiseSampler | None,
         x: Tensor,
         levels: Sequence[float],
         sigmas: Tensor,
-        teaches: bool,
+        guided: bool,
     ) -> None:
-        self.sampler: NoiseSampler | None = None
-        self.renoise_sampler = renoise_sampler
+        self.sampler, self.renoise_sampler = sampler, renoise_sampler
         self.x, self.levels, self.sigmas = x, levels, sigmas
-        own = teaches and renoise_sampler is None
+        own = guided and renoise_sampler is None
         self.generator = private_generator(x) if own else None
 
     @cached_property
@@ -256,7 +250,10 @@ class Noise:
         return checked(noise, "renoise_noise_sampler", like)
 
 
-class Told(NamedTuple):
+# The loop -----------------------------------------------------------------------------------------
+
+
+class Listener(NamedTuple):
     """A callback, and the sigmas that it is told of."""
 
     callback: Callback
@@ -264,61 +261,61 @@ class Told(NamedTuple):
 
 
 def walk(
-    course: Course,
+    plan: ReadyPlan,
     model: TeacherGuidedDenoiser,
     x: Tensor,
-    table: Sequence[Tensor],
+    levels: Sequence[Tensor],
     extra_args: Mapping[str, Any],
     noise: Source,
     indices: Iterable[int],
-    told: Told | None = None,
+    listener: Listener | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The loop. ``dtype``: what the networks are given, where it is not x's."""
-    cfg_pp, memory = course.cfg_pp, course.memory
     student = bind(
-        model.student, "student", x, extra_args, needs_uncond=cfg_pp,
+        model.student, "student", x, extra_args, needs_uncond=plan.cfg_pp,
         dtype=dtype, max_batch=model.max_batch,
     )  # fmt: skip
-    lessons = [step.lessons for step in course.steps]
-    guided = prepare_guided(model, lessons, x, extra_args, dtype) if course.teaches else None
+    revisions = [step.revisions for step in plan.steps]
+    guided = prepare(model, revisions, x, extra_args, dtype) if plan.guided else None
     earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest first
     past: tuple[Tensor, ...] = ()  # the states that they began with
     try:
         for i in indices:
-            churn, lifted, stages, _ = course.steps[i]
-            here = guided[i] if guided else None
-            if churn is not None:
-                x = churn(((x,),), noise.between(i, None))
-            if here is not None:
-                here.fetch()
+            step = plan.steps[i]
+            first, last = step.stages[0], step.stages[-1]
+            teachers = guided[i] if guided else None
+            if step.churn is not None:
+                x = step.churn(((x,),), noise.between(i, None))
+            if teachers is not None:
+                teachers.fetch()
             point, directions = x, earlier
-            taught: tuple[Tensor, ...] = ()
-            info: dict[str, Any] = {}
-            for stage in stages:
-                kept = directions[:memory]
-                before = writes(kept) if kept else None
-                denoised, uncond = student(point, table[stage.evaluation])
-                if before is not None:
-                    check_unwritten(kept, before, "student")
-                directions = (uncond if cfg_pp else denoised, *directions)
-                if told and stage is stages[0]:
-                    info = report(x, i, told.sigma_at[i], denoised, lifted)
-                if here and stage is stages[-1]:
-                    renoised, taught = here.teach(point, denoised, directions[0], i, noise.renoise)
-                    if told:
-                        info |= here.report(denoised, renoised, taught)
-                # As k-diffusion, after the step's first evaluation; where a teacher speaks, after.
-                if told and stage is stages[-1 if here else 0]:
-                    told.callback(info)
-                groups = ((x, denoised), taught, directions, past)
-                update = stage.update
-                fresh = None if update.noise is None else noise.between(i, stage.end)
-                point = update(groups, fresh)
-            if memory:
-                earlier = (directions[len(directions) - len(earlier) - 1], *earlier)[:memory]
-            if course.states:
-                past = (x, *past)[: course.states]
+            for stage in step.stages:
+                kept = directions[: plan.memory]
+                before = writes(kept)
+                denoised, uncond = student(point, levels[stage.evaluation])
+                check_unwritten(kept, before, "student")
+                if plan.memory or teachers:  # both are used after the next call of a network
+                    denoised, uncond = (
+                        counted(denoised),
+                        uncond if uncond is None else counted(uncond),
+                    )
+                directions = (uncond if plan.cfg_pp else denoised, *directions)
+                if listener and stage is first:
+                    info = report(x, i, listener.sigma_at[i], denoised, step.lifted)
+                heard: tuple[Tensor, ...] = ()
+                if teachers and stage is last:
+                    revised = teachers.revise(point, denoised, directions[0], i, noise.renoise)
+                    heard = revised.heard
+                    if listener:
+                        info |= teachers.report(denoised, revised)
+                # As k-diffusion, after the step's first evaluation; where teachers speak, after.
+                if listener and stage is (last if teachers else first):
+                    listener.callback(info)
+                fresh = None if stage.update.noise is None else noise.between(i, stage.end)
+                point = stage.update(((x, denoised), heard, directions, past), fresh)
+            earlier = (directions[len(step.stages) - 1], *earlier)[: plan.memory]
+            past = (x, *past)[: plan.states]
             x = point
     finally:
         for one in guided or ():
@@ -335,7 +332,11 @@ def report(
     return {"x": x, "i": i, "sigma": sigma, "sigma_hat": churned, "denoised": denoised}
 
 
+# What is given ------------------------------------------------------------------------------------
+
+
 def check_model(model: Any) -> TeacherGuidedDenoiser:
+    """TypeError for a model that is not wrapped."""
     if not isinstance(model, TeacherGuidedDenoiser):
         raise TypeError(
             f"model is a {type(model).__name__}; kdpp's samplers take a student with its teacher: "
@@ -354,6 +355,6 @@ def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser, space: Spa
             )
     elif model.flow is None and levels and levels[0] == 1.0 and levels[-1] == 0.0:
         raise ValueError(
-            "sigmas runs from exactly 1 to 0, as a flow model's do; the student is none. Mark it "
-            "(kdpp.FlowDenoiser, or flow=True), or say flow=False if σ = 1 is meant"
+            "sigmas runs from exactly 1 to 0, as a flow model's do, and the student is not marked "
+            "as one: mark it (kdpp.FlowDenoiser, or flow=True), or say flow=False if σ = 1 is meant"
         )

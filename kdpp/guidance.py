@@ -1,15 +1,14 @@
-"""The teachers' part: which steps they revise, where their input lies, how much of it is taken."""
+"""The wrapper: a student, its teachers, and the settings of their guidance.
+
+What a guided step does with them is in `kdpp.guided_step`.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
-import random
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 from kdpp.checks import check_count, check_number
 from kdpp.denoisers import Denoiser, bind, refuse_unmarked_cfg, trained_range
 from kdpp.noise import NoiseSampler
-from kdpp.plan import FLOW, VE, Row, Space, Step
+from kdpp.plan import FLOW, VE, Space
 
-__all__ = ["NoiseRange", "Revision", "Teacher", "TeacherGuidedDenoiser", "sds_scale"]
+__all__ = ["NoiseRange", "Teacher", "TeacherGuidedDenoiser", "sds_scale"]
 
 Scale = float | Sequence[float] | Callable[[int, float], float]
 Renoise = str | float | Callable[[int, float, float], float]
 LatentMap = Callable[[Tensor], Tensor]
+Combine = Callable[[Tensor, Sequence[Tensor], Sequence[float]], Tensor]
 
 
 class NoiseRange(NamedTuple):
@@ -44,7 +44,8 @@ def sds_scale(
     """
     check_number("step_size", step_size, 0.0, math.inf)
     noise = FLOW.sigma if flow else VE.sigma
-    return lambda step, sigma: min(largest, step_size / noise(sigma) ** 2)
+    # Divided twice: the square of a small level would be 0.
+    return lambda step, sigma: min(largest, step_size / noise(sigma) / noise(sigma))
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,10 @@ class Teacher:
     - ``maps``: (there, back) for a teacher in another latent space: the student's estimate goes
       there clean, is noised and denoised there, and the teacher's estimate comes back. Needs
       ``renoise_eta=1``: the student's noise has no image in the other space.
+    - ``observe``: the teacher is asked at its steps, and callbacks are told what it says; the
+      images are those without it, whatever its ``scale``.
+
+    Raises TypeError or ValueError for a setting outside its range.
     """
 
     denoiser: Denoiser
@@ -69,9 +74,14 @@ class Teacher:
     draws: int = 1
     extra_args: Mapping[str, Any] | None = None
     maps: tuple[LatentMap, LatentMap] | None = None
+    observe: bool = False
 
     def __post_init__(self) -> None:
         refuse_unmarked_cfg(self.denoiser, "teacher")
+        if isinstance(self.scale, list):
+            object.__setattr__(self, "scale", tuple(self.scale))  # ours alone, and so checked once
+        if isinstance(self.steps, Tensor):
+            object.__setattr__(self, "steps", self.steps.tolist())
         _check_steps(self.steps)
         check_number("teacher_cfg_scale", self.cfg_scale, -math.inf, math.inf)
         _check_renoise(self.renoise)
@@ -87,19 +97,10 @@ class Teacher:
             )
         if not isinstance(self.extra_args, Mapping | None):
             raise TypeError(f"extra_args is {self.extra_args!r}; it must be a dict")
-
-
-class Revision(NamedTuple):
-    """One teacher's call at one step, in numbers: it adds ``scale·(D_ψ(x_s, sigma) - x̂)``.
-
-    ``renoise`` makes x_s from the point that the student saw at σ, its estimate x̂ and direction d:
-    ``x_s = x̂ + σ_s (sqrt(1-ρ²)·(point - d)/σ + ρ n)``.
-    """
-
-    teacher: int
-    scale: float
-    sigma: float
-    renoise: Row
+        if self.extra_args and "cond_scale" in self.extra_args:
+            raise ValueError(
+                "a teacher's CFG scale is its cfg_scale; take cond_scale out of extra_args"
+            )
 
 
 class TeacherGuidedDenoiser(nn.Module):
@@ -140,6 +141,8 @@ class TeacherGuidedDenoiser(nn.Module):
             random stream where it is and is reproducible under ``torch.manual_seed``.
         teacher_mask: where the teacher is heard: weights in [0, 1], of a shape that broadcasts to
             the latent's.
+        combine: another mix than that line: ``combine(x̂, estimates, scales) -> x̂_new``, of the
+            teachers' estimates and their λ. ``teacher_mask`` comes after it.
         extrapolate: allow λ, and their sum, outside [0, 1].
         float32_state: keep the state of a 16-bit x in float32 between the networks' calls, which
             are given x's dtype; the result has it too. False: all in 16 bits.
@@ -168,6 +171,7 @@ class TeacherGuidedDenoiser(nn.Module):
         renoise_eta: float = 1.0,
         renoise_noise_sampler: NoiseSampler | None = None,
         teacher_mask: Tensor | None = None,
+        combine: Combine | None = None,
         extrapolate: bool = False,
         float32_state: bool = True,
         max_batch: int | None = None,
@@ -182,24 +186,29 @@ class TeacherGuidedDenoiser(nn.Module):
         self.float32_state = float32_state
         self.max_batch = None if max_batch is None else check_count("max_batch", max_batch, 1)
         for one in self.teachers:
-            if isinstance(one.scale, list | tuple):
+            if isinstance(one.scale, tuple):
                 for scale in one.scale:
-                    self._check_scale(scale)
+                    self.check_scale(scale)
             elif not callable(one.scale):
-                self._check_scale(one.scale)
+                self.check_scale(one.scale)
         if renoise_noise_sampler is not None and not callable(renoise_noise_sampler):
             raise TypeError(
                 f"renoise_noise_sampler is {renoise_noise_sampler!r}; it must be a function, "
                 "(sigma, sigma_next) -> noise"
             )
         self.renoise_noise_sampler = renoise_noise_sampler
+        if combine is not None and not callable(combine):
+            raise TypeError(
+                f"combine is {combine!r}; it must be a function, (x̂, estimates, scales) -> x̂_new"
+            )
+        self.combine = combine
         self.teacher_mask = _check_mask(teacher_mask)
         self.flow = flow
         self._networks = nn.ModuleList(
             one.denoiser for one in self.teachers if isinstance(one.denoiser, nn.Module)
         )
-        self._trained = [trained_range(one.denoiser) for one in self.teachers]
-        self._warned = False
+        self.trained = [trained_range(one.denoiser) for one in self.teachers]
+        self.warned = False
         for one in self.teachers:
             _check_level(one.renoise, self.space)
 
@@ -228,67 +237,17 @@ class TeacherGuidedDenoiser(nn.Module):
             [replace(teacher, denoiser=wrap(teacher.denoiser)) for teacher in self.teachers],
             renoise_noise_sampler=self.renoise_noise_sampler,
             teacher_mask=self.teacher_mask,
+            combine=self.combine,
             extrapolate=self.extrapolate,
             float32_state=self.float32_state,
             max_batch=self.max_batch,
             flow=self.flow,
         )
 
-    def revisions(self, steps: Sequence[Step], seed: Callable[[], int]) -> list[list[Revision]]:
-        """Every step's revisions, in numbers; ``seed`` gives one for random levels."""
-        space = self.space
-        revisions: list[list[Revision]] = [[] for _ in steps]
-        for j, teacher in enumerate(self.teachers):
-            if isinstance(teacher.scale, Sequence) and len(teacher.scale) != len(steps):
-                raise ValueError(
-                    f"teacher_scale holds {len(teacher.scale)} numbers for {len(steps)} steps; "
-                    "give one for each"
-                )
-            level = _renoise_levels(teacher.renoise, steps, space, partial(_mixed, seed, j))
-            for i in _guided_steps(teacher, steps, space):
-                sigma = self._within_training(level(i), j)
-                if sigma == 0.0 and _is_explicit(teacher.steps):
-                    raise ValueError(
-                        f"teacher_steps holds step {i}, which goes to σ = 0, where "
-                        f"renoise={teacher.renoise!r} revises nothing: give a level, renoise=σ_s"
-                    )
-                scale = self._scale(teacher.scale, i, sigma) if sigma > 0.0 else 0.0
-                if scale != 0.0:
-                    row = _renoise_row(steps[i].stages[-1].sigma, sigma, teacher.renoise_eta)
-                    one = Revision(j, scale / teacher.draws, sigma, row)
-                    revisions[i] += [one] * teacher.draws
-        for i, step in enumerate(revisions):
-            total = sum(revision.scale for revision in step) if step else 0.0
-            if total > 1.0 + 1e-9 and not self.extrapolate:
-                raise ValueError(
-                    f"the teachers' scales sum to {total:g} at step {i}; Σλ must not exceed 1 "
-                    "(unless extrapolate=True)"
-                )
-        return revisions
-
-    def _scale(self, scale: Scale, i: int, sigma: float) -> float:
-        if callable(scale):
-            return self._check_scale(scale(i, self.space.level(sigma)))
-        return float(scale[i] if isinstance(scale, Sequence) else scale)
-
-    def _check_scale(self, scale: Any) -> float:
+    def check_scale(self, scale: Any) -> float:
+        """λ as a float; ValueError outside [0, 1], unless extrapolated."""
         low, high = (-math.inf, math.inf) if self.extrapolate else (0.0, 1.0)
         return check_number("teacher_scale", scale, low, high)
-
-    def _within_training(self, sigma: float, j: int) -> float:
-        trained = self._trained[j]
-        if trained is None or sigma == 0.0:
-            return sigma
-        clamped = min(max(sigma, self.space.sigma(trained[0])), self.space.sigma(trained[1]))
-        # Schedules start a few float32 roundings above sigma_max.
-        if not math.isclose(clamped, sigma, rel_tol=1e-4) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"a level σ_s = {self.space.level(sigma):g} lies outside the teacher's trained "
-                f"range, [{trained[0]:g}, {trained[1]:g}]; it is clamped",
-                stacklevel=2,
-            )
-        return clamped
 
 
 def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:
@@ -305,68 +264,6 @@ def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:
     if not all(type(a) is type(b) and a == b for a, b in zip(settings, defaults)):
         raise ValueError("settings of the teacher belong into kdpp.Teacher where one is given")
     return list(given)
-
-
-def _mixed(seed: Callable[[], int], j: int) -> str:
-    """A seed of teacher j's own."""
-    return f"{seed()} {j}"
-
-
-def _is_explicit(steps: Any) -> bool:
-    return not isinstance(steps, numbers.Integral | NoiseRange)
-
-
-def _guided_steps(teacher: Teacher, steps: Sequence[Step], space: Space) -> list[int]:
-    """The indices of the steps that the teacher revises; steps of no length are none of them."""
-    able = (
-        i
-        for i, step in enumerate(steps)
-        if step.sigma_next < step.sigma and step.stages[-1].row.denoised != 0.0
-    )
-    wanted: Any = teacher.steps
-    if isinstance(wanted, numbers.Integral):
-        return list(islice(able, int(wanted)))
-    if isinstance(wanted, NoiseRange):
-        # A bound that is one of the levels holds it, though float32 has rounded the levels.
-        low, high = wanted.low * (1.0 - 1e-6), wanted.high * (1.0 + 1e-6)
-        return [i for i in able if low <= space.level(steps[i].sigma) <= high]
-    count = len(steps)
-    for i in wanted:
-        if not -count <= i < count:
-            raise ValueError(f"teacher_steps holds {i}; the schedule has {count} steps")
-    chosen = {i % count for i in wanted}
-    return [i for i in able if i in chosen]
-
-
-def _renoise_levels(
-    renoise: Renoise, steps: Sequence[Step], space: Space, seed: Callable[[], str]
-) -> Callable[[int], float]:
-    """σ_s for a step's index, before it is clamped."""
-    if renoise == "next":
-        return lambda i: steps[i].sigma_next
-    if renoise == "current":
-        # A flow model's τ = 1 is σ = ∞: all noise, whatever the estimate. Stop just below.
-        return lambda i: min(steps[i].sigma, 1e6)
-    if renoise == "random":
-        levels = [sigma for step in steps for sigma in (step.sigma, step.sigma_next)]
-        inside = [math.log(sigma) for sigma in levels if 0.0 < sigma < math.inf]
-        uniform = random.Random(seed()).uniform
-        return lambda i: math.exp(uniform(min(inside), max(inside)))
-    if callable(renoise):
-
-        def level(i: int) -> float:
-            step = steps[i]
-            value = renoise(i, space.level(step.sigma), space.level(step.sigma_next))
-            return min(space.sigma(check_number("renoise's level", value, 0.0, math.inf)), 1e6)
-
-        return level
-    sigma = min(space.sigma(float(renoise)), 1e6)
-    return lambda i: sigma
-
-
-def _renoise_row(sigma: float, sigma_s: float, rho: float) -> Row:
-    predicted = sigma_s * math.sqrt(1.0 - rho * rho)
-    return Row(predicted, 1.0, (-predicted / sigma,), noise=rho * sigma_s or None)
 
 
 def _check_steps(steps: Any) -> None:

@@ -8,9 +8,9 @@ model's state ``(1-τ) x0 + τ n`` is that with ``σ = τ/(1-τ)``, see `Space`.
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 __all__ = [
@@ -19,13 +19,19 @@ __all__ = [
     "Row",
     "Space",
     "Stage",
+    "Stages",
     "Step",
+    "ancestral",
     "ancestral_split",
+    "check_falling",
     "churned",
     "euler_row",
+    "is_first_order",
     "level_before",
     "level_ratio",
-    "nonnegative",
+    "merge_close",
+    "two_stages",
+    "with_churn",
 ]
 
 
@@ -99,9 +105,20 @@ class Step:
         return self.churn is not None or any(s.row.noise is not None for s in self.stages)
 
     @property
+    def gain(self) -> float:
+        """The weight of x̂_new in the step's end; 0 for a step of no length: it is not revised."""
+        return self.stages[-1].row.denoised if self.sigma_next < self.sigma else 0.0
+
+    @property
     def memory(self) -> int:
         """How many estimates made before its newest one it weighs."""
         return max(0, *(stage.row.memory - 1 for stage in self.stages))
+
+    @property
+    def history(self) -> int:
+        """How many estimates, or states, of earlier steps it weighs."""
+        estimates = (stage.row.memory - made for made, stage in enumerate(self.stages, 1))
+        return max(0, *estimates, *(len(stage.row.past) for stage in self.stages))
 
     @classmethod
     def single(cls, sigma: float, sigma_next: float, row: Row) -> Step:
@@ -128,6 +145,34 @@ FLOW = Space(
     alpha=lambda sigma: 1.0 / (1.0 + sigma),
 )
 """Flow matching, levels τ in [0, 1]: ``(1-τ) x0 + τ n``, so ``σ = τ/(1-τ)`` and α = 1 - τ."""
+
+
+def check_falling(sigmas: Sequence[float]) -> None:
+    """ValueError unless the levels are ≥ 0, finite and never rise."""
+    for sigma in sigmas:
+        if not 0.0 <= sigma < math.inf:
+            raise ValueError(f"sigmas holds {sigma!r}; every level must be a finite number ≥ 0")
+    for sigma, sigma_next in pairwise(sigmas):
+        if sigma_next > sigma:
+            raise ValueError(
+                f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase"
+            )
+
+
+CLOSE = 2.0**-22
+"""Two roundings of float32: levels that differ by less, relative to each other, count as equal."""
+
+
+def merge_close(sigmas: Iterable[float]) -> tuple[float, ...]:
+    """The levels, one that is all but equal to the one before in the place of itself.
+
+    A multistep solver divides by the distance of two levels, and rounding is not a distance.
+    """
+    merged: list[float] = []
+    for sigma in sigmas:
+        close = merged and merged[-1] < math.inf and merged[-1] - sigma <= CLOSE * merged[-1]
+        merged.append(merged[-1] if close else sigma)
+    return tuple(merged)
 
 
 def level_before(sigmas: Sequence[float], i: int) -> int | None:
@@ -169,13 +214,6 @@ def ancestral_split(
     return sigma_down, s_noise * sigma_up if draws else None
 
 
-def nonnegative(**settings: float) -> None:
-    """Raise ValueError for a setting that is no number, negative or NaN."""
-    for name, value in settings.items():
-        if not (isinstance(value, numbers.Real) and value >= 0.0):
-            raise ValueError(f"{name} is {value!r}; it must be a number ≥ 0")
-
-
 def churned(
     sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> list[tuple[float, float | None]]:
@@ -185,7 +223,6 @@ def churned(
     ``γ = min(s_churn / steps, sqrt(2) - 1)`` (Karras et al. 2022, Algorithm 2). k-diffusion draws
     in every step; so does a run that churns in any, to get the same noise.
     """
-    nonnegative(s_churn=s_churn, s_noise=s_noise)
     gamma = min(s_churn / (len(sigmas) - 1), math.sqrt(2.0) - 1.0)
     if gamma == 0.0:
         return [(sigma, None) for sigma in sigmas[:-1]]
@@ -198,3 +235,66 @@ def churned(
         lift = math.sqrt(sigma_hat**2 - sigma**2) if inside else 0.0
         levels.append((sigma_hat, s_noise * lift))
     return levels
+
+
+# ------------------------------------------------------------------------------ single-step solvers
+
+Stages = Callable[[float, float, float | None], tuple[Stage, ...]]
+"""``(sigma, target, noise)``: the stages from σ down to the target, the last one with the noise.
+
+It is the whole of a single-step solver: `ancestral` and `with_churn` make it a plan. It is asked
+for steps from a finite σ down to a target in (0, σ) only; all others are Euler's.
+"""
+
+
+def with_churn(
+    sigmas: Sequence[float],
+    stages: Stages,
+    s_churn: float,
+    s_tmin: float,
+    s_tmax: float,
+    s_noise: float,
+) -> Iterator[Step]:
+    """A single-step solver from σ̂, where `churned` noise has lifted x, to σ'."""
+    lifts = churned(sigmas, s_churn, s_tmin, s_tmax, s_noise)
+    for (sigma, sigma_next), (sigma_hat, churn) in zip(pairwise(sigmas), lifts):
+        yield Step(sigma, sigma_next, _stages(stages, sigma_hat, sigma_next, None), churn)
+
+
+def ancestral(
+    sigmas: Sequence[float], stages: Stages, eta: float, s_noise: float
+) -> Iterator[Step]:
+    """A single-step solver to σ_down, then noise up to σ' (`ancestral_split`)."""
+    for sigma, sigma_next in pairwise(sigmas):
+        sigma_down, noise = ancestral_split(sigma, sigma_next, eta, s_noise)
+        yield Step(sigma, sigma_next, _stages(stages, sigma, sigma_down, noise))
+
+
+def _stages(stages: Stages, sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
+    if is_first_order(sigma, target):
+        return (Stage(sigma, euler_row(sigma, target, noise)),)
+    return stages(sigma, target, noise)
+
+
+def is_first_order(sigma: float, target: float) -> bool:
+    """Whether a step must be Euler: from σ = ∞, to σ = 0, or of no length."""
+    return level_ratio(sigma, target) in (0.0, 1.0)
+
+
+def two_stages(
+    sigma: float,
+    sigma_middle: float,
+    sigma_end: float,
+    weight: float,
+    denoised: float = 1.0,
+    noise: float | None = None,
+) -> tuple[Stage, Stage]:
+    """A first-order step to a middle point u, and one to the end that weighs its estimate, d_u.
+
+    ``x' = e x + (1 - e - weight) d + weight d_u``, with e = σ_end/σ; of the newest estimate's
+    weight ``denoised`` is revisable, the rest is direction.
+    """
+    ratio = sigma_end / sigma
+    to_middle = Row(sigma_middle, direction=(1.0 - sigma_middle / sigma,))
+    to_end = Row(sigma_end, denoised, (weight - denoised, 1.0 - ratio - weight), noise)
+    return Stage(sigma, to_middle), Stage(sigma_middle, to_end)

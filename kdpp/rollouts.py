@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from kdpp.checks import check_count, check_latent, check_number, check_sigmas, read_levels
-from kdpp.denoisers import Denoise, Denoiser, bind, map_rows, refuse_unmarked_cfg
+from kdpp.denoisers import Denoise, Denoiser, bind, pick_rows, refuse_unmarked_cfg
 from kdpp.driver import Callback, report
 from kdpp.editing import Inpainted, check_levels
 from kdpp.guidance import TeacherGuidedDenoiser
@@ -229,7 +229,7 @@ class Player(NamedTuple):
             return Leg(denoise, levels, None)
         refuse_known_regions(self.model, self.name)
         samples = chosen.nonzero()[:, 0].to(x.device)
-        own_args = map_rows(dict(extra_args), len(x), lambda t: t[samples.to(t.device)])
+        own_args = pick_rows(dict(extra_args), len(x), chosen.nonzero()[:, 0])
         denoise = bind(self.model, self.name, x[samples], own_args, self.cfg_scale)
         return Leg(denoise, levels, samples)
 

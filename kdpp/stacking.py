@@ -18,9 +18,11 @@ __all__ = ["Stack", "Stacked", "stack_teachers"]
 class Stack(nn.Module):
     """Networks of one architecture, called together (`torch.func.vmap`); see `stack_teachers`.
 
-    ``forward(x, sigma, **extra_args)``: the first of ``len(stack)`` equal shares of x, of sigma and
-    of every batch-first tensor goes to the first network, and so on.
+    ``forward(x, sigma, **joined)``: the first of ``len(stack)`` equal shares of x, of sigma and of
+    all that goes by sample (`kdpp.denoisers.Rows`) goes to the first network, and so on.
     """
+
+    takes_rows = True
 
     def __init__(self, *denoisers: nn.Module) -> None:
         super().__init__()
@@ -34,14 +36,13 @@ class Stack(nn.Module):
     def __len__(self) -> int:
         return self.count
 
-    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        rows, tensors = len(x), [x, sigma]
-        map_rows(extra_args, rows, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    def forward(self, x: Tensor, sigma: Tensor, **joined: Any) -> Tensor:
+        tensors = [x, sigma]
+        map_rows(joined, lambda rows: tensors.append(rows.value))
 
         def one(values: dict[str, Tensor], x: Tensor, sigma: Tensor, *others: Tensor) -> Tensor:
             rest = iter(others)
-            kwargs = map_rows(extra_args, rows, lambda _: next(rest))
-            return self.call(values, x, sigma, kwargs)
+            return self.call(values, x, sigma, map_rows(joined, lambda _: next(rest)))
 
         shares = [t.reshape(len(self), -1, *t.shape[1:]) for t in tensors]
         answers: Tensor = torch.vmap(one)(self.values(), *shares)

@@ -20,7 +20,7 @@ X, DENOISED = (STATE, 0), (STATE, 1)
 class Update(NamedTuple):
     """A row made ready: one interpolation for each tensor after the first, a factor, the noise.
 
-    It is called with the groups: (x, x̂), the teachers' estimates, directions and past states, both
+    It is called with the groups: (x, x̂), what the teachers said, directions and past states, both
     newest first; and with the noise, where it takes any.
     """
 
@@ -42,7 +42,9 @@ class Update(NamedTuple):
         """The weights of a row from x at ``sigma`` to a state at ``reached``, folded into lerps.
 
         ``Σ w_j p_j = W lerp(… lerp(p_0, p_1, w_1/(w_0+w_1)) …, p_n, w_n/W)``, the largest weight
-        first, so that no partial sum vanishes. ``scales`` are the teachers' λ.
+        first, so that no partial sum vanishes. ``scales`` are the teachers' λ: the row's weight of
+        x̂_new is shared out to its terms, ``x̂_new = (1 - Σλ_j) x̂ + Σ λ_j x̂_ψj``, which saves the
+        kernel that would make it.
         """
         alpha = space.alpha(reached)
         weights = {

@@ -6,15 +6,17 @@ A denoiser here is what k-diffusion calls one: ``(x, sigma, **extra_args) -> est
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+import kdpp
 
 SHAPE = (3, 2, 2)
 SIGMA_MAX, SIGMA_MIN = 14.6146, 0.0292
@@ -258,14 +260,16 @@ class Tape:
 
 
 def accepts(solver: Any, name: str) -> bool:
-    """Whether the solver's public function has a parameter `name`."""
-    return name in inspect.signature(solver.sample).parameters
+    """Whether the solver takes an option of this name, or a noise sampler."""
+    return name in solver.options or (name == "noise_sampler" and solver.noise != "none")
 
 
 def run(solver: Any, model: Any, x: Tensor, sigmas: Tensor, **options: Any) -> Tensor:
     """Samples without a progress bar, with those of the options that the solver has."""
-    known = {name: value for name, value in options.items() if accepts(solver, name)}
-    return solver.sample(model, x, sigmas, disable=True, **known)
+    common = ("extra_args", "callback")
+    known = {n: value for n, value in options.items() if n in common or accepts(solver, n)}
+    sampler = solver.sample or partial(kdpp.sample, solver)
+    return sampler(model, x, sigmas, disable=True, **known)
 
 
 def conditions(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -299,8 +303,6 @@ class Problem:
 
     def guided(self, **options: Any) -> Any:
         """The pair as kdpp's wrapper."""
-        import kdpp
-
         options.setdefault("teacher_cfg_scale", self.teacher_cfg_scale)
         return kdpp.TeacherGuidedDenoiser(self.student, self.teacher, **options)
 
@@ -344,10 +346,41 @@ def pairs(sigmas: Tensor) -> Iterator[tuple[float, float]]:
 
 
 def on_schedules(solvers: Mapping[str, Any]) -> list[Any]:
-    """The solvers that take sigmas; DPM-Solver-fast makes its own and has tests of its own."""
-    return solver_items(solvers, sigmas=True)
+    """The solvers that take sigmas; those that make their own levels have tests of their own."""
+    return [s for s in solvers.values() if s.own_levels is None]
 
 
-def solver_items(solvers: Mapping[str, Any], **wanted: bool) -> list[Any]:
-    """The solvers whose parameters include (True) or lack (False) the names given."""
-    return [s for s in solvers.values() if all(accepts(s, n) == w for n, w in wanted.items())]
+# ---------------------------------------------------------------------------------- solvers' facts
+
+
+def rows(solver: Any, sigmas: Tensor, **options: Any) -> list[tuple[float, Any]]:
+    """The rows of a solver's plan, each with the level that its step starts at."""
+    steps = solver.plan(sigmas.tolist(), **options)
+    return [(step.stages[0].sigma, stage.row) for step in steps for stage in step.stages]
+
+
+def growth(solver: Any, sigmas: Tensor, **options: Any) -> float:
+    """The largest sum of the sizes of a row's weights: so far one step can take a rounding."""
+
+    def weights(sigma: float, row: Any) -> list[float]:
+        earlier = [weight / level for weight, level in row.past]
+        return [row.target / sigma, row.denoised, *row.direction, *earlier]
+
+    return max(sum(map(abs, weights(*row))) for row in rows(solver, sigmas, **options))
+
+
+def cancels(solver: Any) -> bool:
+    """Whether it weighs earlier states against their estimates: differences that lose digits."""
+    return any(row.past for _, row in rows(solver, karras(8)))
+
+
+def has_limit(solver: Any) -> bool:
+    """Whether its weights stay bounded where a step starts at ever higher levels."""
+    on_the_ode = {"eta": 0.0} if "eta" in solver.options else {}
+    return growth(solver, torch.tensor([1e12, 1.0, 0.5], dtype=torch.float64), **on_the_ode) < 1e3
+
+
+def looks_ahead(solver: Any) -> bool:
+    """Whether a step depends on the levels after its end."""
+    alone, followed = (solver.plan(levels)[0] for levels in ([4.0, 2.0], [4.0, 2.0, 1.0]))
+    return alone.stages != followed.stages

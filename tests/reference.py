@@ -335,16 +335,16 @@ def _plus_plus(solver: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
-    "sample_euler_tg": euler,
-    "sample_euler_ancestral_tg": euler_ancestral,
-    "sample_dpmpp_2s_ancestral_tg": dpmpp_2s_ancestral,
-    "sample_dpmpp_2m_tg": dpmpp_2m,
-    "sample_dpmpp_2m_ancestral_tg": dpmpp_2m_ancestral,
-    "sample_lcm_tg": lcm,
-    "sample_euler_cfg_pp_tg": _plus_plus(euler),
-    "sample_euler_ancestral_cfg_pp_tg": _plus_plus(euler_ancestral),
-    "sample_dpmpp_2s_ancestral_cfg_pp_tg": dpmpp_2s_ancestral_cfg_pp,
-    "sample_dpmpp_2m_cfg_pp_tg": dpmpp_2m_cfg_pp,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "dpmpp_2s_ancestral": dpmpp_2s_ancestral,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_ancestral": dpmpp_2m_ancestral,
+    "lcm": lcm,
+    "euler_cfg_pp": _plus_plus(euler),
+    "euler_ancestral_cfg_pp": _plus_plus(euler_ancestral),
+    "dpmpp_2s_ancestral_cfg_pp": dpmpp_2s_ancestral_cfg_pp,
+    "dpmpp_2m_cfg_pp": dpmpp_2m_cfg_pp,
 }
 
 

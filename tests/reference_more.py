@@ -236,14 +236,14 @@ def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
 
 
 REFERENCES = {
-    "sample_heun_tg": heun,
-    "sample_dpm_2_tg": dpm_2,
-    "sample_dpm_2_ancestral_tg": dpm_2_ancestral,
-    "sample_ddim_stochastic_tg": ddim_stochastic,
-    "sample_lms_tg": lms,
-    "sample_dpmpp_sde_tg": dpmpp_sde,
-    "sample_dpmpp_2m_sde_tg": dpmpp_2m_sde,
-    "sample_dpmpp_3m_sde_tg": dpmpp_3m_sde,
-    "sample_dpmpp_3m_sde_o3_tg": dpmpp_3m_sde_o3,
-    "sample_unipc_tg": unipc,
+    "heun": heun,
+    "dpm_2": dpm_2,
+    "dpm_2_ancestral": dpm_2_ancestral,
+    "ddim_stochastic": ddim_stochastic,
+    "lms": lms,
+    "dpmpp_sde": dpmpp_sde,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_3m_sde_o3": dpmpp_3m_sde_o3,
+    "unipc": unipc,
 }

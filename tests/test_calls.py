@@ -7,12 +7,12 @@ from torch import nn
 import kdpp
 import problems
 from kdpp import Teacher
-from kdpp.denoisers import bind
+from kdpp.denoisers import Rows, bind
 from problems import Counted, Problem, karras, mixture, run, seeded
 
 SOLVERS = problems.on_schedules(kdpp.SOLVERS)
 over_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
-EULER = kdpp.SOLVERS["sample_euler_tg"]
+EULER = kdpp.SOLVERS["euler"]
 BATCH = 3
 EXTRA = {
     "cond": seeded(BATCH, 3, seed=1),
@@ -260,7 +260,7 @@ def test_a_k_diffusion_denoiser_can_be_stacked():
     with torch.no_grad():
         expected = torch.cat([make(net)(x, sigma, cond=cond) for net in (one, two)])
         twice = [torch.cat([tensor, tensor]) for tensor in (x, sigma, cond)]
-        both = stacked[0].stack(*twice[:2], cond=twice[2])
+        both = stacked[0].stack(*twice[:2], cond=Rows(twice[2]))
         alone = torch.cat([net(x, sigma, cond=cond) for net in stacked])
     assert torch.allclose(both, expected, atol=1e-4)
     assert torch.allclose(alone, expected, atol=1e-6)

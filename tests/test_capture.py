@@ -52,7 +52,7 @@ def options(solver):
 def test_the_loop_is_one_trace_and_gives_the_sampler_s_images(solver, traced):
     """fullgraph=True for every solver, guided; new latents, conditions and seeds, no new trace."""
     model, sigmas = guided(), karras(STEPS).float()
-    captured = capture(solver.sample, model, latent(), sigmas, conditions(), **options(solver))
+    captured = capture(solver, model, latent(), sigmas, conditions(), **options(solver))
     images = []
     for seed in range(3):
         x, extra = latent(seed), conditions(seed)
@@ -69,9 +69,9 @@ def test_the_loop_is_one_trace_and_gives_the_sampler_s_images(solver, traced):
 def test_the_default_compiler_makes_the_same_images():
     """Inductor's code for a guided, ancestral run."""
     torch._dynamo.reset()
-    solver = kdpp.SOLVERS["sample_euler_ancestral_tg"]
+    solver = kdpp.SOLVERS["euler_ancestral"]
     model, sigmas = guided(), karras(2).float()
-    captured = capture(solver.sample, model, latent(), sigmas, conditions())
+    captured = capture(solver, model, latent(), sigmas, conditions())
     torch.manual_seed(3)
     found = captured(latent())
     torch.manual_seed(3)
@@ -144,7 +144,7 @@ def test_a_graph_replays_with_new_latents_conditions_and_seeds(solver):
     if "noise_sampler" in given:
         given["noise_sampler"] = lambda *_: torch.randn(BATCH, *problems.SHAPE, device="cuda")
     first = (latent(device="cuda"), sigmas, conditions(device="cuda"))
-    captured = capture(solver.sample, model, *first, mode="graph", **given)
+    captured = capture(solver, model, *first, mode="graph", **given)
     images = []
     for seed in range(3):
         x, extra = latent(seed, "cuda"), conditions(seed, "cuda")

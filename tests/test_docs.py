@@ -86,7 +86,8 @@ def test_the_page_on_adding_a_solver():
     page = ROOT / "docs" / "adding_a_solver.md"
     (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     assert len([line for line in code.splitlines() if line.strip()]) < 30
-    suites = ["properties", "order", "parity", "cost", "input", "random_stream"]
+    suites = ["properties", "order", "parity", "cost", "input", "random_stream", "flow", "calls"]
+    suites += ["guidance", "capture"]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", "ralston",
          *(f"tests/test_{name}.py" for name in suites)],

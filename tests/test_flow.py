@@ -11,6 +11,7 @@ from torch import nn
 import kdpp
 from kdpp import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
 from kdpp.models import FlowDenoiser, as_flow, as_ve
+from kdpp.plan import FLOW
 from problems import (
     SHAPE,
     Counted,
@@ -21,7 +22,10 @@ from problems import (
     accepts,
     conditions,
     gaussian,
+    has_limit,
+    looks_ahead,
     mixture,
+    on_schedules,
     per_sample,
     relative,
     run,
@@ -29,7 +33,7 @@ from problems import (
     shift,
 )
 
-SOLVERS = [s for s in kdpp.SOLVERS.values() if accepts(s, "sigmas")]
+SOLVERS = on_schedules(kdpp.SOLVERS)
 over_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
 TAUS = torch.tensor([0.92, 0.75, 0.5, 0.3, 0.1, 0.0], dtype=torch.float64)
 SIGMAS = TAUS / (1 - TAUS)
@@ -238,7 +242,7 @@ def test_both_forms_end_at_any_level(solver):
 )
 def test_settings_are_in_the_models_levels(ve, flow):
     """Ranges, levels and functions of a level are τ for a flow model."""
-    solver = kdpp.SOLVERS["sample_dpmpp_2m_tg"]
+    solver = kdpp.SOLVERS["dpmpp_2m"]
     runs = both_forms(solver, MODELS["mixture"], ve=ve, flow=flow)
     assert_same_trajectory(*runs)
 
@@ -248,7 +252,7 @@ def test_sds_scale_in_both_forms():
     ve, flow = (
         {"teacher_scale": sds_scale(0.2, flow=flow), "teacher_steps": 4} for flow in (False, True)
     )
-    solver = kdpp.SOLVERS["sample_euler_tg"]
+    solver = kdpp.SOLVERS["euler"]
     runs = both_forms(solver, MODELS["mixture"], ve=ve, flow=flow)
     assert_same_trajectory(*runs)
 
@@ -292,7 +296,7 @@ def test_a_flow_teachers_trained_range_is_in_tau():
         [Teacher(teacher, cfg_scale=1.0, renoise=level) for level in (0.9, 0.1, 0.6)],
     )
     with pytest.warns(UserWarning, match=r"\[0\.2, 0\.8\].*clamped") as caught:
-        sample(kdpp.SOLVERS["sample_euler_tg"], model, TAUS, seeded(2, *SHAPE, seed=9))
+        sample(kdpp.SOLVERS["euler"], model, TAUS, seeded(2, *SHAPE, seed=9))
     assert len(caught) == 1
     (call,) = teacher.calls  # three levels, two samples each
     assert call.sigma[::2].tolist() == pytest.approx([0.8, 0.2, 0.6], rel=1e-12)
@@ -360,36 +364,26 @@ def near_noise(solver, model, levels, gap, **options):
     return [sample(solver, model(), each, x, **options) for each in (levels, below)]
 
 
-# Heun and DPM-Solver-2 divide a slope at σ' or sqrt(σ σ') by it: from σ = ∞ they have no limit, or
-# another one. The multistep solvers forget an infinite level; in the limit its weight falls as
-# 1/log σ, so that it is not seen in numbers: see the next test.
-NO_LIMIT = {"sample_heun_tg", "sample_dpm_2_tg", "sample_dpm_2_ancestral_tg"}
-FORGETFUL = {
-    "sample_dpmpp_2m_tg",
-    "sample_dpmpp_2m_cfg_pp_tg",
-    "sample_dpmpp_2m_ancestral_tg",
-    "sample_lms_tg",
-    "sample_unipc_tg",
-    "sample_dpmpp_2m_sde_tg",
-    "sample_dpmpp_3m_sde_tg",
-    "sample_dpmpp_3m_sde_o3_tg",
-}
-
-
 @over_models
-@over_solvers_and_eta(0.0, 0.5, 1.0, wanted=lambda s: s.name not in NO_LIMIT)
+@over_solvers_and_eta(0.0, 0.5, 1.0, wanted=has_limit)
 @pytest.mark.parametrize("scale", [0.0, 0.4])
 def test_pure_noise_is_the_limit(solver, eta, models, scale):
     """A start at τ = 1 - 1e-9 gives the same to 1e-6.
 
-    Of multistep solvers the first step; of solvers with a middle point, which lies at the square
-    root of the distance from τ = 1, at a distance of 1e-13 to 1e-5.
+    Of multistep solvers the first step: they forget an infinite level, and in the limit its weight
+    falls as 1/log σ, so that it is not seen in numbers (see the next test). Of solvers with a
+    middle point at a distance of 1e-13: as near as that point comes. Not of Heun and DPM-Solver-2,
+    which divide a slope by σ' or sqrt(σ σ').
     """
-    levels = FROM_NOISE[:2] if solver.name in FORGETFUL else FROM_NOISE
-    stages = solver.evaluations > 1 or "o3" in solver.name
-    gap, tolerance = (1e-13, 1e-5) if stages else (1e-9, 1e-6)
-    if "m_sde" in solver.name and eta == 0.5:  # there σ_down falls like gap ** η
-        tolerance = 1e-4
+    levels = FROM_NOISE[:2] if solver.multistep else FROM_NOISE
+    gap, tolerance = 1e-9, 1e-6
+    if solver.evaluations > 1 or solver.extra:
+        gap = 1e-13
+        options = {"eta": eta} if accepts(solver, "eta") else {}
+        plan = solver.plan([1.0 - gap, *levels[1:].tolist()], space=FLOW, **options)
+        tolerance = max(1e-5, 3.0 / plan[0].stages[-1].sigma)
+    if solver.multistep and solver.noise == "brownian" and eta == 0.5:
+        tolerance = 1e-4  # the exact SDE's σ_down falls like gap ** η
 
     def model():
         return pair(models, True, teacher_scale=scale, teacher_steps=2)
@@ -399,7 +393,7 @@ def test_pure_noise_is_the_limit(solver, eta, models, scale):
 
 
 @over_models
-@over_solvers_and_eta(0.0, 1.0, wanted=lambda s: s.name != "sample_ddim_stochastic_tg")
+@over_solvers_and_eta(0.0, 1.0, wanted=lambda s: not looks_ahead(s))
 def test_an_infinite_level_is_no_memory(solver, models, eta):
     """From τ = 1: one step, and then the solver as it starts from the level after it.
 
@@ -571,7 +565,7 @@ def test_marked_models_say_their_kind():
     """OwnCFG around a flow model is a flow model."""
     with pytest.raises(ValueError, match="flow model"):
         model = TeacherGuidedDenoiser(*(kdpp.OwnCFG(NeverCalledFlow()) for _ in range(2)))
-        sample(kdpp.SOLVERS["sample_euler_tg"], model, SIGMAS, seeded(2, *SHAPE, seed=1))
+        sample(kdpp.SOLVERS["euler"], model, SIGMAS, seeded(2, *SHAPE, seed=1))
 
 
 @over_solvers

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kdpp
+import problems
 import reference
 from kdpp import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
 from problems import (
@@ -29,7 +30,7 @@ from problems import (
     seeded,
 )
 
-SOLVERS = [s for s in kdpp.SOLVERS.values() if accepts(s, "sigmas")]
+SOLVERS = problems.on_schedules(kdpp.SOLVERS)
 over_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
 SIGMAS = torch.tensor([10.0, 4.0, 1.5, 0.6, 0.2, 0.0], dtype=torch.float64)
 ONE_STEP = torch.tensor([5.0, 2.0], dtype=torch.float64)
@@ -37,7 +38,7 @@ STEPS = len(SIGMAS) - 1
 CFG = 4.0
 PROBLEM = Problem()
 STUDENT, TEACHER, OTHER = PROBLEM.student, PROBLEM.teacher, mixture(2)
-EULER = kdpp.SOLVERS["sample_euler_tg"]
+EULER = kdpp.SOLVERS["euler"]
 
 
 class Noise:
@@ -1001,8 +1002,8 @@ def test_other_denoisers_under_the_same_guidance(solver):
 # ------------------------------------------------------------------------- 2S with a general r
 
 R = pytest.mark.parametrize("r", [0.3, 0.5, 0.8, 1.0])
-TWO_S = kdpp.SOLVERS["sample_dpmpp_2s_ancestral_tg"]
-TWO_S_PP = kdpp.SOLVERS["sample_dpmpp_2s_ancestral_cfg_pp_tg"]
+TWO_S = kdpp.SOLVERS["dpmpp_2s_ancestral"]
+TWO_S_PP = kdpp.SOLVERS["dpmpp_2s_ancestral_cfg_pp"]
 
 
 @R

@@ -543,7 +543,7 @@ def test_the_result_samples_as_its_file_says(case, trained):
             _ = model.sampler
         images = kdpp.encode(denoiser, x, sigmas, extra_args, disable=True)
     else:
-        solver = kdpp.SOLVERS[f"sample_{sampler}_tg"].sample
+        solver = kdpp.SOLVERS[sampler].sample
         wrapped = kdpp.TeacherGuidedDenoiser(denoiser, denoiser, teacher_steps=0)
         images = solver(wrapped, x, sigmas, extra_args, disable=True)
     assert images.shape == x.shape and bool(images.isfinite().all())

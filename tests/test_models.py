@@ -155,7 +155,7 @@ over_forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 def named(solver):
     """A sampler by its k-diffusion name."""
-    return kdpp.SOLVERS[f"sample_{solver}_tg"]
+    return kdpp.SOLVERS[solver]
 
 
 def points(*levels):

@@ -398,7 +398,7 @@ def test_kdpp_and_k_diffusion_run_on_the_same_path(name):
     """One image from both libraries, each asking a path of the same seed."""
     problem, sigmas = Problem(), karras(6)
     x = problem.start(sigmas)
-    solver = kdpp.SOLVERS[f"sample_{name}_tg"]
+    solver = kdpp.SOLVERS[name]
 
     def path():
         return BrownianNoise(x, sigmas[-2], sigmas[0], [5] * len(x))

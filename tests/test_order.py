@@ -21,9 +21,7 @@ from problems import (
 
 WITH_ORDER = [s for s in problems.on_schedules(kdpp.SOLVERS) if s.order is not None]
 HIGH, LOW = 10.0, 0.2
-STEPS = [64, 96, 128, 192, 256]
-# Started by Euler, LMS (4) comes down from order 3 to its own late.
-LATE_STEPS = {"sample_lms_tg": [384, 512, 768, 1024]}
+FACTORS = (1, 4 / 3, 2, 8 / 3)  # of the number of steps from which the order is seen
 TOLERANCE = 0.15
 
 
@@ -64,7 +62,7 @@ def conditional_gaussian(seed):
 def test_order_on_a_gaussian(solver, seed):
     """Against the ODE's closed-form solution the fitted order is the one that is stated."""
     model, exact = conditional_gaussian(seed)
-    counts = LATE_STEPS.get(solver.name, STEPS)
+    counts = [round(solver.order_from * factor) for factor in FACTORS]
     errors = [rms(solve(solver, model, steps, start()) - exact) for steps in counts]
     assert fitted_order(errors, counts) == pytest.approx(solver.order, abs=TOLERANCE)
 
@@ -103,7 +101,7 @@ def runge_kutta(estimate, x, steps):
 def test_order_on_a_mixture(solver, fine):
     """The same on a denoiser that is not linear, against a fine Runge-Kutta solution."""
     model, exact = fine
-    counts = LATE_STEPS.get(solver.name, STEPS)
+    counts = [round(solver.order_from * factor) for factor in FACTORS]
     errors = [rms(solve(solver, model, steps, start()) - exact) for steps in counts]
     assert fitted_order(errors, counts) == pytest.approx(solver.order, abs=TOLERANCE)
 

@@ -115,7 +115,7 @@ def sampled_ratios(solver, model, steps=SAMPLED_STEPS, **options):
     sigmas = log_uniform(steps, LOW, HIGH)
     x = math.sqrt(marginal(HIGH)) * torch.randn(2, 1, 1, NUMBERS // 2)
     ratios = []
-    if "Brownian" in solver.needs:  # the tree takes minutes; its draws are k-diffusion's affair
+    if solver.noise == "brownian":  # the tree takes minutes; its draws are k-diffusion's affair
         options["noise_sampler"] = lambda sigma, sigma_next: torch.randn_like(x)
 
     def measure(x, sigma):
@@ -191,7 +191,7 @@ def spread_at_every_level(solver, steps, **options):
 
 def test_stochastic_ddim_approaches_the_marginal():
     """Two levels down, one up: the exact variance comes to c + sigma^2 as the steps grow."""
-    solver = kdpp.SOLVERS["sample_ddim_stochastic_tg"]
+    solver = kdpp.SOLVERS["ddim_stochastic"]
     coarse, fine = (spread_at_every_level(solver, steps) for steps in (200, 800))
     assert fine < coarse / 3
     assert fine < 0.02

@@ -1,6 +1,7 @@
 """The wrapper: any denoiser as student or teacher, any condition, and what a callback sees."""
 
 import inspect
+from functools import partial
 from types import SimpleNamespace
 
 import k_diffusion.external as external
@@ -12,6 +13,7 @@ import torch
 import kdpp
 import problems
 import reference
+from kdpp.solver import solver_of
 from problems import (
     SHAPE,
     CFGDenoiser,
@@ -341,7 +343,7 @@ def copied(info):
 @over_solvers
 def test_an_unguided_callback_is_k_diffusions(solver):
     """λ = 0: the same keys and the same values, step by step."""
-    theirs = getattr(k_sampling, solver.name.removesuffix("_tg"), None)
+    theirs = getattr(k_sampling, f"sample_{solver.name}", None)
     if theirs is None:
         pytest.skip("k-diffusion has no sampler of this name")
     problem, expected = Problem(), []
@@ -376,7 +378,7 @@ def test_a_churned_callback_is_k_diffusions(name):
     for sample, denoiser in (
         (solver.sample, model),
         (
-            getattr(k_sampling, name.removesuffix("_tg"), k_sampling.sample_euler),
+            getattr(k_sampling, f"sample_{name.removesuffix('_cfg_pp')}"),
             CFGDenoiser(problem.student),
         ),
     ):
@@ -467,8 +469,8 @@ def rest(solver, expected):
 
 
 SAME_AS = {
-    "sample_dpmpp_2m_ancestral_tg": k_sampling.sample_euler_ancestral,
-    "sample_lcm_tg": lambda model, x, sigmas, extra_args=None, callback=None, disable=None,
+    "dpmpp_2m_ancestral": k_sampling.sample_euler_ancestral,
+    "lcm": lambda model, x, sigmas, extra_args=None, callback=None, disable=None,
     noise_sampler=None: None,
 }  # fmt: skip
 
@@ -477,7 +479,7 @@ SAME_AS = {
 def test_signatures_are_k_diffusions(solver):
     """Names, order and defaults as k-diffusion has them; CFG++ as the solver without it."""
     plain = solver.name.replace("_cfg_pp", "")
-    theirs = getattr(k_sampling, plain.removesuffix("_tg"), None) or SAME_AS.get(plain)
+    theirs = getattr(k_sampling, f"sample_{plain}", None) or SAME_AS.get(plain)
     if theirs is None:
         pytest.skip("nothing to compare a new solver with")
     expected = parameters(theirs)
@@ -486,16 +488,28 @@ def test_signatures_are_k_diffusions(solver):
 
 
 @over_solvers
-def test_records_name_public_functions(solver):
-    """A record's function is public under the record's name, and documented."""
-    assert getattr(kdpp, solver.name) is solver.sample
-    assert (
-        solver.name
-        == solver.sample.__name__
-        == next(key for key, value in kdpp.SOLVERS.items() if value is solver)
-    )
-    assert solver.name in kdpp.__all__
+def test_a_public_function_takes_the_solvers_options(solver):
+    """Its options, with their defaults; a noise sampler where the solver draws noise."""
+    common = {"model", "x", "sigmas", "extra_args", "callback", "disable", "noise_sampler"}
+    common |= {"sigma_min", "sigma_max", "n"} if solver.own_levels else set()
+    known = inspect.signature(solver.sample).parameters
+    own = {name: p.default for name, p in known.items() if name not in common}
+    assert own == {n: o.default for n, o in solver.options.items() if n not in common}
+    assert ("noise_sampler" in known) == (solver.noise != "none")
+
+
+@over_solvers
+def test_solvers_and_public_functions_know_each_other(solver):
+    """``sample_NAME_tg`` is public, documented, and finds its solver; so does the name."""
+    name = f"sample_{solver.name}_tg"
+    assert getattr(kdpp, name) is solver.sample
+    assert name == solver.sample.__name__
+    assert kdpp.SOLVERS[solver.name] is solver
+    assert name in kdpp.__all__
     assert len(solver.sample.__doc__.split()) > 10
+    for given in (solver, solver.name, name, solver.sample):
+        assert solver_of(given) == (solver, {})
+    assert solver_of(partial(solver.sample, disable=True)) == (solver, {"disable": True})
 
 
 @over_solvers

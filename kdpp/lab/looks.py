@@ -6,12 +6,10 @@ in `kdpp.lab.tune.tune`.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -19,10 +17,11 @@ from torch import Tensor, nn
 
 import kdpp
 from kdpp.checks import check_count, check_number, check_sigmas
-from kdpp.denoisers import Denoiser, map_rows, trained_range
+from kdpp.denoisers import Denoiser, pick_rows, trained_range
 from kdpp.lab.sampling import RENOISE, SOLVER
-from kdpp.noise import NoiseSampler, SeededNoise
-from kdpp.plan import VE
+from kdpp.noise import SeededNoise
+from kdpp.plan import VE, Step, level_ratio
+from kdpp.solver import Solver, solver_of
 
 __all__ = [
     "Change",
@@ -48,15 +47,14 @@ Where the pictures' deviation is a quarter of their range that is a PSNR of 37 d
 """
 SAME = 1e-6
 """A look whose ``|b - x̂|²`` is a smaller share of the miss says what the student says."""
-UNHEARD = 1e-30
-"""A λ so small that the student's run keeps every bit, while the teacher is asked and reported."""
 FEWEST = 8
 """Its fewest steps for one of the student's."""
+ROUNDING = 1e-12
 FAR = 0.9
 """The quantile of the unguided distances that larger ones count as."""
 
 By = Literal["teacher", "student"]
-Sampler = Callable[..., Tensor]
+Sampler = Callable[..., Tensor] | Solver | str
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,21 @@ class Cost:
 
 
 class Move(NamedTuple):
-    """What a sampler does in a step: ``x' = ratio·x + …``, and the weight of a revision in it."""
+    """What a step does: ``x' = ratio·x`` where every estimate is 0, and a revision's weight in x'.
+
+    The ratio is σ_down/σ: to a student that always says 0 the ODE's solution is proportional to σ.
+    """
 
     ratio: float
     gain: float
+
+    @classmethod
+    def of(cls, step: Step) -> Move:
+        row = step.stages[-1].row
+        target = row.target + sum(weight for weight, _ in row.past)
+        if target < ROUNDING * step.sigma:  # weights of several signs, that cancel
+            target = 0.0
+        return cls(level_ratio(step.sigma, target), step.gain)
 
 
 class Study(NamedTuple):
@@ -193,16 +202,19 @@ class Pair:
         self.levels = check_sigmas(sigmas)[0]
         if len(self.levels) < 2 or self.levels[0] == 0.0:
             raise ValueError(f"sigmas is {self.levels}; give two levels or more, the first above 0")
-        self.student, self.teacher, self.sampler = student, teacher, sampler
+        self.student, self.teacher = student, teacher
+        self.solver, self.options = solver_of(sampler)
         self.extra_args, self.max_batch = extra_args, max_batch
         self.guidance = check_number("guidance", guidance)
         self.own_scale = check_number("cond_scale", extra_args.get("cond_scale", 1.0))
         self.detail = check_count("detail", detail, 1)
-        parameters = inspect.signature(sampler).parameters
-        if "s_churn" in parameters and parameters["s_churn"].default != 0.0:
+        self.plan = self.solver.plan(self.levels, **self.options)
+        if any(step.churn is not None for step in self.plan):
             raise ValueError("tune does not follow churn; leave s_churn 0")
-        self.draws = "noise_sampler" in parameters
-        self.moves, self.evaluations = self.probe()
+        self.moves = [Move.of(step) for step in self.plan]
+        asks_both = self.solver.cfg_pp and not isinstance(student, kdpp.OwnCFG)
+        halves = 2 if asks_both else self.price("student", self.own_scale)
+        self.evaluations = halves * sum(len(step.stages) for step in self.plan)
         self.spent: dict[By, int] = {"student": 0, "teacher": 0}
         self.bar: Any = None
 
@@ -219,61 +231,11 @@ class Pair:
             student, teacher, flow=False, max_batch=self.max_batch, **settings
         )
 
-    def sample(
-        self,
-        model: Any,
-        x: Tensor,
-        extra_args: Mapping[str, Any],
-        noise: NoiseSampler,
-        start: int = 0,
-    ) -> list[dict[str, Any]]:
-        """What the callback is told of every step from ``start`` on; at the end the result's x."""
-        told: list[dict[str, Any]] = []
-        own = {"noise_sampler": noise} if self.draws else {}
-        sigmas = torch.tensor(self.levels[start:], dtype=torch.float64)
-        result = self.sampler(model, x, sigmas, extra_args, told.append, True, **own)
-        return [*told, {"x": result}]
-
-    def probe(self) -> tuple[list[Move], int]:
-        """What the sampler does in each step, and the student's evaluations in a run.
-
-        Read off from runs of one number without noise. To a student that always says 0 the ODE's
-        solution is proportional to σ: from 1 a step goes to its ratio. A teacher that says 1 then,
-        with λ = 1, adds the gain.
-        """
-        calls: list[int] = []
-
-        def nothing(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            calls.append(len(x))
-            return torch.zeros_like(x)
-
-        def one(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-            return torch.ones_like(x)
-
-        def run(x: Tensor, start: int = 0, **settings: Any) -> list[dict[str, Any]]:
-            model = self.model(nothing, one, teacher_cfg_scale=1.0, **settings)
-            return self.sample(model, x, extra_args, lambda *_: zero, start)
-
-        zero = torch.zeros(1, 1, dtype=torch.float64)
-        extra_args = {"cond": zero, "uncond": zero, "cond_scale": self.own_scale}
-        moves = []
-        for i, level in enumerate(self.levels[:-1]):
-            calls.clear()
-            free = run(torch.ones_like(zero), i, teacher_steps=0)
-            told = run(zero, teacher_scale=1.0, teacher_steps=[i], renoise=level or 1.0)
-            moves.append(Move(float(free[1]["x"]), float(told[i + 1]["x"])))
-        calls.clear()
-        run(zero, teacher_steps=0)
-        return moves, len(calls) if isinstance(self.student, kdpp.OwnCFG) else sum(calls)
-
     def part(self, x: Tensor, seeds: Tensor, rows: Tensor) -> Part:
-        """Some of the samples."""
-        here = rows.to(x.device)
-
-        def pick(value: Tensor) -> Tensor:
-            return value[here.to(value.device)]
-
-        return Part(self, x[here], map_rows(self.extra_args, len(x), pick), seeds[rows])
+        """Some of the samples; ``rows`` on the CPU."""
+        return Part(
+            self, x[rows.to(x.device)], pick_rows(self.extra_args, len(x), rows), seeds[rows]
+        )
 
     def grid(self, i: int) -> list[float]:
         """The levels of the teacher's own run through step i, to where that goes without noise.
@@ -336,16 +298,27 @@ class Part:
 
     @cached_property
     def noises(self) -> list[Tensor]:
-        """What the sampler's noise adds in each step: read off where the student says 0."""
-        model = self.pair.model(_silent, _silent, teacher_steps=0)
-        told = self.sample(model, torch.zeros_like(self.x))
-        states = [info["x"] for info in told]
-        moves = self.pair.moves
-        return [after - move.ratio * x for move, (x, after) in zip(moves, pairwise(states))]
+        """What the sampler's noise adds in each step."""
+        draw = SeededNoise(self.x, self.seeds, SOLVER)
+        added = []
+        for step in self.pair.plan:
+            noise = torch.zeros_like(self.x)
+            for stage in step.stages:  # the draw of an earlier stage goes to its point alone
+                if stage.row.noise is not None:
+                    noise = stage.row.noise * draw()
+            added.append(noise)
+        return added
 
     def sample(self, model: Any, x: Tensor) -> list[dict[str, Any]]:
-        """A run of the sampler, with the noise of the samples' seeds."""
-        return self.pair.sample(model, x, self.extra_args, SeededNoise(x, self.seeds, SOLVER))
+        """What the callback is told of every step of a run, and at the end the result as ``x``."""
+        pair, told = self.pair, list[dict[str, Any]]()
+        noise = SeededNoise(x, self.seeds, SOLVER) if pair.solver.noise != "none" else None
+        sigmas = torch.tensor(pair.levels, dtype=torch.float64)
+        result = kdpp.sample(
+            pair.solver, model, x, sigmas, self.extra_args, told.append, True, noise,
+            **pair.options,
+        )  # fmt: skip
+        return [*told, {"x": result}]
 
     def guided(self, look: Look) -> Tensor:
         """The pictures with the look's guidance."""
@@ -390,8 +363,8 @@ class Part:
         pair, count = self.pair, len(self.x)
         teachers = [
             kdpp.Teacher(
-                pair.denoiser(look.by), UNHEARD, [look.step], look.cfg_scale, look.renoise,
-                look.renoise_eta,
+                pair.denoiser(look.by), 0.0, [look.step], look.cfg_scale, look.renoise,
+                look.renoise_eta, observe=True,
             )
             for look in looks
         ]  # fmt: skip
@@ -528,10 +501,6 @@ def jackknife(above: Tensor, below: Tensor, sure: float) -> tuple[Tensor, Tensor
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products, sample by sample."""
     return (a.double() * b.double()).flatten(1).sum(1)
-
-
-def _silent(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
-    return torch.zeros_like(x)
 
 
 def _parameters(denoiser: Denoiser) -> int | None:

@@ -8,14 +8,13 @@ seeds, so that any number of processes computes the same batches, and on the CPU
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,12 +45,8 @@ __all__ = [
     "levels_for",
 ]
 
-SAMPLERS = {
-    name.removeprefix("sample_").removesuffix("_tg"): solver
-    for name, solver in kdpp.SOLVERS.items()
-    if name != "sample_dpm_fast_tg"  # it makes its own levels
-}
-"""The solvers, by their short names."""
+SAMPLERS = {name: solver for name, solver in kdpp.SOLVERS.items() if solver.own_levels is None}
+"""The solvers that take a schedule."""
 GUIDANCE = (
     "teacher_scale", "teacher_steps", "teacher_cfg_scale", "renoise", "renoise_eta", "extrapolate",
 )  # fmt: skip
@@ -99,8 +94,7 @@ class Recipe:
             raise ValueError(unknown("sampler", self.sampler, SAMPLERS))
         if len(check_sigmas(self.levels)[0]) < 2:
             raise ValueError(f"levels is {self.levels!r}; give two or more")
-        for name in self.options:
-            self._check_option(name)
+        self._check_options()
         for name in self.guidance:
             if name not in GUIDANCE:
                 raise ValueError(unknown("guidance", name, GUIDANCE))
@@ -135,12 +129,9 @@ class Recipe:
                 f"{theirs[0]} and {theirs[1]}; they must be alike"
             )
 
-    def _check_option(self, name: str) -> None:
-        own = _parameters(self.sampler)
-        own -= {"model", "x", "sigmas", "extra_args", "callback", "disable", "noise_sampler"}
-        if name not in own:
-            raise ValueError(unknown(f"option of {self.sampler}", name, own))
-        if name == "s_churn" and self.options[name] != 0.0:
+    def _check_options(self) -> None:
+        settings = SAMPLERS[self.sampler].settings(self.options)
+        if settings.get("s_churn", 0.0) != 0.0:
             raise ValueError(
                 "s_churn adds noise that cannot come from the images' seeds; leave it 0, or take "
                 "an ancestral sampler"
@@ -319,16 +310,17 @@ def _sample(recipe: Recipe, seeds: Tensor, labels: Tensor, device: torch.device)
     """The images of one batch."""
     like = torch.empty(len(seeds), *recipe.student.shape, device=device)
     model = recipe.guided(SeededNoise(like, seeds, RENOISE))
-    sample, options = SAMPLERS[recipe.sampler].sample, dict(recipe.options)
-    if "noise_sampler" in _parameters(recipe.sampler):
-        options["noise_sampler"] = SeededNoise(like, seeds, SOLVER)
+    solver = SAMPLERS[recipe.sampler]
+    noise = None if solver.noise == "none" else SeededNoise(like, seeds, SOLVER)
     x = SeededNoise(like, seeds, INITIAL)() * recipe.levels[0]
     cond = labels.to(device)
     uncond = torch.full_like(cond, recipe.student.classes)
     extra_args = {"cond": cond, "uncond": uncond, "cond_scale": recipe.cond_scale}
     sigmas = torch.tensor(recipe.levels, device=device)
     with _seeded(int(seeds[0]), device):  # for what has no seeds of its own: random renoise levels
-        return sample(model, x, sigmas, extra_args, disable=True, **options).cpu()
+        return kdpp.sample(
+            solver, model, x, sigmas, extra_args, None, True, noise, **recipe.options
+        ).cpu()
 
 
 @contextmanager
@@ -340,12 +332,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         if cuda:
             torch.cuda.manual_seed(seed)
         yield
-
-
-@lru_cache
-def _parameters(sampler: str) -> frozenset[str]:
-    """The names of a sampler's arguments; asking python for them anew takes as long as a step."""
-    return frozenset(inspect.signature(SAMPLERS[sampler].sample).parameters)
 
 
 class Cost(NamedTuple):

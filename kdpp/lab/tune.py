@@ -15,7 +15,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ from kdpp.lab.looks import (
 )
 from kdpp.lab.sampling import (
     INITIAL,
-    SAMPLERS,
     Recipe,
     image_seeds,
     levels_for,
@@ -174,7 +172,7 @@ def tune(
             at least 20, better 50 to 200.
         sigmas: the student's levels, as the sampler takes them.
         extra_args: as the sampler takes them; tensors with x's batch size go by sample.
-        sampler: one of `kdpp.SOLVERS`' functions, or a partial of it; its noise comes from the
+        sampler: one of kdpp's samplers, a partial of one, or its name; its noise comes from the
             seed. Churn is refused.
         guidance: w of the teacher's own run, what the student is meant to reach. The looks have
             this w and 1.
@@ -247,7 +245,7 @@ def _tune(
         check=checked,
         distance=float(fresh.plain.mean()) / fresh.variance,
         cost=pair.cost(advised) if advised else None,
-        sampler=_name(pair.sampler),
+        sampler=_name(pair),
         levels=tuple(pair.levels),
         guidance=pair.guidance,
         samples=len(fit.x) + len(check.x),
@@ -291,11 +289,10 @@ def _judge(check: Trial | None) -> tuple[By | None, str]:
     return None, f"{said}: below {100 * VISIBLE:.1g} % it is not to be seen"
 
 
-def _name(sampler: Sampler) -> str:
-    if isinstance(sampler, partial):
-        settings = ", ".join(f"{name}={value!r}" for name, value in sampler.keywords.items())
-        return f"{_name(sampler.func)}({settings})"
-    return str(getattr(sampler, "__name__", sampler))
+def _name(pair: Pair) -> str:
+    """The sampler, with the options that are fixed in it."""
+    options = ", ".join(f"{name}={value!r}" for name, value in pair.options.items())
+    return pair.solver.name + f"({options})" * bool(options)
 
 
 def _said(change: Change) -> str:
@@ -514,7 +511,7 @@ def run(arguments: argparse.Namespace) -> None:
                 "uncond": torch.full_like(labels, student.classes),
                 "cond_scale": recipe.cond_scale,
             },
-            sampler=SAMPLERS[recipe.sampler].sample,
+            sampler=recipe.sampler,
             guidance=guidance,
             bounds=(-1.0, 1.0) if student.about["data"]["bounded"] else None,
             max_batch=arguments.max_batch,

@@ -20,19 +20,14 @@ integer latent, sigmas that are not 1-D, finite, non-negative and non-increasing
 s_noise, or a missing ``uncond``; at the call that shows it, for output or noise of a wrong shape.
 
 The files: `euler` (first order, random), `singlestep` (two or three evaluations a step),
-`multistep` (2M, LMS, UniPC), `sde`. To add a solver, write both functions in one of them: rows
-from sigmas, and the public function under ``@solver(…)``. Every property test then runs over it.
+`multistep` (2M, LMS, UniPC), `sde`. To add a solver, write its plan under ``@solver(…)`` and, for
+use by hand, its public function: docs/adding_a_solver.md. Every property test then runs over it.
 """
 
 from kdpp.solvers import euler, multistep, sde, singlestep
 from kdpp.solvers.euler import *
 from kdpp.solvers.multistep import *
-from kdpp.solvers.registry import SOLVERS, Solver, solver
 from kdpp.solvers.sde import *
 from kdpp.solvers.singlestep import *
 
-__all__ = ["SOLVERS", "Solver", "solver"]
-__all__ += euler.__all__
-__all__ += multistep.__all__
-__all__ += sde.__all__
-__all__ += singlestep.__all__
+__all__ = [*euler.__all__, *multistep.__all__, *sde.__all__, *singlestep.__all__]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from kdpp.driver import Callback, run
+from kdpp.driver import Callback, ExtraArgs, sample
 from kdpp.noise import NoiseSampler
-from kdpp.plan import Row, Stage, Step, ancestral_split, churned, euler_row, nonnegative
-from kdpp.solvers.registry import ExtraArgs, solver
+from kdpp.plan import Row, Stage, Step, ancestral, euler_row, with_churn
+from kdpp.solver import ANCESTRAL, CHURN, solver
 
 __all__ = [
     "sample_ddim_stochastic_tg",
@@ -25,29 +24,25 @@ __all__ = [
 ]
 
 
+def first_order(sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
+    """``x̂_new + (x - d)/σ·σ_target + noise·n``."""
+    return (Stage(sigma, euler_row(sigma, target, noise)),)
+
+
+@solver(order=1, options=CHURN)
 def euler(
     sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> Iterator[Step]:
     """Churn from σ to σ̂, then ``x̂_new + (x - d)/σ̂·σ'``."""
-    lifts = churned(sigmas, s_churn, s_tmin, s_tmax, s_noise)
-    for (sigma, sigma_next), (sigma_hat, churn) in zip(pairwise(sigmas), lifts):
-        stage = Stage(sigma_hat, euler_row(sigma_hat, sigma_next))
-        yield Step(sigma, sigma_next, (stage,), churn)
+    return with_churn(sigmas, first_order, s_churn, s_tmin, s_tmax, s_noise)
 
 
-@solver(order=1)
+@euler.public
 def sample_euler_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Euler (= DDIM): ``x' = x̂_new + (x - x̂)/σ·σ'``.
 
     One evaluation a step, order 1. The plain choice for students that follow a trajectory
@@ -56,53 +51,45 @@ def sample_euler_tg(
 
     Source: Karras et al. 2022, Algorithm 2; Park et al. 2025, supplement 7.1.
     """
-    plan = partial(euler, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable)
+    return sample(
+        euler, model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+    )  # fmt: skip
 
 
-@solver(order=1, cfg_pp=True)
+euler_cfg_pp = euler.in_cfg_pp()
+
+
+@euler_cfg_pp.public
 def sample_euler_cfg_pp_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Euler with CFG++: ``x' = x̂_new + (x - x̂_∅)/σ·σ'``, x̂_∅ the unconditional estimate.
 
     As `sample_euler_tg`; ``cond_scale`` is CFG++'s scale, in [0, 1] as a rule.
 
     Source: Chung et al. 2024 (CFG++); Park et al. 2025, supplement 7.1.
     """
-    plan = partial(euler, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, cfg_pp=True)
+    return sample(
+        euler_cfg_pp, model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+    )  # fmt: skip
 
 
+@solver(order=1, options=ANCESTRAL, noise="plain")
 def euler_ancestral(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
     """``x̂_new + (x - d)/σ·σ_down + σ_up n``."""
-    nonnegative(eta=eta, s_noise=s_noise)
-    for sigma, sigma_next in pairwise(sigmas):
-        sigma_down, noise = ancestral_split(sigma, sigma_next, eta, s_noise)
-        yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_down, noise))
+    return ancestral(sigmas, first_order, eta, s_noise)
 
 
-@solver(order=1)
+@euler_ancestral.public
 def sample_euler_ancestral_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """Ancestral Euler: ``x' = x̂_new + (x - x̂)/σ·σ_down + σ_up n``.
 
     One evaluation a step. The teacher's input is at σ', the level that x' will have.
@@ -110,33 +97,34 @@ def sample_euler_ancestral_tg(
     Source: k-diffusion; Park et al. 2025, supplement 7.1, where the printed factors σ_down - σ and
     σ on the noise are misprints for σ_down and σ_up: only so does λ = 0 give the plain sampler.
     """
-    plan = partial(euler_ancestral, eta=eta, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return sample(
+        euler_ancestral, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
 
 
-@solver(order=1, cfg_pp=True)
+euler_ancestral_cfg_pp = euler_ancestral.in_cfg_pp()
+
+
+@euler_ancestral_cfg_pp.public
 def sample_euler_ancestral_cfg_pp_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """Ancestral Euler with CFG++: ``x' = x̂_new + (x - x̂_∅)/σ·σ_down + σ_up n``.
 
     Source: Chung et al. 2024 (CFG++); Park et al. 2025, supplement 7.1.
     """
-    plan = partial(euler_ancestral, eta=eta, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler, cfg_pp=True)
+    return sample(
+        euler_ancestral_cfg_pp, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
 
 
+@solver(order=None, options={"s_noise": ANCESTRAL["s_noise"]}, noise="plain")
 def ddim_stochastic(sigmas: Sequence[float], s_noise: float) -> Iterator[Step]:
     """``x̂_new + (x - d)/σ_i·σ_{i+2} + sqrt(σ_{i+1}² - σ_{i+2}²) n``."""
-    nonnegative(s_noise=s_noise)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         if sigma_next == sigma:
             yield Step.single(sigma, sigma_next, Row(sigma))
@@ -146,17 +134,12 @@ def ddim_stochastic(sigmas: Sequence[float], s_noise: float) -> Iterator[Step]:
         yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_down, noise or None))
 
 
-@solver(order=None)
+@ddim_stochastic.public
 def sample_ddim_stochastic_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """N-step stochastic DDIM: two levels down at once, then noise for one level up again.
 
     ``x' = x̂_new + (x - x̂)/σ_i·σ_{i+2} + sqrt(σ_{i+1}² - σ_{i+2}²) n``; the last step goes to the
@@ -165,10 +148,13 @@ def sample_ddim_stochastic_tg(
 
     Source: Meng et al. 2023, equations (4)-(7), written for variances in VE.
     """
-    plan = partial(ddim_stochastic, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return sample(
+        ddim_stochastic, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        s_noise=s_noise,
+    )  # fmt: skip
 
 
+@solver(order=None, noise="plain")
 def lcm(sigmas: Sequence[float]) -> Iterator[Step]:
     """``x̂_new + σ' n``; at σ' = 0 the estimate itself."""
     for sigma, sigma_next in pairwise(sigmas):
@@ -178,16 +164,12 @@ def lcm(sigmas: Sequence[float]) -> Iterator[Step]:
         yield Step.single(sigma, sigma_next, row)
 
 
-@solver(order=None)
+@lcm.public
 def sample_lcm_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
     noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Multistep random (consistency) sampling, for LCM and DMD2: ``x' = x̂_new + σ' n``.
 
     One evaluation a step. It forgets x, so it suits students that predict the end of the
@@ -195,4 +177,4 @@ def sample_lcm_tg(
 
     Source: Luo et al. 2023 (LCM), Algorithm 3; Park et al. 2025, Algorithm 1.
     """
-    return run(lcm, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return sample(lcm, model, x, sigmas, extra_args, callback, disable, noise_sampler)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -15,10 +14,18 @@ from numpy.polynomial import Polynomial
 from numpy.polynomial.polynomial import polyfromroots
 from torch import Tensor
 
-from kdpp.driver import Callback, run
+from kdpp.driver import Callback, ExtraArgs, sample
 from kdpp.noise import NoiseSampler
-from kdpp.plan import Row, Step, ancestral_split, euler_row, level_before, level_ratio, nonnegative
-from kdpp.solvers.registry import ExtraArgs, solver
+from kdpp.plan import (
+    Row,
+    Step,
+    ancestral_split,
+    euler_row,
+    is_first_order,
+    level_before,
+    level_ratio,
+)
+from kdpp.solver import ANCESTRAL, Option, solver
 
 __all__ = [
     "sample_dpmpp_2m_ancestral_tg",
@@ -28,24 +35,27 @@ __all__ = [
     "sample_unipc_tg",
 ]
 
+Split = Callable[[float, float], tuple[float, float | None]]
+"""``(sigma, sigma_next) -> (σ_down, noise)``, as `kdpp.plan.ancestral_split` has them."""
+Slope = Callable[[float, float, float], tuple[float, float]]
+"""``(sigma, sigma_next, sigma_down) -> (c, h)``: a rule's factor, and the length of the step."""
 
-def dpmpp_2m(sigmas: Sequence[float], eta: float = 0.0, s_noise: float = 1.0) -> Iterator[Step]:
-    """``x̂_new + e^{-h} (x - d) + (1 - e^{-h})/(2r)·(d - d_prev) + σ_up n``.
 
-    ``h = log(σ/σ_down)``; ``r = h_prev/h`` with h_prev between full levels. First and last steps
-    are Euler. d_prev is the estimate at the last level above σ: a repeated level is no step.
+def two_estimates(sigmas: Sequence[float], split: Split, slope: Slope) -> Iterator[Step]:
+    """``x̂_new + σ_down/σ·(x - d) + c/r·(d - d_prev) + noise·n``, with ``r = h_prev/h``.
+
+    Lengths are in -log σ, h_prev between full levels; c and h come from the `Slope`. First and last
+    steps are Euler. d_prev is the estimate at the last level above σ: a repeated level is no step.
     """
-    nonnegative(eta=eta, s_noise=s_noise)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        sigma_down, noise = ancestral_split(sigma, sigma_next, eta, s_noise)
-        ratio = level_ratio(sigma, sigma_down)
+        sigma_down, noise = split(sigma, sigma_next)
         before = level_before(sigmas, i)
-        if before is None or ratio in (0.0, 1.0):
+        if before is None or is_first_order(sigma, sigma_down):
             yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_down, noise))
             continue
-        r = math.log(sigmas[before] / sigma) / -math.log(ratio)
-        weight = (1.0 - ratio) / (2.0 * r)
-        weights = {i: 1.0 - ratio + weight, before: -weight}
+        c, h = slope(sigma, sigma_next, sigma_down)
+        weight = c / (math.log(sigmas[before] / sigma) / h)
+        weights = {i: 1.0 - sigma_down / sigma + weight, before: -weight}
         yield Step.single(sigma, sigma_next, estimates_row(i, sigma_down, weights, noise))
 
 
@@ -63,15 +73,23 @@ def estimates_row(
     return Row(target, 1.0, tuple(direction), noise)
 
 
+def midpoint(sigma: float, sigma_next: float, sigma_down: float) -> tuple[float, float]:
+    """``c = (1 - e^{-h})/2``, with ``e^{-h} = σ_down/σ``."""
+    ratio = sigma_down / sigma
+    return (1.0 - ratio) / 2.0, -math.log(ratio)
+
+
 @solver(order=2)
+def dpmpp_2m(sigmas: Sequence[float]) -> Iterator[Step]:
+    """`two_estimates` without noise, c that of the midpoint rule."""
+    return two_estimates(sigmas, partial(ancestral_split, eta=0.0, s_noise=0.0), midpoint)
+
+
+@dpmpp_2m.public
 def sample_dpmpp_2m_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M): ``x' = x̂_new - e^{-h} x̂ + (1 - e^{-h})/(2r)·(x̂ - x̂_prev) + e^{-h} x``.
 
     ``e^{-h} = σ'/σ``, ``r = h_prev/h``; x̂_prev is the unrevised estimate of the step before. One
@@ -79,39 +97,38 @@ def sample_dpmpp_2m_tg(
 
     Source: Lu et al. 2022 (DPM-Solver++), Algorithm 2; Park et al. 2025, supplement 7.1.
     """
-    return run(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
+    return sample(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
 
 
-@solver(order=2, cfg_pp=True)
+dpmpp_2m_cfg_pp = dpmpp_2m.in_cfg_pp()
+
+
+@dpmpp_2m_cfg_pp.public
 def sample_dpmpp_2m_cfg_pp_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M) with CFG++: x̂_∅ takes x̂'s place in the direction.
 
     ``x' = x̂_new - e^{-h} x̂_∅ + (1 - e^{-h})/(2r)·(x̂_∅ - x̂_∅,prev) + e^{-h} x``.
 
     Source: Chung et al. 2024 (CFG++); Park et al. 2025, supplement 7.1.
     """
-    return run(dpmpp_2m, model, x, sigmas, extra_args, callback, disable, cfg_pp=True)
+    return sample(dpmpp_2m_cfg_pp, model, x, sigmas, extra_args, callback, disable)
 
 
-@solver(order=2)
+@solver(order=2, options=ANCESTRAL, noise="plain")
+def dpmpp_2m_ancestral(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
+    """`two_estimates` to σ_down, then ``+ σ_up n``."""
+    return two_estimates(sigmas, partial(ancestral_split, eta=eta, s_noise=s_noise), midpoint)
+
+
+@dpmpp_2m_ancestral.public
 def sample_dpmpp_2m_ancestral_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """Ancestral DPM-Solver++(2M): 2M to σ_down, then ``+ σ_up n``.
 
     ``e^{-h} = σ_down/σ``; h_prev lies between full levels. One evaluation a step; order 2 at η = 0,
@@ -119,19 +136,21 @@ def sample_dpmpp_2m_ancestral_tg(
 
     Source: Park et al. 2025, supplement 7.1 ("DPM-Solver++ 2M A").
     """
-    plan = partial(dpmpp_2m, eta=eta, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return sample(
+        dpmpp_2m_ancestral, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- LMS
 
 
+@solver(order=2, order_from=384, options={"order": Option(4, low=1, high=4)})
 def lms(sigmas: Sequence[float], order: int) -> Iterator[Step]:
     """``x + Σ_j c_j (x_j - d_j)/σ_j``, c_j the integral of the j-th Lagrange polynomial in σ.
 
     The last estimate's share of the result is x̂_new's, so the teacher's term has coefficient 1.
     """
-    check_order(order, 1, 4)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         if math.isinf(sigma) or sigma == sigma_next:
             yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_next))
@@ -158,22 +177,11 @@ def adams_bashforth(nodes: Sequence[float], end: float) -> list[float]:
     return weights
 
 
-def check_order(order: int, low: int, high: int) -> None:
-    """ValueError for an order that the solver does not have."""
-    if not isinstance(order, numbers.Integral) or not low <= order <= high:
-        raise ValueError(f"order is {order!r}; it must be a whole number from {low} to {high}")
-
-
-@solver(order=2)
+@lms.public
 def sample_lms_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    order: int = 4,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None, order: int = 4,
+) -> Tensor:  # fmt: skip
     """Linear multistep (Adams-Bashforth in σ): ``x' = x + Σ_j c_j (x_j - x̂_j)/σ_j + (x̂_new - x̂)``.
 
     One evaluation a step and the slopes of up to ``order`` (1 to 4) steps. Its start by Euler holds
@@ -181,19 +189,19 @@ def sample_lms_tg(
 
     Source: k-diffusion; the teacher's term as in Euler.
     """
-    return run(partial(lms, order=order), model, x, sigmas, extra_args, callback, disable)
+    return sample(lms, model, x, sigmas, extra_args, callback, disable, order=order)
 
 
 # ------------------------------------------------------------------------------------------ UniPC
 
 
+@solver(order=3, options={"order": Option(2, low=1, high=3)})
 def unipc(sigmas: Sequence[float], order: int) -> Iterator[Step]:
     """Correct x with the newest estimate, then predict the next point: in one row.
 
     The corrector and the predictor of one move give x the same weight, so correcting is adding the
     difference of their weights of the estimates.
     """
-    check_order(order, 1, 3)
     used: dict[int, int] = {}  # the order of the prediction that left a step
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         ratio = level_ratio(sigma, sigma_next)
@@ -249,16 +257,11 @@ def unified(
     return weights
 
 
-@solver(order=3)
+@unipc.public
 def sample_unipc_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    order: int = 2,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None, order: int = 2,
+) -> Tensor:  # fmt: skip
     """UniPC (B(h) = e^{-h} - 1, "bh2") of ``order`` p = 1 to 3: predict, evaluate, correct.
 
     One evaluation a step: the estimate at a predicted point also corrects that point, which makes
@@ -268,4 +271,4 @@ def sample_unipc_tg(
 
     Source: Zhao et al. 2023 (UniPC), Algorithms 5-8.
     """
-    return run(partial(unipc, order=order), model, x, sigmas, extra_args, callback, disable)
+    return sample(unipc, model, x, sigmas, extra_args, callback, disable, order=order)

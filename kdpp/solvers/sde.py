@@ -1,7 +1,7 @@
 """Solvers of the reverse SDE; at η = 0 they solve the ODE.
 
 Their default noise is k-diffusion's Brownian tree, whose increments belong to one path, whatever
-the steps; it needs a working k-diffusion. Any ``noise_sampler`` may take its place.
+the steps. Any ``noise_sampler`` may take its place.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from typing import Any
 
 from torch import Tensor
 
-from kdpp.driver import Callback, run
-from kdpp.noise import NoiseSampler, brownian_noise
+from kdpp.driver import Callback, ExtraArgs, sample
+from kdpp.noise import NoiseSampler
 from kdpp.plan import (
     Row,
     Stage,
     Step,
     ancestral_split,
     euler_row,
+    is_first_order,
     level_before,
     level_ratio,
-    nonnegative,
+    two_stages,
 )
-from kdpp.solvers.multistep import estimates_row
-from kdpp.solvers.registry import ExtraArgs, solver
-from kdpp.solvers.singlestep import check_middle, is_first_order, two_stages
+from kdpp.solver import ANCESTRAL, Option, solver
+from kdpp.solvers.multistep import estimates_row, two_estimates
+from kdpp.solvers.singlestep import MIDDLE
 
 __all__ = [
     "sample_dpmpp_2m_sde_tg",
@@ -37,13 +38,10 @@ __all__ = [
     "sample_dpmpp_sde_tg",
 ]
 
-NEEDS = "k-diffusion (Brownian tree)"
 
-
+@solver(order=2, evaluations=2, options={**ANCESTRAL, "r": MIDDLE}, noise="brownian")
 def dpmpp_sde(sigmas: Sequence[float], eta: float, s_noise: float, r: float) -> Iterator[Step]:
     """2S whose middle point, at the fraction r of the step in -log σ, is ancestral too."""
-    nonnegative(eta=eta, s_noise=s_noise)
-    check_middle(r)
     for sigma, sigma_next in pairwise(sigmas):
         sigma_down, noise = ancestral_split(sigma, sigma_next, eta, s_noise)
         if is_first_order(sigma, sigma_next):
@@ -57,19 +55,13 @@ def dpmpp_sde(sigmas: Sequence[float], eta: float, s_noise: float, r: float) -> 
         yield Step(sigma, sigma_next, (Stage(sigma, to_middle), to_end))
 
 
-@solver(order=2, evaluations=2, needs=NEEDS)
+@dpmpp_sde.public
 def sample_dpmpp_sde_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
     r: float = 0.5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """DPM-Solver++ (stochastic): 2S with noise to the middle point and to the end.
 
     ``x' = e x + (1 - e)((1 - 1/(2r)) x̂ + x̂_u/(2r)) + (x̂_new,u - x̂_u) + σ_up n``, e = σ_down/σ. Two
@@ -77,10 +69,9 @@ def sample_dpmpp_sde_tg(
 
     Source: k-diffusion; Lu et al. 2022 (DPM-Solver++); the teacher's term as in Euler.
     """
-    plan = partial(dpmpp_sde, eta=eta, s_noise=s_noise, r=r)
-    return run(
-        plan, model, x, sigmas, extra_args, callback, disable, noise_sampler,
-        default_noise=brownian_noise,
+    return sample(
+        dpmpp_sde, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise, r=r,
     )  # fmt: skip
 
 
@@ -95,40 +86,29 @@ def sde_split(
     return sigma_next * decay, noise if eta * s_noise > 0.0 else None
 
 
+TYPE = Option("midpoint", choices=("midpoint", "heun"))
+
+
+@solver(order=2, options={**ANCESTRAL, "solver_type": TYPE}, noise="brownian")
 def dpmpp_2m_sde(
     sigmas: Sequence[float], eta: float, s_noise: float, solver_type: str
 ) -> Iterator[Step]:
-    """``x' = σ_down/σ x + W d + c (d - d_prev)/r``, ``W = 1 - e^{-(1+η)h}``; c by the type."""
-    nonnegative(eta=eta, s_noise=s_noise)
-    if solver_type not in ("midpoint", "heun"):
-        raise ValueError(f'solver_type is {solver_type!r}; it must be "midpoint" or "heun"')
-    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        sigma_down, noise = sde_split(sigma, sigma_next, eta, s_noise)
-        before = level_before(sigmas, i)
-        if before is None or is_first_order(sigma, sigma_next):
-            yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_down, noise))
-            continue
-        h = math.log(sigma / sigma_next)
-        total = 1.0 - sigma_down / sigma
-        share = 0.5 * total if solver_type == "midpoint" else 1.0 - total / ((1.0 + eta) * h)
-        weight = share * h / math.log(sigmas[before] / sigma)
-        weights = {i: total + weight, before: -weight}
-        yield Step.single(sigma, sigma_next, estimates_row(i, sigma_down, weights, noise))
+    """`two_estimates` to the exact SDE's σ_down; c by the type, with ``W = 1 - e^{-(1+η)h}``."""
+
+    def slope(sigma: float, sigma_next: float, sigma_down: float) -> tuple[float, float]:
+        h, total = math.log(sigma / sigma_next), 1.0 - sigma_down / sigma
+        return (total / 2.0 if solver_type == "midpoint" else 1.0 - total / ((1.0 + eta) * h)), h
+
+    return two_estimates(sigmas, partial(sde_split, eta=eta, s_noise=s_noise), slope)
 
 
-@solver(order=2, needs=NEEDS)
+@dpmpp_2m_sde.public
 def sample_dpmpp_2m_sde_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
     solver_type: str = "midpoint",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M) SDE: ``x' = σ'/σ e^{-ηh} x + W x̂ + c (x̂ - x̂_prev)/r + (x̂_new - x̂) + s n``.
 
     ``W = 1 - e^{-(1+η)h}``, ``s = σ' sqrt(1 - e^{-2ηh})``; c = W/2 for ``solver_type`` "midpoint",
@@ -136,14 +116,13 @@ def sample_dpmpp_2m_sde_tg(
 
     Source: k-diffusion; Lu et al. 2022 (DPM-Solver++), SDE-DPM-Solver++(2M).
     """
-    plan = partial(dpmpp_2m_sde, eta=eta, s_noise=s_noise, solver_type=solver_type)
-    return run(
-        plan, model, x, sigmas, extra_args, callback, disable, noise_sampler,
-        default_noise=brownian_noise,
+    return sample(
+        dpmpp_2m_sde, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise, solver_type=solver_type,
     )  # fmt: skip
 
 
-def dpmpp_3m_sde(
+def three_estimates(
     sigmas: Sequence[float], eta: float, s_noise: float, third_order: bool
 ) -> Iterator[Step]:
     """``σ_down/σ x + W d + φ_2 d' - φ_3 d''`` from two earlier estimates, or fewer.
@@ -151,7 +130,6 @@ def dpmpp_3m_sde(
     d' and d'' are the first and second divided differences of the estimates in -log σ, times h and
     h². d'' is half the second derivative, so third order needs it twice; and a start by 2S.
     """
-    nonnegative(eta=eta, s_noise=s_noise)
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         sigma_down, noise = sde_split(sigma, sigma_next, eta, s_noise)
         before = level_before(sigmas, i)
@@ -187,18 +165,18 @@ def add_difference(weights: dict[int, float], factor: float, newer: int, older: 
     weights[older] -= factor
 
 
-@solver(order=2, needs=NEEDS)
+@solver(order=2, options=ANCESTRAL, noise="brownian")
+def dpmpp_3m_sde(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
+    """`three_estimates` with half of the second difference, from an Euler start."""
+    return three_estimates(sigmas, eta, s_noise, third_order=False)
+
+
+@dpmpp_3m_sde.public
 def sample_dpmpp_3m_sde_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """DPM-Solver++(3M) SDE as k-diffusion, diffusers and the authors' code have it: of order 2.
 
     ``x' = σ'/σ e^{-ηh} x + W x̂ + φ_2 d' - φ_3 d'' + (x̂_new - x̂) + s n`` with the difference
@@ -207,25 +185,24 @@ def sample_dpmpp_3m_sde_tg(
 
     Source: k-diffusion.
     """
-    plan = partial(dpmpp_3m_sde, eta=eta, s_noise=s_noise, third_order=False)
-    return run(
-        plan, model, x, sigmas, extra_args, callback, disable, noise_sampler,
-        default_noise=brownian_noise,
+    return sample(
+        dpmpp_3m_sde, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
     )  # fmt: skip
 
 
-@solver(order=3, needs=NEEDS, extra=1)
+@solver(order=3, extra=1, options=ANCESTRAL, noise="brownian")
+def dpmpp_3m_sde_o3(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
+    """`three_estimates` with the whole second difference, from a start by 2S."""
+    return three_estimates(sigmas, eta, s_noise, third_order=True)
+
+
+@dpmpp_3m_sde_o3.public
 def sample_dpmpp_3m_sde_o3_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """DPM-Solver++(3M) SDE of true third order: ``… + φ_2 d' - 2 φ_3 d'' + …``.
 
     One evaluation a step, and one more in the first, which is 2S: an Euler start would hold the
@@ -233,8 +210,7 @@ def sample_dpmpp_3m_sde_o3_tg(
 
     Source: the expansion of the exponential integral, Lu et al. 2022 (DPM-Solver++), section 4.
     """
-    plan = partial(dpmpp_3m_sde, eta=eta, s_noise=s_noise, third_order=True)
-    return run(
-        plan, model, x, sigmas, extra_args, callback, disable, noise_sampler,
-        default_noise=brownian_noise,
+    return sample(
+        dpmpp_3m_sde_o3, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
     )  # fmt: skip

@@ -14,20 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpp.driver import Callback, run
+from kdpp.driver import Callback, ExtraArgs, sample
 from kdpp.noise import NoiseSampler
 from kdpp.plan import (
     VE,
     Row,
     Stage,
     Step,
+    ancestral,
     ancestral_split,
-    churned,
     euler_row,
-    level_ratio,
-    nonnegative,
+    two_stages,
+    with_churn,
 )
-from kdpp.solvers.registry import ExtraArgs, solver
+from kdpp.solver import ANCESTRAL, CHURN, Option, solver
 
 __all__ = [
     "sample_dpm_2_ancestral_tg",
@@ -38,61 +38,28 @@ __all__ = [
     "sample_heun_tg",
 ]
 
-
-def two_stages(
-    sigma: float,
-    sigma_middle: float,
-    sigma_end: float,
-    weight: float,
-    denoised: float = 1.0,
-    noise: float | None = None,
-) -> tuple[Stage, Stage]:
-    """A first-order step to a middle point u, and one to the end that weighs its estimate, d_u.
-
-    ``x' = e x + (1 - e - weight) d + weight d_u``, with e = σ_end/σ; of the newest estimate's
-    weight ``denoised`` is revisable, the rest is direction.
-    """
-    ratio = sigma_end / sigma
-    to_middle = Row(sigma_middle, direction=(1.0 - sigma_middle / sigma,))
-    to_end = Row(sigma_end, denoised, (weight - denoised, 1.0 - ratio - weight), noise)
-    return Stage(sigma, to_middle), Stage(sigma_middle, to_end)
-
-
-def is_first_order(sigma: float, target: float) -> bool:
-    """Whether a step must be Euler: from σ = ∞, to σ = 0, or of no length."""
-    return level_ratio(sigma, target) in (0.0, 1.0)
-
-
 # --------------------------------------------------------------------------------- Heun, DPM-Solver
 
 
+def heun_stages(sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
+    """Euler to the target, then the whole step with the mean of both slopes."""
+    return two_stages(sigma, target, target, (sigma - target) / (2.0 * target), noise=noise)
+
+
+@solver(order=2, evaluations=2, options=CHURN)
 def heun(
     sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> Iterator[Step]:
-    """Euler to σ', then the mean of both slopes; Euler alone to σ' = 0."""
-    lifts = churned(sigmas, s_churn, s_tmin, s_tmax, s_noise)
-    for (sigma, sigma_next), (sigma_hat, churn) in zip(pairwise(sigmas), lifts):
-        if is_first_order(sigma_hat, sigma_next):
-            stages: tuple[Stage, ...] = (Stage(sigma_hat, euler_row(sigma_hat, sigma_next)),)
-        else:
-            weight = (sigma_hat - sigma_next) / (2.0 * sigma_next)
-            stages = two_stages(sigma_hat, sigma_next, sigma_next, weight)
-        yield Step(sigma, sigma_next, stages, churn)
+    """Churn from σ to σ̂, then `heun_stages`."""
+    return with_churn(sigmas, heun_stages, s_churn, s_tmin, s_tmax, s_noise)
 
 
-@solver(order=2, evaluations=2)
+@heun.public
 def sample_heun_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
     """Heun: ``x' = x + (σ' - σ)/2·((x - x̂)/σ + (x_2 - x̂_2)/σ') + (x̂_new,2 - x̂_2)``.
 
     x_2 is Euler's point at σ', and x̂_2 its estimate, which the teacher revises. Two evaluations a
@@ -100,126 +67,102 @@ def sample_heun_tg(
 
     Source: Karras et al. 2022, Algorithm 2; the teacher's term as in Euler.
     """
-    plan = partial(heun, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable)
+    return sample(
+        heun, model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+    )  # fmt: skip
 
 
+def dpm_2_stages(sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
+    """Euler to sqrt(σ σ_target), then the whole step with the slope found there."""
+    middle = math.sqrt(sigma * target)
+    return two_stages(sigma, middle, target, (sigma - target) / middle, noise=noise)
+
+
+@solver(order=2, evaluations=2, options=CHURN)
 def dpm_2(
     sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
 ) -> Iterator[Step]:
-    """Euler to sqrt(σ̂ σ'), then the whole step with the slope found there."""
-    lifts = churned(sigmas, s_churn, s_tmin, s_tmax, s_noise)
-    for (sigma, sigma_next), (sigma_hat, churn) in zip(pairwise(sigmas), lifts):
-        if is_first_order(sigma_hat, sigma_next):
-            stages: tuple[Stage, ...] = (Stage(sigma_hat, euler_row(sigma_hat, sigma_next)),)
-        else:
-            middle = math.sqrt(sigma_hat * sigma_next)
-            stages = two_stages(sigma_hat, middle, sigma_next, (sigma_hat - sigma_next) / middle)
-        yield Step(sigma, sigma_next, stages, churn)
+    """Churn from σ to σ̂, then `dpm_2_stages`."""
+    return with_churn(sigmas, dpm_2_stages, s_churn, s_tmin, s_tmax, s_noise)
 
 
-@solver(order=2, evaluations=2)
+@dpm_2.public
 def sample_dpm_2_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+) -> Tensor:  # fmt: skip
     """DPM-Solver-2: ``x' = x + (σ' - σ)·(u - x̂_u)/σ_u + (x̂_new,u - x̂_u)``, σ_u = sqrt(σ σ').
 
     u is Euler's point at σ_u. Two evaluations a step, one in the last; order 2.
 
     Source: Lu et al. 2022 (DPM-Solver), as in k-diffusion; the teacher's term as in Euler.
     """
-    plan = partial(dpm_2, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable)
+    return sample(
+        dpm_2, model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+    )  # fmt: skip
 
 
+@solver(order=2, evaluations=2, options=ANCESTRAL, noise="plain")
 def dpm_2_ancestral(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
-    """DPM-Solver-2 to σ_down, then ``+ σ_up n``."""
-    nonnegative(eta=eta, s_noise=s_noise)
-    for sigma, sigma_next in pairwise(sigmas):
-        sigma_down, noise = ancestral_split(sigma, sigma_next, eta, s_noise)
-        if is_first_order(sigma, sigma_down):
-            yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_down, noise))
-            continue
-        middle = math.sqrt(sigma * sigma_down)
-        weight = (sigma - sigma_down) / middle
-        yield Step(sigma, sigma_next, two_stages(sigma, middle, sigma_down, weight, noise=noise))
+    """`dpm_2_stages` to σ_down, then ``+ σ_up n``."""
+    return ancestral(sigmas, dpm_2_stages, eta, s_noise)
 
 
-@solver(order=2, evaluations=2)
+@dpm_2_ancestral.public
 def sample_dpm_2_ancestral_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """Ancestral DPM-Solver-2: `sample_dpm_2_tg`'s step to σ_down, then ``+ σ_up n``.
 
     Two evaluations a step, one in the last; order 2 at η = 0.
 
     Source: k-diffusion; the teacher's term as in Euler.
     """
-    plan = partial(dpm_2_ancestral, eta=eta, s_noise=s_noise)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return sample(
+        dpm_2_ancestral, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
 
 
 # -------------------------------------------------------------------------------- DPM-Solver++(2S)
 
+MIDDLE = Option(0.5, low=0.0, high=1.0, above=True)
+"""r: where the middle point lies, as a fraction of the step in -log σ."""
 
-def dpmpp_2s_ancestral(
-    sigmas: Sequence[float], eta: float, s_noise: float, r: float = 0.5
-) -> Iterator[Step]:
-    """With ``e^{-h} = σ_down/σ`` and the middle point u at the fraction r of the step in -log σ:
+
+def dpmpp_2s_stages(
+    sigma: float, target: float, noise: float | None, r: float
+) -> tuple[Stage, ...]:
+    """With ``e^{-h} = σ_target/σ``, u at the fraction r of the step in -log σ:
 
     ``u = e^{-rh} x + (1 - e^{-rh}) d``,
-    ``x' = e^{-h} x + (1 - e^{-h}) d + (1 - e^{-h})/(2r)·(x̂_new,u - d) + σ_up n``.
+    ``x' = e^{-h} x + (1 - e^{-h}) d + (1 - e^{-h})/(2r)·(x̂_new,u - d)``.
     """
-    nonnegative(eta=eta, s_noise=s_noise)
-    check_middle(r)
-    for sigma, sigma_next in pairwise(sigmas):
-        sigma_down, noise = ancestral_split(sigma, sigma_next, eta, s_noise)
-        if is_first_order(sigma, sigma_down):
-            yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_down, noise))
-            continue
-        ratio = sigma_down / sigma
-        weight = (1.0 - ratio) / (2.0 * r)
-        stages = two_stages(sigma, sigma * ratio**r, sigma_down, weight, weight, noise)
-        yield Step(sigma, sigma_next, stages)
+    ratio = target / sigma
+    weight = (1.0 - ratio) / (2.0 * r)
+    return two_stages(sigma, sigma * ratio**r, target, weight, weight, noise)
 
 
-def check_middle(r: float) -> None:
-    """ValueError for a middle point outside its step."""
-    if not (isinstance(r, numbers.Real) and 0.0 < r <= 1.0):
-        raise ValueError(f"r is {r!r}; the middle point lies in (0, 1] of the step")
+@solver(order=2, evaluations=2, options={**ANCESTRAL, "r": MIDDLE}, noise="plain")
+def dpmpp_2s_ancestral(
+    sigmas: Sequence[float], eta: float, s_noise: float, r: float
+) -> Iterator[Step]:
+    """`dpmpp_2s_stages` to σ_down, then ``+ σ_up n``."""
+    return ancestral(sigmas, partial(dpmpp_2s_stages, r=r), eta, s_noise)
 
 
-@solver(order=2, evaluations=2)
+@dpmpp_2s_ancestral.public
 def sample_dpmpp_2s_ancestral_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-    *,
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, *,
     r: float = 0.5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Ancestral DPM-Solver++(2S), its middle point u at the fraction r of the step in -log σ.
 
     ``u = e^{-rh} x + (1 - e^{-rh}) x̂``,
@@ -230,24 +173,22 @@ def sample_dpmpp_2s_ancestral_tg(
 
     Source: Lu et al. 2022 (DPM-Solver++), Algorithm 1; Park et al. 2025, supplement 7.1.
     """
-    plan = partial(dpmpp_2s_ancestral, eta=eta, s_noise=s_noise, r=r)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler)
+    return sample(
+        dpmpp_2s_ancestral, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise, r=r,
+    )  # fmt: skip
 
 
-@solver(order=2, evaluations=2, cfg_pp=True)
+dpmpp_2s_ancestral_cfg_pp = dpmpp_2s_ancestral.in_cfg_pp()
+
+
+@dpmpp_2s_ancestral_cfg_pp.public
 def sample_dpmpp_2s_ancestral_cfg_pp_tg(
-    model: Any,
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 1.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-    *,
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, *,
     r: float = 0.5,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Ancestral DPM-Solver++(2S) with CFG++: x̂_∅ takes x̂'s place in the direction.
 
     ``u = e^{-rh} x + (1 - e^{-rh}) x̂_∅``,
@@ -257,8 +198,10 @@ def sample_dpmpp_2s_ancestral_cfg_pp_tg(
 
     Source: Park et al. 2025, supplement, equation (12).
     """
-    plan = partial(dpmpp_2s_ancestral, eta=eta, s_noise=s_noise, r=r)
-    return run(plan, model, x, sigmas, extra_args, callback, disable, noise_sampler, cfg_pp=True)
+    return sample(
+        dpmpp_2s_ancestral_cfg_pp, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise, r=r,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------- DPM-Solver-fast
@@ -270,11 +213,21 @@ def fast_orders(n: int) -> list[int]:
     return [3] * (m - 2) + [2, 1] if n % 3 == 0 else [3] * (m - 1) + [n % 3]
 
 
-def dpm_fast(
-    sigmas: Sequence[float], orders: Sequence[int], eta: float, s_noise: float
-) -> Iterator[Step]:
-    """Steps of DPM-Solver of the given orders to σ_down, then ``+ σ_up n``."""
-    nonnegative(eta=eta, s_noise=s_noise)
+def fast_levels(sigma_min: float, sigma_max: float, n: int) -> list[float]:
+    """The ends of those steps, equal in -log σ."""
+    levels: list[float] = np.geomspace(sigma_max, sigma_min, len(fast_orders(n)) + 1).tolist()
+    return levels
+
+
+@solver(
+    order=2, evaluations=3, levels=fast_levels, noise="plain",
+    options={"n": Option(8, low=1), "eta": Option(0.0, low=0.0), "s_noise": ANCESTRAL["s_noise"]},
+)  # fmt: skip
+def dpm_fast(sigmas: Sequence[float], n: int, eta: float, s_noise: float) -> Iterator[Step]:
+    """Steps of DPM-Solver of orders 3, 3, …, that make n evaluations, then ``+ σ_up n``."""
+    orders = fast_orders(n)
+    if len(orders) != len(sigmas) - 1:
+        raise ValueError(f"n is {n}, which makes {len(orders)} steps; there are {len(sigmas) - 1}")
     for (sigma, sigma_next), order in zip(pairwise(sigmas), orders):
         down, _ = ancestral_split(sigma, sigma_next, eta, s_noise)
         sigma_down = max(down, sigmas[-1])
@@ -331,20 +284,12 @@ def stage_row(
     return Row(sigma * float(weights[0]), denoised, (newest - denoised, *older), noise)
 
 
-@solver(order=2, evaluations=3, needs="σ_min > 0; its steps are its own")
+@dpm_fast.public
 def sample_dpm_fast_tg(
-    model: Any,
-    x: Tensor,
-    sigma_min: float,
-    sigma_max: float,
-    n: int,
-    extra_args: ExtraArgs = None,
-    callback: Callback | None = None,
-    disable: bool | None = None,
-    eta: float = 0.0,
-    s_noise: float = 1.0,
-    noise_sampler: NoiseSampler | None = None,
-) -> Tensor:
+    model: Any, x: Tensor, sigma_min: float, sigma_max: float, n: int,
+    extra_args: ExtraArgs = None, callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
     """DPM-Solver-fast: ``n`` evaluations from ``sigma_max`` to ``sigma_min``, in steps of order 3.
 
     Steps are equal in -log σ; the last one or two are of lower order, as the count demands, which
@@ -356,25 +301,18 @@ def sample_dpm_fast_tg(
     τ = 1) and for n < 1.
     Source: Lu et al. 2022 (DPM-Solver), as in k-diffusion.
     """
-    numeric = all(isinstance(level, numbers.Real | Tensor) for level in (sigma_min, sigma_max))
-    if not (numeric and 0.0 < sigma_min <= sigma_max < math.inf):
-        raise ValueError(
-            f"sigma_min is {sigma_min!r} and sigma_max {sigma_max!r}; "
-            "they must be 0 < sigma_min ≤ sigma_max < inf"
-        )
-    if not isinstance(n, numbers.Integral) or n < 1:
-        raise ValueError(f"n is {n!r}; it must be a whole number of evaluations ≥ 1")
     space = getattr(model, "space", VE)
-    low, high = space.sigma(float(sigma_min)), space.sigma(float(sigma_max))
-    if math.isinf(high):
-        raise ValueError(f"sigma_max is {sigma_max!r}, σ = ∞: steps equal in -log σ start below")
-    orders = tuple(fast_orders(int(n)))
-    sigmas = np.geomspace(high, low, len(orders) + 1).tolist()
-    levels = torch.tensor([space.level(sigma) for sigma in sigmas], dtype=torch.float64)
+    low, high = (
+        space.sigma(float(level)) if isinstance(level, numbers.Real | Tensor) else level
+        for level in (sigma_min, sigma_max)
+    )
+    sigmas = [space.level(sigma) for sigma in dpm_fast.levels(low, high, n)]
 
     def tell(info: dict[str, Any]) -> None:
         if callback is not None:
             callback({**info, "t": -info["sigma"].log(), "t_up": -info["sigma_hat"].log()})
 
-    plan = partial(dpm_fast, orders=orders, eta=eta, s_noise=s_noise)
-    return run(plan, model, x, levels, extra_args, callback and tell, disable, noise_sampler)
+    return sample(
+        dpm_fast, model, x, torch.tensor(sigmas, dtype=torch.float64), extra_args,
+        callback and tell, disable, noise_sampler, n=n, eta=eta, s_noise=s_noise,
+    )  # fmt: skip
