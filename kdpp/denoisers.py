@@ -384,6 +384,8 @@ def _like(value: Any, items: list[Any]) -> Any:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
+    if hasattr(value, "shape"):
+        return f"{type(value).__name__} of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return f"a dict of {sorted(map(str, value))}"
     return f"{type(value).__name__} {value!r}"

@@ -78,10 +78,11 @@ class Teacher:
 
     def __post_init__(self) -> None:
         refuse_unmarked_cfg(self.denoiser, "teacher")
+        # Copies: what was checked is not changed from outside.
         if isinstance(self.scale, list):
-            object.__setattr__(self, "scale", tuple(self.scale))  # ours alone, and so checked once
-        if isinstance(self.steps, Tensor):
-            object.__setattr__(self, "steps", self.steps.tolist())
+            object.__setattr__(self, "scale", tuple(self.scale))
+        steps = self.steps.tolist() if isinstance(self.steps, Tensor) else self.steps
+        object.__setattr__(self, "steps", tuple(steps) if isinstance(steps, list) else steps)
         _check_steps(self.steps)
         check_number("teacher_cfg_scale", self.cfg_scale, -math.inf, math.inf)
         _check_renoise(self.renoise)

@@ -151,6 +151,7 @@ class GuidanceConditioned(_Transparent, OwnCFG):
     """
 
     _inner = "model"
+    divisible = True
 
     def __init__(self, denoiser: Denoiser, argument: str = "w", offset: float = -1.0) -> None:
         super().__init__(_unmarked(denoiser, "GuidanceConditioned"))

@@ -1,5 +1,6 @@
 """Network calls: fused, capped, shared by stacked teachers; borrowed teachers come and go."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -157,6 +158,156 @@ def test_conditions_that_do_not_fit_into_one_batch_are_refused():
     extra = {**EXTRA, "uncond": torch.zeros(BATCH, 4)}
     with pytest.raises(ValueError, match=r"cond.*\(3, 4\)"):
         sample(guided(problems.NeverCalled(), mixture(1)), extra=extra)
+
+
+# ------------------------------------------------------------------------------- shared, by sample
+
+
+class Sized(nn.Module):
+    """A denoiser with a shared tensor of two numbers, which every call must get whole."""
+
+    def forward(self, x, sigma, cond, size):
+        assert size.shape == (2,)
+        return 0.1 * x * size[0] + cond[:, :, None, None] * size[1]
+
+
+@pytest.mark.parametrize("max_batch", [None, 1, 2])
+def test_a_shared_tensor_is_never_cut(max_batch):
+    """One sample under CFG: a tensor of two numbers is not its two halves."""
+    extra = {"cond": seeded(1, 3, seed=1), "uncond": seeded(1, 3, seed=2), "cond_scale": 3.0}
+    extra["size"] = torch.tensor([3.0, 5.0])
+    model = kdpp.TeacherGuidedDenoiser(Sized(), Sized(), max_batch=max_batch)
+    x, sigmas = seeded(1, *problems.SHAPE, seed=5), karras(3)
+    torch.manual_seed(0)
+    found = run(EULER, model, x, sigmas, extra_args=extra)
+    whole = kdpp.TeacherGuidedDenoiser(Sized(), Sized())
+    torch.manual_seed(0)
+    assert torch.allclose(found, run(EULER, whole, x, sigmas, extra_args=extra), atol=1e-12)
+
+
+def test_a_shared_tensor_goes_whole_to_stacked_teachers():
+    """Though it is as long as their joined call."""
+    extra = {"cond": seeded(1, 3, seed=1), "uncond": seeded(1, 3, seed=2)}
+    extra["size"] = torch.tensor([3.0, 5.0])
+    pairs = ([Sized(), Sized()], kdpp.stack_teachers(Sized(), Sized()))
+    apart, stacked = ([Teacher(one, 0.3, cfg_scale=1.0) for one in pair] for pair in pairs)
+    x, found = seeded(1, *problems.SHAPE, seed=5), []
+    for teachers in (apart, stacked):
+        torch.manual_seed(0)
+        model = kdpp.TeacherGuidedDenoiser(Sized(), teachers)
+        found.append(run(EULER, model, x, karras(3), extra_args=extra))
+    assert torch.allclose(*found, atol=1e-12)
+
+
+TEXTS = {"a": 0.3, "bb": -0.5, "": 0.0}
+
+
+def reading(x, sigma, cond):
+    """A denoiser whose condition is a list of texts, one for each row."""
+    assert len(cond) == len(x)
+    shift = torch.tensor([TEXTS[text] for text in cond], dtype=x.dtype).view(-1, 1, 1, 1)
+    return 0.2 * x + shift
+
+
+@pytest.mark.parametrize("max_batch", [None, 1, 3])
+def test_texts_go_with_their_samples(max_batch):
+    """Lists of prompts are joined for CFG and cut for a cap, as tensors are."""
+    x = seeded(2, *problems.SHAPE, seed=5)
+
+    def images(conds, rows, **settings):
+        x_here = x[rows]
+        model = kdpp.TeacherGuidedDenoiser(
+            reading, reading, renoise_noise_sampler=lambda *_: torch.zeros_like(x_here), **settings
+        )
+        extra = {"cond": conds, "uncond": [""] * len(conds), "cond_scale": 3.0}
+        return run(EULER, model, x_here, karras(3), extra_args=extra)
+
+    found = images(["a", "bb"], [0, 1], max_batch=max_batch)
+    alone = [images([text], [row]) for row, text in enumerate(("a", "bb"))]
+    assert torch.allclose(found, torch.cat(alone), atol=1e-12)
+
+
+def test_teachers_of_one_network_whose_keywords_differ_are_asked_apart():
+    """Other texts, or conditions of another length: two calls, and the images of two networks."""
+
+    class Styled(nn.Module):
+        def forward(self, x, sigma, cond, style):
+            return 0.2 * x + cond.mean() + {"oil": 1.0, "ink": -1.0}[style]
+
+    network = Counted(Styled())
+    extra = {"cond": seeded(2, 3, seed=1), "style": "oil"}
+    longer = {"style": "ink", "cond": seeded(2, 7, seed=2)}
+    x, found = seeded(2, *problems.SHAPE, seed=5), []
+    for networks in ((network, network), (Styled(), Styled())):
+        teachers = [
+            Teacher(one, 0.3, cfg_scale=1.0, extra_args=own)
+            for one, own in zip(networks, ({}, longer))
+        ]
+        model = kdpp.TeacherGuidedDenoiser(
+            Styled(), teachers, renoise_noise_sampler=lambda *_: torch.zeros_like(x)
+        )
+        found.append(run(EULER, model, x, karras(3), extra_args=extra))
+    assert torch.equal(*found)
+    assert [call.extra["style"] for call in network.calls] == ["oil", "ink"]
+
+
+@pytest.mark.parametrize(
+    ("cond", "uncond"),
+    [
+        (np.zeros((2, 3)), np.ones((2, 3))),
+        (object(), object()),
+        (1, True),
+        (torch.zeros(1, 3), torch.zeros(1, 3)),
+        (torch.zeros(2, 3), torch.zeros(2, 4)),
+        ("a", "b"),
+    ],
+    ids=["numpy", "objects", "1 and True", "one row", "other shapes", "texts"],
+)
+def test_what_cannot_be_joined_is_said(cond, uncond):
+    """A ValueError before any call: what was given, and how many rows there must be."""
+    extra = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    model = kdpp.TeacherGuidedDenoiser(problems.NeverCalled(), problems.NeverCalled())
+    with pytest.raises(
+        ValueError, match=r"cond does not fit into one batch of 2 \+ 2.*2 rows each"
+    ):
+        run(EULER, model, seeded(2, *problems.SHAPE, seed=5), karras(3), extra_args=extra)
+
+
+def test_one_object_for_both_halves_is_shared():
+    """Arrays and objects that are the same in both halves go with both."""
+    shared = {"table": np.arange(3.0), "settings": object()}
+
+    def model(x, sigma, cond, table, settings):
+        assert table is shared["table"] and settings is shared["settings"]
+        return 0.1 * x + cond[:, :, None, None] * float(table[1])
+
+    wrapped = kdpp.TeacherGuidedDenoiser(model, model, teacher_steps=0)
+    found = run(EULER, wrapped, seeded(BATCH, *problems.SHAPE, seed=5), karras(3),
+                extra_args={**EXTRA, **shared})  # fmt: skip
+    assert found.isfinite().all()
+
+
+def test_a_cap_holds_for_a_guidance_conditioned_model():
+    """It has no halves of its own to see to, so its batch can be split."""
+    rows = []
+
+    def network(x, sigma, cond, w):
+        rows.append(len(x))
+        return 0.1 * x + cond[:, :, None, None] + w.view(-1, 1, 1, 1)
+
+    model = kdpp.GuidanceConditioned(network)
+    extra = {**EXTRA, "cond_scale": 3.0}
+    capped = kdpp.TeacherGuidedDenoiser(model, model, teacher_steps=0, max_batch=2)
+    x = seeded(BATCH, *problems.SHAPE, seed=5)
+    found = run(EULER, capped, x, karras(2), extra_args=extra)
+    assert max(rows) == 2
+    whole = kdpp.TeacherGuidedDenoiser(model, model, teacher_steps=0)
+    assert torch.allclose(found, run(EULER, whole, x, karras(2), extra_args=extra), atol=1e-12)
+
+
+def test_own_cfg_takes_a_denoiser():
+    with pytest.raises(TypeError, match=r"OwnCFG takes a denoiser.*None"):
+        kdpp.OwnCFG(None)
 
 
 # ------------------------------------------------------------------------------- stacked teachers

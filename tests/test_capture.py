@@ -111,6 +111,52 @@ def test_16_bit_networks_are_captured_with_their_state(traced):
     assert torch.allclose(found.float(), expected.float(), atol=0.02)
 
 
+def test_only_a_sampler_of_kdpp_is_captured():
+    """A function around one would lose what it does besides: refused, whatever it is called."""
+    image, euler = latent(), kdpp.sample_euler_tg
+
+    def sample_euler_tg(model, x, sigmas, extra_args=None, **options):
+        return kdpp.image_to_image(euler, model, image, sigmas, extra_args, disable=True)
+
+    def twice(model, x, sigmas, extra_args=None, **options):
+        return euler(model, euler(model, x, sigmas, extra_args), sigmas, extra_args)
+
+    for function in (sample_euler_tg, twice, print):
+        with pytest.raises(ValueError, match="is no sampler of kdpp"):
+            capture(function, guided(), latent(), karras(STEPS), conditions())
+
+
+@pytest.mark.parametrize(
+    "given", ["euler_ancestral", "sample_euler_ancestral_tg",
+              partial(kdpp.sample_euler_ancestral_tg, eta=0.5)],
+)  # fmt: skip
+def test_a_sampler_may_be_named_or_partial(given, traced):
+    """Fixed options hold."""
+    fixed = given.keywords if isinstance(given, partial) else {}
+    model, sigmas = guided(), karras(STEPS).float()
+    captured = capture(given, model, latent(), sigmas, conditions())
+    torch.manual_seed(0)
+    found = captured(latent())
+    torch.manual_seed(0)
+    expected = kdpp.sample_euler_ancestral_tg(
+        model, latent(), sigmas, conditions(), disable=True, **fixed
+    )
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_teachers_draws_are_those_that_are_used(rho, traced):
+    """At ρ = 0 a teacher draws nothing, and a second one gets the first draw."""
+    teachers = [kdpp.Teacher(Net(1), 0.3, renoise_eta=rho), kdpp.Teacher(Net(2), 0.3)]
+    model = kdpp.TeacherGuidedDenoiser(Net(0), teachers)
+    captured = capture("euler", model, latent(), karras(STEPS).float(), conditions())
+    torch.manual_seed(0)
+    found = captured(latent())
+    torch.manual_seed(0)
+    expected = kdpp.sample("euler", model, latent(), karras(STEPS).float(), conditions())
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_what_cannot_be_captured_is_refused():
     """Before anything is compiled."""
     x, sigmas, euler = latent(), karras(STEPS), kdpp.sample_euler_tg

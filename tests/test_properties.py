@@ -331,6 +331,39 @@ def test_no_step_returns_the_latent(solver, levels):
     assert torch.equal(sample(solver, Problem(), sigmas, {}, x), x)
 
 
+@over_deterministic
+def test_levels_a_rounding_apart_are_equal_levels(solver):
+    """A float32 rounding is no step: a multistep solver would divide by its length."""
+    problem, sigmas = Problem(), torch.tensor([14.0, 3.7, 3.7, 0.5, 0.0], dtype=torch.float64)
+    expected = sample(solver, problem, sigmas, {"teacher_steps": 0}, eta=0.0)
+    sigmas[2] = float(torch.nextafter(sigmas[2].float(), torch.tensor(0.0)))
+    found = sample(solver, problem, sigmas, {"teacher_steps": 0}, eta=0.0)
+    assert relative(found, expected) <= 1e-6
+
+
+@over_solvers
+def test_whole_sigmas_are_levels_like_any_others(solver):
+    """int64 sigmas give what the same float32 ones give: middle points are not cut to wholes."""
+    problem, options = Problem(dtype=torch.float32), {"eta": 0.5}
+    whole = torch.tensor([14, 4, 1, 0])
+    expected = sample(solver, problem, whole.float(), {"teacher_steps": 2}, **options)
+    heard = []
+
+    class Listening(Tape):
+        def __call__(self, sigma=None, sigma_next=None):
+            heard.append((float(sigma), float(sigma_next)))
+            return super().__call__(sigma, sigma_next)
+
+    x = problem.start(whole)
+    torch.manual_seed(21)
+    found = problem.sample(
+        solver, x, whole, {"teacher_steps": 2}, noise_sampler=Listening(x, 5), **options
+    )
+    assert torch.equal(found, expected)
+    middles = {b for a, b in heard} - {14.0, 4.0, 1.0, 0.0}
+    assert bool(middles) == (solver.evaluations > 1 and solver.noise == "brownian")
+
+
 # ------------------------------------------------------------------------- dtype and device
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

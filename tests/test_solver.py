@@ -1,0 +1,159 @@
+"""Solvers as values: their plans, options, levels, and how they are found."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import kdpp
+import problems
+from kdpp import Option
+from kdpp.plan import FLOW
+from kdpp.solver import SOLVERS, Solver, solver, solver_of
+
+SIGMAS = [14.6, 4.0, 1.2, 0.4, 0.0]
+over_solvers = pytest.mark.parametrize("solver", SOLVERS.values(), ids=lambda s: s.name)
+on_schedules = pytest.mark.parametrize(
+    "solver", problems.on_schedules(SOLVERS), ids=lambda s: s.name
+)
+
+
+@on_schedules
+def test_a_plan_has_a_step_for_each_pair_of_levels(solver):
+    """With as many evaluations as the solver says: one in the last step, more at the start."""
+    steps = solver.plan(SIGMAS)
+    assert [(step.sigma, step.sigma_next) for step in steps] == list(itertools.pairwise(SIGMAS))
+    counts = [len(step.stages) for step in steps]
+    expected = [solver.evaluations] * (len(steps) - 1) + [1]
+    expected[0] += solver.extra
+    assert counts == expected
+    assert solver.plan(torch.tensor(SIGMAS, dtype=torch.float64)) is steps  # kept
+
+
+@on_schedules
+def test_a_flow_models_plan_is_that_of_its_sigmas(solver):
+    """σ = τ/(1-τ)."""
+    taus = [0.9, 0.5, 0.2, 0.0]
+    flow = solver.plan(taus, space=FLOW)
+    ve = solver.plan([tau / (1 - tau) for tau in taus])
+    assert [step.stages for step in flow] == [step.stages for step in ve]
+    assert solver.plan([1.0, 0.5], space=FLOW)[0].sigma == math.inf
+
+
+@over_solvers
+def test_options_are_checked_one_by_one(solver):
+    """An unknown one, one outside its range, one of another kind: what is allowed is said."""
+    levels = solver.levels(0.1, 10.0, 8) if solver.own_levels else SIGMAS
+    with pytest.raises(ValueError, match=f"unknown option of {solver.name} 'etta'"):
+        solver.plan(levels, etta=1.0)
+    for name, option in solver.options.items():
+        bad = [None, math.nan, -math.inf, True, [1.0], "sideways"]
+        bad += [] if option.default == math.inf else [math.inf]
+        bad += [] if option.choices or isinstance(option.default, float) else [1.5]
+        for value in bad:
+            with pytest.raises(ValueError, match=rf"^{name} is .*; it must be "):
+                solver.plan(levels, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "words", "good", "bad"),
+    [
+        (Option(1.0, low=0.0), "a number ≥ 0", [0, 0.5, 9.0], [-1e-9, math.inf]),
+        (Option(math.inf, low=0.0), "a number ≥ 0", [0.0, math.inf], [-1.0]),
+        (Option(0.5, 0.0, 1.0, above=True), "a number in (0, 1]", [1e-9, 1], [0.0, 1.1]),
+        (Option(2, low=1, high=3), "a whole number from 1 to 3", [1, 3], [0, 4, 2.0]),
+        (Option("a", choices=("a", "b")), '"a" or "b"', ["a", "b"], ["c", 1]),
+    ],
+    ids=str,
+)
+def test_what_an_option_may_be(option, words, good, bad):
+    """In words, and as the numbers that the plan gets."""
+    assert str(option) == words
+    for value in good:
+        assert type(option.read("it", value)) is type(option.default)
+        assert option.read("it", value) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=r"it is .*; it must be"):
+            option.read("it", value)
+
+
+def test_levels_of_one_that_makes_its_own():
+    """DPM-Solver-fast: equal steps in -log σ, of the orders that make n evaluations."""
+    fast = SOLVERS["dpm_fast"]
+    for n in range(1, 13):
+        levels = fast.levels(0.1, 10.0, n)
+        plan = fast.plan(levels, n=n)
+        assert sum(len(step.stages) for step in plan) == n
+        assert (levels[0], levels[-1]) == pytest.approx((10.0, 0.1))
+    with pytest.raises(ValueError, match="n is 8, which makes 3 steps; there are 4"):
+        fast.plan([10.0, 5.0, 1.0, 0.5, 0.1], n=8)
+    with pytest.raises(ValueError, match="euler takes any levels"):
+        SOLVERS["euler"].levels(0.1, 10.0, 8)
+    for bad in ((0.0, 1.0, 3), (2.0, 1.0, 3), (0.1, math.inf, 3)):
+        with pytest.raises(ValueError, match="0 < sigma_min ≤ sigma_max"):
+            fast.levels(*bad)
+    with pytest.raises(ValueError, match="n is 0; it must be a whole number"):
+        fast.levels(0.1, 1.0, 0)
+
+
+def test_natures():
+    """What the rows of a plan tell of a solver."""
+    multistep = {s.name for s in SOLVERS.values() if s.multistep}
+    assert multistep >= {"dpmpp_2m", "lms", "unipc", "dpmpp_3m_sde"}
+    assert not multistep & {"euler", "heun", "dpmpp_2s_ancestral", "dpmpp_sde", "lcm", "dpm_fast"}
+    keeping = {s.name for s in SOLVERS.values() if s.keeps}
+    assert keeping >= {"dpmpp_2m", "heun", "dpm_2"}
+    assert not keeping & {"euler", "lcm", "dpmpp_2s_ancestral", "dpmpp_sde"}
+
+
+@over_solvers
+def test_it_prints_as_something_to_read(solver):
+    """A line of what it is, a line for each option."""
+    first, *options = str(solver).splitlines()
+    assert first.startswith(f"{solver.name}: ") and first in f"{solver.name}: {solver.traits}"
+    assert [line.split()[0] for line in options] == list(solver.options)
+    assert repr(solver) == f"<Solver {solver.name}: {solver.traits}>"
+
+
+def test_the_nearest_name_is_said():
+    """Of an unknown solver; what is no sampler at all is refused, too."""
+    with pytest.raises(ValueError, match="unknown solver 'eular'; did you mean 'euler'"):
+        solver_of("eular")
+    with pytest.raises(ValueError, match="'print' is no sampler of kdpp"):
+        solver_of(print)
+
+
+@pytest.fixture
+def entered():
+    """Solvers that a test enters are gone after it."""
+    before = dict(SOLVERS)
+    yield
+    SOLVERS.clear()
+    SOLVERS.update(before)
+
+
+def test_a_solvers_own_mistake_is_raised_once(entered):
+    """A TypeError inside a plan is the plan's, and it is not carried out a second time."""
+    calls = []
+
+    @solver(order=1)
+    def broken(sigmas):
+        calls.append(sigmas)
+        raise TypeError("a mistake of the plan's")
+
+    with pytest.raises(TypeError, match="a mistake of the plan's"):
+        broken.plan(SIGMAS)
+    assert len(calls) == 1
+    assert isinstance(broken, Solver) and kdpp.SOLVERS["broken"] is broken
+    with pytest.raises(ValueError, match="there is a solver named 'broken' already"):
+        solver(order=1, name="broken")(lambda sigmas: [])
+
+
+@pytest.mark.parametrize("sigmas", [[5.0, 1e-20, 0.0], [1e-10, 1e-20, 0.0], [80.0, 1e-300, 0.0]])
+@on_schedules
+def test_tiny_levels_make_no_division_by_zero(solver, sigmas):
+    """Plans of levels near the end of float64."""
+    for step in solver.plan(sigmas):
+        for stage in step.stages:
+            assert math.isfinite(stage.row.target)
