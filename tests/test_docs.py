@@ -97,6 +97,28 @@ def test_the_page_on_adding_a_solver():
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
 
 
+def test_the_first_page_runs_as_it_stands():
+    """In a few lines from nothing to images: those of the student, changed by the teacher."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "start.md").read_text(), re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 13
+    variables = {}
+    exec(compile(code, "start.md", "exec"), variables)
+    assert variables["images"].shape == (10, 1, 8, 8) and variables["images"].isfinite().all()
+    for name in re.findall(r"`(sample_\w+_tg)`", (ROOT / "docs" / "start.md").read_text()):
+        assert hasattr(kdpp, name)
+
+
+def test_names_in_backticks_lead_to_the_reference(tmp_path):
+    """On the pages and in the docstrings."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-d", tmp_path / "trees"]
+    subprocess.run([*command, ROOT / "docs", tmp_path / "html"], check=True, capture_output=True)
+    for page, name in (("start", "sample_lcm_tg"), ("guidance", "Teacher"), ("api", "kdpp.OwnCFG")):
+        html = (tmp_path / "html" / f"{page}.html").read_text()
+        assert re.search(
+            rf'<a class="reference internal" href="[^"]*#[^"]*{name}"[^>]*><code', html
+        )
+
+
 SHORT = {
     "train": ["--iterations", "3", "--batch", "8"],
     "evaluate": ["--images", "100", "--seeds", "2"],
