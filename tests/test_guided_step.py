@@ -247,6 +247,23 @@ def test_an_output_buffer_that_is_used_again_spoils_nothing_in_inference_mode(so
     assert relative(found, expected) <= 1e-12
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@over_solvers
+def test_a_student_that_is_its_own_teacher_in_one_buffer(solver, inference):
+    """Its second look must not be taken over its first: a refusal, or the right image."""
+    problem = Problem(student=mixture(0), teacher=mixture(0), teacher_cfg_scale=2.5)
+    x, guidance = problem.start(SIGMAS), {"teacher_scale": 0.4, "renoise_eta": 0.5}
+    expected = problem.sample(solver, x, SIGMAS, guidance)
+    problem.student = problem.teacher = Reusing(mixture(0))
+    try:
+        with torch.inference_mode(inference):
+            found = problem.sample(solver, x, SIGMAS, guidance)
+    except ValueError as error:
+        assert not inference and "wrote its answer into memory" in str(error)
+    else:
+        assert relative(found, expected) <= 1e-12
+
+
 def test_two_teachers_in_one_buffer_are_refused():
     """The second teacher's answer over the first one's: an error where torch counts the writes."""
 
