@@ -146,9 +146,14 @@ def test_a_sampler_may_be_named_or_partial(given, traced):
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])
 def test_teachers_draws_are_those_that_are_used(rho, traced):
-    """At ρ = 0 a teacher draws nothing, and a second one gets the first draw."""
-    teachers = [kdpp.Teacher(Net(1), 0.3, renoise_eta=rho), kdpp.Teacher(Net(2), 0.3)]
-    model = kdpp.TeacherGuidedDenoiser(Net(0), teachers)
+    """At ρ = 0 a teacher draws nothing, and a second one gets the noise of its own level."""
+
+    def by_level(sigma, sigma_s):
+        return seeded(BATCH, *problems.SHAPE, seed=round(100 * float(sigma_s))).float()
+
+    teachers = [kdpp.Teacher(Net(1), 0.3, renoise=0.4, renoise_eta=rho)]
+    teachers += [kdpp.Teacher(Net(2), 0.3, renoise=0.8)]
+    model = kdpp.TeacherGuidedDenoiser(Net(0), teachers, renoise_noise_sampler=by_level)
     captured = capture("euler", model, latent(), karras(STEPS).float(), conditions())
     torch.manual_seed(0)
     found = captured(latent())

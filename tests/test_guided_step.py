@@ -148,8 +148,15 @@ def test_an_observer_beside_a_teacher():
     assert torch.equal(found, sample([heard], renoise_noise_sampler=noise))
     student, (_, says) = told[0]["denoised_student"], told[0]["denoised_teacher"]
     assert relative(told[0]["denoised_revised"], student + 0.3 * (says - student)) <= 1e-12
-    found = sample([watching, heard], combine=mix, renoise_noise_sampler=noise)
+    asked = []
+
+    def counting(denoised, estimates, scales):
+        asked.append((len(estimates), list(scales)))
+        return mix(denoised, estimates, scales)
+
+    found = sample([watching, heard], combine=counting, renoise_noise_sampler=noise)
     assert relative(found, sample([heard], renoise_noise_sampler=noise)) <= 1e-12
+    assert set(map(str, asked)) == {"(1, [0.3])"}
 
 
 # ------------------------------------------------------------------------- what is told
@@ -168,6 +175,21 @@ def test_under_a_mask_callbacks_are_told_the_teachers_own_estimate(several):
     student, share = told[0]["denoised_student"], 0.4 * len(teachers) * MASK
     expected = student + share * (1.0 - student)
     assert relative(told[0]["denoised_revised"], expected) <= 1e-12
+
+
+def test_one_network_in_two_latent_spaces():
+    """Two teachers of one denoiser, each with maps of its own, are asked each in its own space."""
+
+    def scaled(by):
+        return (lambda x: by * x), (lambda x: x / by)
+
+    def settings(network):
+        return [Teacher(network, 0.3, 1, 1.0, maps=scaled(by)) for by in (1.0, 3.0)]
+
+    shared, apart = mixture(1), [mixture(1), mixture(1)]
+    others = [one for network in apart for one in settings(network)][::3]
+    assert torch.equal(sample(settings(shared)), sample(others))
+    assert relative(sample(settings(shared)), sample([settings(shared)[0]] * 2)) > 1e-3
 
 
 # ------------------------------------------------------------------------- settings that are held

@@ -360,7 +360,7 @@ def test_whole_sigmas_are_levels_like_any_others(solver):
         solver, x, whole, {"teacher_steps": 2}, noise_sampler=Listening(x, 5), **options
     )
     assert torch.equal(found, expected)
-    middles = {b for a, b in heard} - {14.0, 4.0, 1.0, 0.0}
+    middles = {end for _, end in heard if end % 1.0}
     assert bool(middles) == (solver.evaluations > 1 and solver.noise == "brownian")
 
 
