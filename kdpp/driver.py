@@ -272,8 +272,9 @@ def walk(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The loop. ``dtype``: what the networks are given, where it is not x's."""
+    memory, cfg_pp = plan.memory, plan.cfg_pp
     student = bind(
-        model.student, "student", x, extra_args, needs_uncond=plan.cfg_pp,
+        model.student, "student", x, extra_args, needs_uncond=cfg_pp,
         dtype=dtype, max_batch=model.max_batch,
     )  # fmt: skip
     revisions = [step.revisions for step in plan.steps]
@@ -291,16 +292,15 @@ def walk(
                 teachers.fetch()
             point, directions = x, earlier
             for stage in step.stages:
-                kept = directions[: plan.memory]
-                before = writes(kept)
+                kept = directions[:memory]
+                before = writes(kept) if kept else None
                 denoised, uncond = student(point, levels[stage.evaluation])
-                check_unwritten(kept, before, "student")
-                if plan.memory or teachers:  # both are used after the next call of a network
-                    denoised, uncond = (
-                        counted(denoised),
-                        uncond if uncond is None else counted(uncond),
-                    )
-                directions = (uncond if plan.cfg_pp else denoised, *directions)
+                if before is not None:
+                    check_unwritten(kept, before, "student")
+                if memory or teachers:  # to be used after the next call of a network
+                    denoised = counted(denoised)
+                    uncond = counted(uncond) if cfg_pp and uncond is not None else uncond
+                directions = (uncond if cfg_pp else denoised, *directions)
                 if listener and stage is first:
                     info = report(x, i, listener.sigma_at[i], denoised, step.lifted)
                 heard: tuple[Tensor, ...] = ()
@@ -314,8 +314,10 @@ def walk(
                     listener.callback(info)
                 fresh = None if stage.update.noise is None else noise.between(i, stage.end)
                 point = stage.update(((x, denoised), heard, directions, past), fresh)
-            earlier = (directions[len(step.stages) - 1], *earlier)[: plan.memory]
-            past = (x, *past)[: plan.states]
+            if memory:
+                earlier = (directions[len(step.stages) - 1], *earlier)[:memory]
+            if plan.states:
+                past = (x, *past)[: plan.states]
             x = point
     finally:
         for one in guided or ():

@@ -68,9 +68,10 @@ class Option:
 
     def _has(self, value: Any) -> bool:
         """Whether it is a number of the right kind in the range."""
-        kind = numbers.Integral if isinstance(self.default, int) else numbers.Real
-        if not isinstance(value, kind) or isinstance(value, bool):
-            return False
+        if type(value) is not type(self.default):  # asking for an abstract kind takes longer
+            kind = numbers.Integral if isinstance(self.default, int) else numbers.Real
+            if not isinstance(value, kind) or isinstance(value, bool):
+                return False
         number: Any = value
         above = self.low < number if self.above else self.low <= number
         return above and number <= self.high and (number < math.inf or self.default == math.inf)
@@ -142,12 +143,7 @@ class Solver:
 
         Raises ValueError for other levels, and for an unknown option or one out of its range.
         """
-        levels = [float(level) for level in sigmas]
-        check_falling(levels)
-        if len(levels) < 2:
-            return ()
-        settings = self.settings(options)
-        return _planned(self, merge_close(map(space.sigma, levels)), **settings)
+        return _planned(self, tuple(map(float, sigmas)), space, **self.settings(options))
 
     def settings(self, options: Mapping[str, Any]) -> dict[str, float | str]:
         """All options: those given, checked, and the others' defaults."""
@@ -232,8 +228,13 @@ class Solver:
 
 
 @lru_cache(maxsize=64)
-def _planned(solver: Solver, sigmas: tuple[float, ...], **settings: Any) -> tuple[Step, ...]:
-    return tuple(solver.steps(sigmas, **settings))
+def _planned(
+    solver: Solver, levels: tuple[float, ...], space: Space, **settings: Any
+) -> tuple[Step, ...]:
+    check_falling(levels)
+    if len(levels) < 2:
+        return ()
+    return tuple(solver.steps(merge_close(map(space.sigma, levels)), **settings))
 
 
 SOLVERS: dict[str, Solver] = {}
