@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from kdpp.denoisers import map_rows, trained_range
+from kdpp.denoisers import map_rows
+from kdpp.kinds import trained_range
 from kdpp.memory import borrowed_in
 
 __all__ = ["Stack", "Stacked", "stack_teachers"]

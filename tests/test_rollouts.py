@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
@@ -338,6 +339,64 @@ def test_permuting_and_splitting_the_batch_with_given_coins(monkeypatch):
         torch.testing.assert_close(run(order), whole[order])
 
 
+def by_words(x, sigma, cond):
+    """A network that takes prompts: longer ones make a brighter image. Not a tensor among them."""
+    lengths = [[len(word) for word in words] for words in cond["prompts"]]
+    assert len(lengths) == len(x)
+    sums = torch.tensor([float(sum(one)) for one in lengths], dtype=x.dtype)
+    return mixture()(x, sigma) + per_sample(sums, x)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_of_prompts_go_with_their_samples(kind):
+    """One item for each sample, nested too; what is longer or shorter is everybody's."""
+    words = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff"]
+    everybody = []
+
+    def network(x, sigma, cond, shared):
+        everybody.append(shared)
+        return by_words(x, sigma, cond)
+
+    def run(samples):
+        cond = {"prompts": kind([words[i], "z"] for i in samples)}
+        return mixed_rollout(
+            network, network, start()[samples], COARSE, teacher_probability=0.5, disable=True,
+            extra_args={"cond": cond, "shared": ["x", "y"]},
+            generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
+
+    found = run(list(range(BATCH)))
+    assert any(0 < row.sum() < BATCH for row in found.by_teacher)
+    for i in range(BATCH):
+        coins, one = found.by_teacher[:, i], start()[i : i + 1]
+        cond = {"prompts": [[words[i], "z"]]}
+        for j in range(STEPS):
+            levels = fine()[8 * j : 8 * j + 9] if coins[j] else COARSE[j : j + 2]
+            one = euler(by_words, one, levels, {"cond": cond})
+        torch.testing.assert_close(found.x[i : i + 1], one)
+    assert all(shared == ["x", "y"] for shared in everybody)
+
+
+def test_what_is_taken_of_a_condition():
+    """Batch-first tensors and lists as long as the batch; never half of a structure of tensors."""
+    rows, batch = torch.tensor([2, 0]), 3
+    pair = namedtuple("pair", "one two three")
+    tensor, other = torch.arange(3.0), torch.arange(2.0)
+
+    def taken(value):
+        return rollouts.taken(value, rows, batch)
+
+    assert taken(tensor).tolist() == [2.0, 0.0] and taken(other) is other
+    assert taken(["a", "b", "c"]) == ["c", "a"] and taken(("a", "b", "c")) == ("c", "a")
+    assert taken([None, {"k": 1}, 3]) == [3, None]
+    assert taken(["a", "b"]) == ["a", "b"] and taken("abc") == "abc" and taken(7) == 7
+    assert taken(torch.tensor(1.0)) == 1.0
+    held = taken([tensor, {"inside": tensor}, other])
+    assert [held[0].tolist(), held[1]["inside"].tolist()] == [[2.0, 0.0]] * 2 and held[2] is other
+    found = taken(pair("a", ["x", "y", "z"], 3))
+    assert found == pair("a", ["z", "x"], 3)
+
+
 def tossed(batch, probability=0.5, generator=None, steps=STEPS):
     """The coins alone."""
     x = torch.zeros(batch, *SHAPE)
@@ -515,20 +574,48 @@ def marked(model):
 
 
 @pytest.mark.parametrize("owner", [lambda model: model, marked])
-def test_coins_and_inpainting(owner):
-    """A model that holds one image per sample is never given a part of the batch."""
-    image = seeded(BATCH, *SHAPE, seed=4)
-    mask = torch.zeros(SHAPE)
-    options = {"teacher_probability": 0.5, "generator": torch.Generator().manual_seed(3)}
-    untouched = inpaint(owner(NeverCalled()), image, mask, image)
-    for pair in ((NeverCalled(), untouched), (untouched, NeverCalled())):
-        with pytest.raises(ValueError, match="inpaints several images"):
-            mixed_rollout(*pair, start(), COARSE, **options)
-    one = inpaint(owner(mixture()), image[:1], mask, image[:1])
-    found = mixed_rollout(one, one, start(), COARSE, **options)
-    assert torch.equal(found.x, image[:1].expand_as(found.x))
-    several = inpaint(owner(mixture()), image, mask, image)
-    assert torch.equal(mixed_rollout(several, several, start(), COARSE, switch=2).x, image)
+@pytest.mark.parametrize("images", [1, 2, BATCH])
+def test_coins_and_inpainting(images, owner):
+    """Each sample keeps its own image, whichever samples go together: as on its own."""
+    image, noise = seeded(images, *SHAPE, seed=4), seeded(images, *SHAPE, seed=5)
+    mask = torch.rand(images, *SHAPE, generator=torch.Generator().manual_seed(1)).round()
+
+    def network(seed, rows=slice(None)):
+        return inpaint(owner(mixture(seed)), image[rows], mask[rows], noise[rows])
+
+    found = mixed_rollout(
+        network(0), network(1), start(), COARSE, teacher_probability=0.5, disable=True,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    assert any(0 < row.sum() < BATCH for row in found.by_teacher)
+    for i in range(BATCH):
+        k, one = i % images, start()[i : i + 1]
+        for j in range(STEPS):
+            by_teacher = bool(found.by_teacher[j, i])
+            levels = fine()[8 * j : 8 * j + 9] if by_teacher else COARSE[j : j + 2]
+            one = euler(network(int(by_teacher), slice(k, k + 1)), one, levels)
+        torch.testing.assert_close(found.x[i : i + 1], one)
+        assert torch.equal(found.x[i][mask[k] == 0], image[k][mask[k] == 0])
+
+
+def test_coins_inpainting_and_cfg():
+    """kdpp's CFG joins two copies of the samples that a coin chose."""
+    image, noise = seeded(BATCH, *SHAPE, seed=4), seeded(BATCH, *SHAPE, seed=5)
+    mask = torch.tensor([[0.0, 1.0], [1.0, 0.5]])
+    cond, uncond = conditions(BATCH)
+    extra = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    model = inpaint(mixture(), image, mask, noise)
+    found, expected = (
+        mixed_rollout(
+            model, model, start(), COARSE, teacher_substeps=1, teacher_cfg_scale=2.0,
+            extra_args=extra, disable=True, **way,
+        ).x
+        for way in (
+            {"teacher_probability": 0.5, "generator": torch.Generator().manual_seed(3)},
+            {"switch": 2},
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
 
 
 # ---------------------------------------------------------------------------------- the docs
