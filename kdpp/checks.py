@@ -104,13 +104,13 @@ def check_start(
       highest level that the student was ``trained`` on.
     - Other levels above that one, by more than a tenth: a warning.
     - A latent that was not scaled: ``x = x0 + σ n`` has a root mean square of σ or more, so less
-      than half of that is a warning. Only for σ > 2 and 64 numbers or more, where chance makes no
-      such latent; not for zeros, which stand for no latent; and only on the CPU, because the host
-      would have to wait for another device.
+      than half of that is a warning. Only for σ > 2 and samples of 64 numbers or more, where chance
+      makes no such latent; not for zeros, which stand for no latent; and only on the CPU, because
+      the host would have to wait for another device.
     """
     if not levels:
         return
-    highest = max(levels)
+    highest = max(levels[0], levels[-1])
     if trained is not None and highest > 1.1 * trained[1] > 0.0:
         known = f"the student was trained on levels from {trained[0]:g} to {trained[1]:g}"
         if highest > 10.0 * trained[1] and all(level.is_integer() for level in levels):
@@ -120,9 +120,11 @@ def check_start(
                 "have t_to_sigma(timesteps) and get_sigmas(steps)"
             )
         warnings.warn(f"sigmas holds {highest:g}, and {known}", stacklevel=2)
-    looked_at = x.device.type == "cpu" and x.numel() >= 64 and not torch.compiler.is_compiling()
-    if levels[0] > 2.0 and looked_at:
-        size = float(torch.linalg.vector_norm(x)) / math.sqrt(x.numel())
+    if levels[0] > 2.0 and x.is_cpu and not torch.compiler.is_compiling():
+        count = x.numel()
+        if count < 64 * x.shape[0] or count == 0:
+            return
+        size = torch.linalg.vector_norm(x).item() / math.sqrt(count)
         if 0.0 < size < 0.5 * levels[0]:
             warnings.warn(
                 f"x has a root mean square of {size:.2g}, and sigmas starts at {levels[0]:.3g}: a "

@@ -22,6 +22,7 @@ from kdpp.guidance import TeacherGuidedDenoiser, space_of
 from kdpp.kinds import Denoiser, OwnCFG, Transparent, check_denoiser, holds_samples
 from kdpp.noise import host_noise
 from kdpp.plan import FLOW
+from kdpp.solver import solver_of
 
 __all__ = ["Inpainted", "image_to_image", "inpaint", "truncate"]
 
@@ -101,8 +102,11 @@ def image_to_image(
 
 
 def makes_levels(sample: Callable[..., Any]) -> bool:
-    """Whether a sampler makes its own levels: takes sigma_min and sigma_max instead of sigmas."""
-    return "sigma_min" in inspect.signature(sample).parameters
+    """Whether a sampler makes its own levels: it takes sigma_min and sigma_max, and no sigmas."""
+    try:
+        return solver_of(sample)[0].own_levels is not None
+    except ValueError:  # not one of kdpp's
+        return "sigma_min" in inspect.signature(sample).parameters
 
 
 class Inpainted(Transparent):

@@ -20,9 +20,9 @@ __all__ = [
     "Transparent",
     "check_denoiser",
     "check_inner",
+    "holds_samples",
     "inside",
     "is_flow",
-    "holds_samples",
     "trained_range",
 ]
 

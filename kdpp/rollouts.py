@@ -141,8 +141,8 @@ def mixed_rollout(
         switch: the index in [0, steps] of the first transition that the other network takes.
         first: "teacher" or "student": who goes before the switch.
         extra_args: what the networks take. ``cond_scale`` is the student's CFG scale. Where coins
-            split the batch, batch-first tensors are split with it, and so are lists and tuples of one
-            text for each sample, such as prompts.
+            split the batch, batch-first tensors are split with it, and so are lists of one text for
+            each sample, such as prompts.
         teacher_cfg_scale: the teacher's CFG scale; a scale other than 1 needs ``uncond``.
         generator: draws the coins, sample after sample, so a batch that is run in parts with one
             generator gets the coins of the whole. By default a generator of its own, which leaves

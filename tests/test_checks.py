@@ -135,7 +135,7 @@ def test_latents_that_are_no_slip():
         sample(0.76 * latent(up[-1]), up.flip(0))  # docs/rollouts.md: encoded digits' deviation
         encode(student(), image, up, disable=True)
         sample(torch.zeros(2, *SHAPE), SIGMAS)
-        sample(torch.ones(3, 21), SIGMAS)
+        sample(torch.ones(90, 1, 7, 9), SIGMAS)
         sample(latent(1.0)[:0], SIGMAS)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import kdpp
-from kdpp.kinds import DEEPEST, inside, holds_samples, trained_range
+from kdpp.kinds import DEEPEST, holds_samples, inside, trained_range
 from kdpp.rollouts import encode, mixed_rollout
 from problems import (
     SHAPE,

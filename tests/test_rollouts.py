@@ -3,7 +3,6 @@
 import math
 import re
 import warnings
-from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
@@ -340,16 +339,15 @@ def test_permuting_and_splitting_the_batch_with_given_coins(monkeypatch):
 
 
 def by_words(x, sigma, cond):
-    """A network that takes prompts: longer ones make a brighter image. Not a tensor among them."""
-    lengths = [[len(word) for word in words] for words in cond["prompts"]]
+    """A network that takes prompts: longer ones make a brighter image."""
+    lengths = torch.tensor([float(len(text)) for text in cond["prompts"]], dtype=x.dtype)
     assert len(lengths) == len(x)
-    sums = torch.tensor([float(sum(one)) for one in lengths], dtype=x.dtype)
-    return mixture()(x, sigma) + per_sample(sums, x)
+    return mixture()(x, sigma) + per_sample(lengths, x)
 
 
 @pytest.mark.parametrize("kind", [list, tuple])
 def test_lists_of_prompts_go_with_their_samples(kind):
-    """One item for each sample, nested too; what is longer or shorter is everybody's."""
+    """One text for each sample, nested too; a list of another length is everybody's."""
     words = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff"]
     everybody = []
 
@@ -357,44 +355,19 @@ def test_lists_of_prompts_go_with_their_samples(kind):
         everybody.append(shared)
         return by_words(x, sigma, cond)
 
-    def run(samples):
-        cond = {"prompts": kind([words[i], "z"] for i in samples)}
-        return mixed_rollout(
-            network, network, start()[samples], COARSE, teacher_probability=0.5, disable=True,
-            extra_args={"cond": cond, "shared": ["x", "y"]},
-            generator=torch.Generator().manual_seed(3),
-        )  # fmt: skip
-
-    found = run(list(range(BATCH)))
+    found = mixed_rollout(
+        network, network, start(), COARSE, teacher_probability=0.5, disable=True,
+        extra_args={"cond": {"prompts": kind(words)}, "shared": ["x", "y"]},
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
     assert any(0 < row.sum() < BATCH for row in found.by_teacher)
     for i in range(BATCH):
         coins, one = found.by_teacher[:, i], start()[i : i + 1]
-        cond = {"prompts": [[words[i], "z"]]}
         for j in range(STEPS):
             levels = fine()[8 * j : 8 * j + 9] if coins[j] else COARSE[j : j + 2]
-            one = euler(by_words, one, levels, {"cond": cond})
+            one = euler(by_words, one, levels, {"cond": {"prompts": [words[i]]}})
         torch.testing.assert_close(found.x[i : i + 1], one)
     assert all(shared == ["x", "y"] for shared in everybody)
-
-
-def test_what_is_taken_of_a_condition():
-    """Batch-first tensors and lists as long as the batch; never half of a structure of tensors."""
-    rows, batch = torch.tensor([2, 0]), 3
-    pair = namedtuple("pair", "one two three")
-    tensor, other = torch.arange(3.0), torch.arange(2.0)
-
-    def taken(value):
-        return rollouts.taken(value, rows, batch)
-
-    assert taken(tensor).tolist() == [2.0, 0.0] and taken(other) is other
-    assert taken(["a", "b", "c"]) == ["c", "a"] and taken(("a", "b", "c")) == ("c", "a")
-    assert taken([None, {"k": 1}, 3]) == [3, None]
-    assert taken(["a", "b"]) == ["a", "b"] and taken("abc") == "abc" and taken(7) == 7
-    assert taken(torch.tensor(1.0)) == 1.0
-    held = taken([tensor, {"inside": tensor}, other])
-    assert [held[0].tolist(), held[1]["inside"].tolist()] == [[2.0, 0.0]] * 2 and held[2] is other
-    found = taken(pair("a", ["x", "y", "z"], 3))
-    assert found == pair("a", ["z", "x"], 3)
 
 
 def tossed(batch, probability=0.5, generator=None, steps=STEPS):
