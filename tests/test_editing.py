@@ -257,6 +257,28 @@ def test_a_cap_on_the_rows_of_a_call(max_batch, images):
     torch.testing.assert_close(found, sampled(None)[0], rtol=0, atol=1e-12)
 
 
+def test_a_cap_on_a_kind_of_its_own():
+    """One whose batch may be split is split with its images, under its mark; another is not."""
+
+    def student(x, sigma, w, cond):
+        rows.append(len(x))
+        return mixture()(x, sigma, cond=cond) + per_sample(w, x)
+
+    given = problem()
+    options = {"teacher_steps": 0, "renoise_noise_sampler": Tape(IMAGE, 3)}
+    found = []
+    for cap, split in ((2, True), (None, True), (2, False)):
+        rows, network = [], GuidanceConditioned(student)
+        network.divisible = split
+        pair = kdpp.TeacherGuidedDenoiser(network, NeverCalled(), max_batch=cap, **options)
+        twin = inpaint(pair, IMAGE, MASK, NOISE)
+        x = given.start(SIGMAS)
+        found.append(kdpp.sample_euler_tg(twin, x, SIGMAS, given.extra_args, disable=True))
+        assert max(rows) == (2 if cap and split else BATCH)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    assert torch.equal(found[1], found[2])
+
+
 def test_a_cap_on_a_model_inpainted_twice():
     """One region of each image, then another: both wrappers learn which rows they are given."""
     given = problem()
