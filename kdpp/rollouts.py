@@ -266,14 +266,9 @@ def prepare_legs(
 
 
 def step(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-    """One step of DDIM, and the estimate that it was made with."""
+    """DDIM's step ``D + (x - D)/σ·σ'``, up or down, and D."""
     denoised, _ = denoise(x, x.new_full(x.shape[:1], sigma))
-    return ddim(denoised, x, sigma, sigma_next), denoised
-
-
-def ddim(denoised: Tensor, x: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """DDIM's step ``D + (x - D)/σ·σ'``, up or down."""
-    return torch.lerp(denoised, x, level_ratio(sigma, sigma_next))
+    return torch.lerp(denoised, x, level_ratio(sigma, sigma_next)), denoised
 
 
 def between(sigma: float, sigma_next: float, steps: int) -> list[float]:
@@ -311,8 +306,8 @@ def check_levels(x: Tensor, levels: Sequence[float], model: Any) -> None:
     if space_of(model) is FLOW:
         check_flow_levels(levels)
     else:
-        student = model.student if isinstance(model, TeacherGuidedDenoiser) else model
-        check_start(x, levels, trained_range(student))
+        guided = isinstance(model, TeacherGuidedDenoiser)
+        check_start(x, levels, model.student_range if guided else trained_range(model))
 
 
 def check_rising(sigmas: Any) -> tuple[list[float], Tensor]:
