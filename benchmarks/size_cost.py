@@ -37,7 +37,7 @@ def measure(name: str, axis: str, value: int, pairs: int) -> dict[str, Any]:
     """One point: a guided run of one sampler."""
     size = {**FIXED, axis: value}
     side = 8 if axis == "steps" else size["side"]
-    x = torch.randn(size["batch"], 4, side, side, device=DEVICE)
+    x = torch.randn(size["batch"], 4, side, side, device=DEVICE) * 14.6
     sigmas = torch.cat([torch.linspace(14.6, 0.03, size["steps"]), torch.zeros(1)])
     model = kdpp.TeacherGuidedDenoiser(identity, identity, teacher_cfg_scale=1.0)
     sample = getattr(kdpp, f"sample_{name}_tg")

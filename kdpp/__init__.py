@@ -8,10 +8,10 @@ ICCV 2025). `SOLVERS` lists them.
 from kdpp import kdiffusion, solvers
 from kdpp._version import __version__
 from kdpp.capture import capture
-from kdpp.denoisers import OwnCFG
 from kdpp.driver import sample
 from kdpp.editing import image_to_image, inpaint, truncate
 from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
+from kdpp.kinds import OwnCFG
 from kdpp.memory import Borrowed, without_adapters
 from kdpp.models import (
     FlowDenoiser,

@@ -6,23 +6,20 @@ x0. Guidance is ``D^w = D_∅ + w (D_c - D_∅)`` with w the CFG scale (1: no gu
 
 from __future__ import annotations
 
-import inspect
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdpp.checks import check_number
+from kdpp.kinds import Denoiser, OwnCFG, holds_samples
 
 __all__ = [
     "Call",
     "Conditioning",
     "Denoise",
-    "Denoiser",
-    "OwnCFG",
     "Rows",
     "Unlike",
     "bind",
@@ -32,76 +29,12 @@ __all__ = [
     "map_rows",
     "map_tensors",
     "pick_rows",
-    "refuse_unmarked_cfg",
     "shaped",
-    "trained_range",
     "writes",
 ]
 
-Denoiser = Callable[..., Tensor]
 Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """``(x, sigma of shape (batch,)) -> (denoised, unconditional estimate or None)``."""
-
-
-class OwnCFG(nn.Module):
-    """Marks a denoiser that does its own classifier-free guidance, to be taken as it is.
-
-    Args:
-        model: ``forward(x, sigma, uncond, cond, cond_scale)``, like the CFGDenoiser of k-diffusion
-            scripts and web UIs. It gets every one of the sampler's ``extra_args``; as a teacher,
-            with the wrapper's ``teacher_cfg_scale`` for ``cond_scale``.
-        uncond_denoised: for CFG++ samplers, a function without arguments that returns the
-            unconditional estimate of the model's latest call, of the latent's shape.
-    """
-
-    divisible = False
-    """Whether a batch may be split over several calls: it sees to the size of its own halves."""
-
-    def __init__(
-        self, model: Denoiser, uncond_denoised: Callable[[], Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        if not callable(model):
-            raise TypeError(f"OwnCFG takes a denoiser, (x, sigma, **extra_args), not {model!r}")
-        self.model = model
-        self.uncond_denoised = uncond_denoised
-
-    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        denoised: Tensor = self.model(x, sigma, **extra_args)
-        return denoised
-
-    @property
-    def flow(self) -> bool:
-        """Whether the model is a flow model, as it says itself."""
-        return bool(getattr(self.model, "flow", False))
-
-
-def trained_range(model: Any) -> tuple[float, float] | None:
-    """(sigma_min, sigma_max) of the first denoiser inside ``model`` that tells them, else None."""
-    while model is not None:
-        bounds = getattr(model, "sigma_min", None), getattr(model, "sigma_max", None)
-        if all(isinstance(bound, numbers.Real | Tensor) for bound in bounds):
-            return float(bounds[0]), float(bounds[1])  # type: ignore[arg-type]
-        inner = getattr(model, "model", None)
-        model = getattr(model, "inner_model", None) if inner is None else inner
-    return None
-
-
-def refuse_unmarked_cfg(model: Any, name: str) -> None:
-    """TypeError for what is no denoiser, or does its own CFG and is not marked by `OwnCFG`."""
-    if not callable(model):
-        raise TypeError(f"{name} is {model!r}; it must be a denoiser, (x, sigma, **extra_args)")
-    if isinstance(model, OwnCFG):
-        return
-    try:
-        parameters = inspect.signature(getattr(model, "forward", model)).parameters
-    except (TypeError, ValueError):  # a builtin without a signature
-        return
-    if {"uncond", "cond_scale"} <= set(parameters):
-        raise TypeError(
-            f"{name} ({type(model).__name__}) takes uncond and cond_scale, so it seems to do its "
-            f"own CFG; say so: {name}=kdpp.OwnCFG(model)"
-        )
 
 
 class Conditioning(NamedTuple):
@@ -217,6 +150,8 @@ class Call:
         rows = batch * len(conditions)
         capped = max_batch is not None and getattr(model, "divisible", True)
         count = max(1, -(-rows // max_batch)) if capped and max_batch else 1
+        if count > 1 and holds_samples(model):
+            conditions = [{"sample_rows": torch.arange(batch), **one} for one in conditions]
         self.chunks = [dict(conditions[0])]
         if len(conditions) > 1 or count > 1:
             joined = _joined(conditions, "", batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from kdpp.checks import check_latent, check_sigmas
+from kdpp.checks import check_flow_levels, check_latent, check_sigmas, check_start
 from kdpp.denoisers import bind, check_unwritten, counted, writes
 from kdpp.guidance import TeacherGuidedDenoiser
 from kdpp.guided_step import Revision, plan_revisions, prepare, weights_of
@@ -22,7 +22,7 @@ from kdpp.noise import (
     private_generator,
     private_seed,
 )
-from kdpp.plan import FLOW, Row, Space, Step
+from kdpp.plan import FLOW, VE, Row, Space, Step
 from kdpp.solver import Solver, solver_of
 from kdpp.update import Update
 
@@ -112,6 +112,8 @@ def plan_run(
     levels, sigmas = check_sigmas(sigmas)
     space = model.space
     check_kind(levels, model, space)
+    if space is VE:
+        check_start(x, levels, model.student_range)
     steps = solver.plan(levels, space=space, **options)
     revisions = plan_revisions(model, steps, solver.cfg_pp, lambda: private_seed(x))
     plan = ready(steps, revisions, space, solver.cfg_pp, model.combine is not None)
@@ -350,11 +352,7 @@ def check_model(model: Any) -> TeacherGuidedDenoiser:
 def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser, space: Space) -> None:
     """ValueError for a flow model's schedule given to another model, or the reverse."""
     if space is FLOW:
-        if levels and levels[0] > 1.0:
-            raise ValueError(
-                f"sigmas starts at {levels[0]:g}; the student is a flow model, whose levels lie in "
-                "[0, 1] (for a schedule of σ = τ/(1-τ), bring the student over with kdpp.as_ve)"
-            )
+        check_flow_levels(levels)
     elif model.flow is None and levels and levels[0] == 1.0 and levels[-1] == 0.0:
         raise ValueError(
             "sigmas runs from exactly 1 to 0, as a flow model's do, and the student is not marked "

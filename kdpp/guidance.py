@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from kdpp.checks import check_count, check_number
-from kdpp.denoisers import Denoiser, bind, refuse_unmarked_cfg, trained_range
+from kdpp.denoisers import bind
+from kdpp.kinds import Denoiser, check_denoiser, is_flow, trained_range
 from kdpp.noise import NoiseSampler
 from kdpp.plan import FLOW, VE, Space
 
-__all__ = ["NoiseRange", "Teacher", "TeacherGuidedDenoiser", "sds_scale"]
+__all__ = ["NoiseRange", "Teacher", "TeacherGuidedDenoiser", "sds_scale", "space_of"]
 
 Scale = float | Sequence[float] | Callable[[int, float], float]
 Renoise = str | float | Callable[[int, float, float], float]
@@ -77,7 +78,7 @@ class Teacher:
     observe: bool = False
 
     def __post_init__(self) -> None:
-        refuse_unmarked_cfg(self.denoiser, "teacher")
+        check_denoiser(self.denoiser, "teacher")
         # Copies: what was checked is not changed from outside.
         if isinstance(self.scale, list):
             object.__setattr__(self, "scale", tuple(self.scale))
@@ -179,7 +180,7 @@ class TeacherGuidedDenoiser(nn.Module):
         flow: bool | None = None,
     ) -> None:
         super().__init__()
-        refuse_unmarked_cfg(student, "student")
+        check_denoiser(student, "student")
         self.student = student
         settings = (teacher_scale, teacher_steps, teacher_cfg_scale, renoise, renoise_eta)
         self.teachers = _teachers(teacher, settings)
@@ -208,6 +209,7 @@ class TeacherGuidedDenoiser(nn.Module):
         self._networks = nn.ModuleList(
             one.denoiser for one in self.teachers if isinstance(one.denoiser, nn.Module)
         )
+        self.student_range = trained_range(student)
         self.trained = [trained_range(one.denoiser) for one in self.teachers]
         self.warned = False
         for one in self.teachers:
@@ -216,8 +218,7 @@ class TeacherGuidedDenoiser(nn.Module):
     @property
     def space(self) -> Space:
         """VE or FLOW; ValueError where student and teachers differ."""
-        kinds = [bool(getattr(self.student, "flow", False))]
-        kinds += [bool(getattr(t.denoiser, "flow", False)) for t in self.teachers]
+        kinds = [is_flow(one) for one in (self.student, *(t.denoiser for t in self.teachers))]
         if self.flow is not None:
             return FLOW if self.flow else VE
         if len(set(kinds)) > 1:
@@ -249,6 +250,13 @@ class TeacherGuidedDenoiser(nn.Module):
         """λ as a float; ValueError outside [0, 1], unless extrapolated."""
         low, high = (-math.inf, math.inf) if self.extrapolate else (0.0, 1.0)
         return check_number("teacher_scale", scale, low, high)
+
+
+def space_of(model: Any) -> Space:
+    """The levels of a denoiser, or of a student with its teachers: VE or FLOW."""
+    if isinstance(model, TeacherGuidedDenoiser):
+        return model.space
+    return FLOW if is_flow(model) else VE
 
 
 def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:

@@ -31,7 +31,6 @@ from kdpp.checks import check_number
 from kdpp.denoisers import (
     Call,
     Conditioning,
-    OwnCFG,
     Unlike,
     check_unwritten,
     conditioning_of,
@@ -41,6 +40,7 @@ from kdpp.denoisers import (
 )
 from kdpp.guidance import Combine, LatentMap, NoiseRange, Renoise, Scale, Teacher
 from kdpp.guidance import TeacherGuidedDenoiser as Model
+from kdpp.kinds import OwnCFG
 from kdpp.memory import Borrowed, borrowed_in
 from kdpp.plan import Row, Space, Step
 from kdpp.stacking import Stacked

@@ -1,6 +1,6 @@
 """Two models in the memory of one: a teacher on the student's weights, or one that comes and goes.
 
-`without_adapters` makes the teacher of a LoRA student out of the student itself; `Borrowed` is a
+`without_adapters` makes the teacher of a LoRA student out of the student itself. `Borrowed` is a
 second model that takes up device memory in the guided steps only.
 """
 
@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from kdpp.denoisers import Denoiser, OwnCFG, refuse_unmarked_cfg, trained_range
-from kdpp.models import _Transparent
+from kdpp.kinds import (
+    Denoiser,
+    OwnCFG,
+    Transparent,
+    check_denoiser,
+    check_inner,
+    is_flow,
+    trained_range,
+)
 
 __all__ = ["Borrowed", "borrowed_in", "without_adapters"]
 
@@ -31,38 +37,38 @@ def without_adapters(denoiser: nn.Module) -> nn.Module:
 
         model = TeacherGuidedDenoiser(student, without_adapters(student))
 
-    The adapters are off during the teacher's calls alone. After each one, and after an exception in
-    it, every layer is as it was: adapters that were off stay off, several active ones stay active,
-    and ``requires_grad`` is not touched. Not for calls of both at once, from several threads.
+    The adapters are off during the teacher's calls alone. After each call, also one that ends by an
+    exception, every layer is as it was: adapters that were off stay off, several active ones stay
+    active, and ``requires_grad`` is not touched. Student and teacher must not be called at the same
+    time from two threads.
 
     The adapters are those of peft's layers anywhere inside ``denoiser`` (a PeftModel, diffusers'
     ``load_lora_weights`` or ``add_adapter``, peft's ``inject_adapter_in_model``; LoRA or another
-    kind). They are looked up once: make the teacher after they are loaded, and a new one after
-    others are. A student marked by `kdpp.OwnCFG` gives a teacher that is marked too.
+    kind). They are looked up once: make the teacher after the adapters are loaded, and make it anew
+    after others are. A student marked by `kdpp.OwnCFG` gives a teacher that is marked too.
 
     Raises:
-        TypeError: ``denoiser`` is no module, or does its own CFG unmarked.
-        ValueError: it has no adapters; they are merged into the weights (when called, too); or they
-            were trained together with the base model's biases. Such cannot be switched off.
+        TypeError: ``denoiser`` is not an ``nn.Module``, or does its own CFG unmarked.
+        ValueError: it has no adapters; or they cannot be switched off, because they are merged into
+            the weights (checked at every call, too) or were trained together with the base model's
+            biases.
 
     Source: Hu et al. 2021, "LoRA", eq. (3).
     """
     if not isinstance(denoiser, nn.Module):
         raise TypeError(
-            f"without_adapters takes a denoiser that holds its network, an nn.Module, not "
-            f"{denoiser!r}: adapters are looked for in its layers"
+            f"without_adapters takes an nn.Module, in whose layers the adapters are, not "
+            f"{denoiser!r}"
         )
-    refuse_unmarked_cfg(denoiser, "denoiser")
+    check_denoiser(denoiser, "denoiser")
     teacher = _WithoutAdapters(denoiser)
     if isinstance(denoiser, OwnCFG):
         return OwnCFG(teacher, denoiser.uncond_denoised)
     return teacher
 
 
-class _WithoutAdapters(_Transparent):
+class _WithoutAdapters(Transparent):
     """See `without_adapters`."""
-
-    _inner = "model"
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -87,7 +93,7 @@ class _WithoutAdapters(_Transparent):
 
 
 def _adapter_layers(denoiser: nn.Module) -> list[nn.Module]:
-    """peft's layers inside ``denoiser``; ValueError where there are none that can be switched."""
+    """peft's layers inside ``denoiser``; ValueError unless there are some that can be switched."""
     layers = []
     for module in denoiser.modules():
         if hasattr(module, "enable_adapters") and hasattr(module, "_disable_adapters"):
@@ -103,8 +109,8 @@ def _adapter_layers(denoiser: nn.Module) -> list[nn.Module]:
                 )
     if not layers:
         raise ValueError(
-            f"{type(denoiser).__name__} holds no adapters, layers of peft: load the LoRA before "
-            "the teacher is made, and do not merge it into the weights for good"
+            f"{type(denoiser).__name__} holds no adapters (layers of peft): load the LoRA before "
+            "the teacher is made, and keep it apart from the weights"
         )
     _refuse_merged(layers)
     return layers
@@ -118,36 +124,38 @@ def _refuse_merged(layers: Sequence[nn.Module]) -> None:
         )
 
 
-class Borrowed(_Transparent):
+class Borrowed(Transparent):
     """A teacher that is in device memory from the first guided step to the last, and not after.
 
     kdpp's samplers call `fetch` before the student's call of a run's first guided step and
     `release` after the teacher's last, or when the run ends by an exception. A call without
-    `fetch` fetches, and the teacher then stays until `release`. The weights are no part of
+    `fetch` fetches, and the teacher then stays until `release`. The weights are not part of
     whatever holds this object: ``.to(device)`` of a `TeacherGuidedDenoiser` leaves them alone.
 
-    A denoiser that does its own CFG is marked outside: ``kdpp.OwnCFG(Borrowed(model))``.
+    A denoiser that does its own CFG is marked outside: ``kdpp.OwnCFG(Borrowed(model))``. A deep
+    copy, and a pickled one, has weights of its own and starts outside the device's memory.
 
     Args:
         source: a denoiser on the CPU, an nn.Module. Its weights are copied to the device, on CUDA
             from pinned memory and on a stream of their own, while the student computes. The CPU
-            keeps them, so nothing is copied back. Weights in pinned memory take the place of the
-            module's own; torch rounds each up to a power of two bytes. Quantised weights, where
-            they are tensors of a kind of their own as torchao's are, are copied without overlap.
-            Or a function without arguments that loads the denoiser, to where it is used, and is
-            called again in every run with guided steps: for a host without room for both. Loading
-            draws nothing from the random stream that the sampler sees.
-        like: with a function, an object that says what the denoiser will say of itself and is asked
-            before it is there (``flow``, ``sigma_min``, ``sigma_max``, …); the student, as a rule.
+            keeps them, so nothing is copied back. On CUDA the module's weights are moved to pinned
+            memory, where torch rounds each up to a power of two bytes. Quantised weights that are
+            tensors of a class of their own, as torchao's are, are copied without overlap.
+            Or a function without arguments that loads the denoiser to where it is used, for a host
+            without room for both. It is called once in every run with guided steps. Loading draws
+            nothing from the random stream that the sampler sees.
+        like: with a function, an object that says what the denoiser will say of itself (``flow``,
+            ``sigma_min``, ``sigma_max``, …), for it is asked before it is loaded; usually the
+            student.
         device: with a module, where it is to compute; by default CUDA where there is one.
 
     Raises:
-        TypeError: ``source`` is neither; ``like`` is missing, or an argument belongs to the other
-            kind; and, when fetched, the function returned no denoiser, or one that is marked by
-            `kdpp.OwnCFG`.
-        ValueError: the module is not on the CPU, has weights that cannot be copied (those of
-            bitsandbytes), or there is no such device; and, when fetched, the loaded denoiser is of
-            another kind or trained range than ``like``.
+        TypeError: ``source`` is neither a module nor a function; ``like`` is missing, or an
+            argument belongs to the other kind of source; and, when fetched, the function did not
+            return a denoiser, or returned one that is marked by `kdpp.OwnCFG`.
+        ValueError: the module is not on the CPU, or has weights that cannot be copied (those of
+            bitsandbytes); there is no such device; and, when fetched, ``flow`` or the trained range
+            of the loaded denoiser are not those of ``like``.
     """
 
     _inner = "like"
@@ -160,26 +168,28 @@ class Borrowed(_Transparent):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self._here: list[Denoiser] = []  # or one; in a list, no part of this module
         if isinstance(source, nn.Module):
             if like is not None:
-                raise TypeError("like goes with a function that loads; a module speaks for itself")
-            like = source
-            self._bring = _mover(_unmarked(source), _device(device))
+                raise TypeError(
+                    "like goes with a function that loads; a module says itself what it is"
+                )
+            like = check_inner(source, "Borrowed")
+            self._device = _device(device)
+            _check_weights(source)
         elif callable(source):
             if like is None or device is not None:
                 raise TypeError(
-                    "a function that loads the denoiser needs like=, an object of the same kind "
-                    "and trained range (the student, as a rule), and takes no device: it loads the "
-                    "denoiser to where it is used"
+                    "a function that loads the denoiser needs like=, an object with the same flow, "
+                    "sigma_min and sigma_max (usually the student), and takes no device: it loads "
+                    "the denoiser to where it is used"
                 )
-            self._bring = partial(_load, source, like)
         else:
             raise TypeError(
                 f"Borrowed takes a denoiser on the CPU or a function that loads one, not {source!r}"
             )
-        # Past nn.Module's bookkeeping: a module would become a part of this one.
-        self.__dict__["like"] = like
+        # Past nn.Module's bookkeeping: modules would become part of this one.
+        self.__dict__ |= {"source": source, "like": like, "_here": []}
+        self._pin()
         trained = trained_range(like)
         if trained is not None:
             self.sigma_min, self.sigma_max = trained
@@ -195,7 +205,26 @@ class Borrowed(_Transparent):
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         self.fetch()
-        return self._here[0](x, sigma, **extra_args)
+        denoised: Tensor = self._here[0](x, sigma, **extra_args)
+        return denoised
+
+    def _bring(self) -> Denoiser:
+        source: Any = self.source
+        if not isinstance(source, nn.Module):
+            return _load(source, self.like)
+        return source if self._device.type == "cpu" else _Copy(source, self._device)
+
+    def _pin(self) -> None:
+        if isinstance(self.source, nn.Module) and self._device.type == "cuda":
+            for weight in filter(_is_plain, _weights(self.source)):
+                weight.data = weight.data.pin_memory()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_here": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pin()  # copied weights are not pinned
 
 
 def borrowed_in(denoiser: Any) -> list[Borrowed]:
@@ -238,10 +267,13 @@ class _Copy:
         return functional_call(self.module, self.weights, args, kwargs)
 
 
-def _mover(module: nn.Module, device: torch.device) -> Callable[[], Denoiser]:
-    """What brings a module to the device: nothing to do for the CPU; for CUDA it is pinned here."""
-    weights = list(chain(module.parameters(), module.buffers()))
-    for weight in weights:
+def _weights(module: nn.Module) -> list[Tensor]:
+    return list(chain(module.parameters(), module.buffers()))
+
+
+def _check_weights(module: nn.Module) -> None:
+    """ValueError unless all weights are on the CPU and can be copied from there."""
+    for weight in _weights(module):
         if weight.device.type != "cpu":
             raise ValueError(
                 f"the denoiser lies on {weight.device}; Borrowed takes one on the CPU (call "
@@ -249,15 +281,9 @@ def _mover(module: nn.Module, device: torch.device) -> Callable[[], Denoiser]:
             )
         if not (_is_plain(weight) or is_traceable_wrapper_subclass(weight)):
             raise ValueError(
-                f"the denoiser holds weights of the kind {type(weight).__name__}, which Borrowed "
+                f"the denoiser holds weights of the class {type(weight).__name__}, which Borrowed "
                 "cannot copy; leave it on the device, or give a function that loads it"
             )
-    if device.type == "cpu":
-        return lambda: module
-    if device.type == "cuda":
-        for weight in filter(_is_plain, weights):
-            weight.data = weight.data.pin_memory()
-    return partial(_Copy, module, device)
 
 
 def _load(load: Callable[[], Denoiser], like: Any) -> Denoiser:
@@ -271,49 +297,41 @@ def _load(load: Callable[[], Denoiser], like: Any) -> Denoiser:
             f"the function given to Borrowed returned {denoiser!r}; it must return a denoiser, "
             "(x, sigma, **extra_args)"
         )
-    made, told = _kind(_unmarked(denoiser)), _kind(like)
-    if not _alike(made, told):
+    made, said = Trained.of(check_inner(denoiser, "Borrowed")), Trained.of(like)
+    if not made.agrees(said):
         raise ValueError(
-            f"the loaded denoiser is {_described(made)}, and like= said {_described(told)}: give "
-            "an object with the loaded one's flow, sigma_min and sigma_max"
+            f"the loaded denoiser is {made}, and like= said {said}: give an object with the loaded "
+            "one's flow, sigma_min and sigma_max"
         )
     return denoiser
 
 
-_Kind = tuple[bool, tuple[float, float] | None]
+class Trained(NamedTuple):
+    """What a denoiser says that it was trained as: a flow or a VE model, and on which levels."""
 
+    flow: bool
+    levels: tuple[float, float] | None
 
-def _kind(denoiser: Any) -> _Kind:
-    return bool(getattr(denoiser, "flow", False)), trained_range(denoiser)
+    @classmethod
+    def of(cls, denoiser: Any) -> Trained:
+        return cls(is_flow(denoiser), trained_range(denoiser))
 
+    def agrees(self, other: Trained) -> bool:
+        """Whether they are equal, but for levels rounded to 16 bits."""
+        if self.flow != other.flow or self.levels is None or other.levels is None:
+            return self == other
+        return all(math.isclose(*pair, rel_tol=0.01) for pair in zip(self.levels, other.levels))
 
-def _alike(one: _Kind, other: _Kind) -> bool:
-    """The same, but for a schedule rounded to 16 bits."""
-    if one[0] != other[0] or one[1] is None or other[1] is None:
-        return one == other
-    return all(math.isclose(a, b, rel_tol=0.01) for a, b in zip(one[1], other[1]))
-
-
-def _described(kind: _Kind) -> str:
-    flow, trained = kind
-    levels = "an unknown range" if trained is None else f"[{trained[0]:g}, {trained[1]:g}]"
-    return f"a {'flow' if flow else 'VE'} model trained on {levels}"
-
-
-def _unmarked(denoiser: Any) -> Any:
-    if isinstance(denoiser, OwnCFG):
-        raise TypeError(
-            f"Borrowed was given a {type(denoiser).__name__}, which does its own CFG; only the "
-            "outermost wrapper is asked about that: kdpp.OwnCFG(Borrowed(model))"
-        )
-    return denoiser
+    def __str__(self) -> str:
+        levels = "an unknown range" if self.levels is None else "[{:g}, {:g}]".format(*self.levels)
+        return f"a {'flow' if self.flow else 'VE'} model trained on {levels}"
 
 
 def _device(device: torch.device | str | None) -> torch.device:
     there = torch.cuda.is_available()
     wanted = torch.device(device if device is not None else "cuda" if there else "cpu")
     if wanted.type == "cuda" and not there:
-        raise ValueError(f"device is {str(wanted)!r}, and torch finds no CUDA; give another")
+        raise ValueError(f"device is {str(wanted)!r}, and torch finds no CUDA; give another one")
     return wanted
 
 

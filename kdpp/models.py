@@ -1,11 +1,11 @@
-"""Few-step and flow models as denoisers, where k-diffusion has no wrapper of its own.
+"""Denoisers of few-step and flow models, for which k-diffusion has no wrapper.
 
 A denoiser is ``(x, sigma, **extra_args) -> denoised``: x of shape ``(batch, *shape)``, sigma of
 shape ``(batch,)``, the answer D an estimate of x0 in x's shape and dtype. sigma is the standard
 deviation of the noise, ``x = x0 + σ n`` (variance exploding, VE), unless the denoiser has
 ``flow = True``: then it is τ in [0, 1], ``x = (1-τ) x0 + τ n``. ``extra_args`` go to the network.
 
-For ε and v networks take k-diffusion's own: CompVisDenoiser, CompVisVDenoiser, VDenoiser, ….
+For networks that predict ε or v take k-diffusion's own: CompVisDenoiser, CompVisVDenoiser, ….
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpp.checks import check_number
-from kdpp.denoisers import Denoiser, OwnCFG
+from kdpp.kinds import Denoiser, OwnCFG, Transparent, check_inner, is_flow
 
 __all__ = [
     "FlowDenoiser",
@@ -29,26 +29,11 @@ __all__ = [
     "as_ve",
 ]
 
-HIGHEST_SIGMA = 1e4  # for a denoiser that does not say how far it was trained
-
-ANSWERED_INSIDE = frozenset(
-    {"flow", "get_sigmas", "sigma_max", "sigma_min", "sigma_to_t", "sigmas", "t_to_sigma"}
-)
+HIGHEST_SIGMA = 1e4  # for a denoiser that does not tell its range
 
 
-class _Transparent(nn.Module):
-    """What its inner denoiser says of its schedule and kind, it says too."""
-
-    _inner = "denoiser"
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ANSWERED_INSIDE:
-            return getattr(getattr(self, self._inner), name)
-        return super().__getattr__(name)
-
-
-class LCMDenoiser(_Transparent):
-    """A latent consistency model: boundary scalings around the estimate that its network makes.
+class LCMDenoiser(Transparent):
+    """A latent consistency model: its boundary scalings around an ε or v denoiser.
 
     With ``s = timestep_scaling · t``, t the discrete timestep of σ, and D_ε the inner denoiser::
 
@@ -65,13 +50,15 @@ class LCMDenoiser(_Transparent):
         timestep_scaling: how fast the boundary is left, per timestep.
 
     Raises:
-        TypeError: ``denoiser`` is none, is a flow model, has no ``sigma_to_t``, or is marked by
-            `kdpp.OwnCFG` (put the mark around this).
-        ValueError: a setting is no positive number.
+        TypeError: ``denoiser`` cannot be called, is a flow model, has no ``sigma_to_t``, or is
+            marked by `kdpp.OwnCFG` (put the mark around this).
+        ValueError: ``sigma_data`` or ``timestep_scaling`` is not a positive number.
 
     Source: Luo et al. 2023, "Latent Consistency Models", section 4.1; the numbers are those of
     the published models.
     """
+
+    _inner = "denoiser"
 
     def __init__(
         self, denoiser: Denoiser, sigma_data: float = 0.5, timestep_scaling: float = 10.0
@@ -80,8 +67,9 @@ class LCMDenoiser(_Transparent):
         self.denoiser = _ve(denoiser, "LCMDenoiser")
         if not callable(getattr(denoiser, "sigma_to_t", None)):
             raise TypeError(
-                f"LCMDenoiser needs a denoiser with sigma_to_t, to know the timestep; "
-                f"{_kind(denoiser)} has none: wrap the network in k-diffusion's CompVisDenoiser"
+                f"LCMDenoiser asks sigma_to_t of its denoiser for the timestep, and "
+                f"{type(denoiser).__name__} does not have it: wrap the network in "
+                "kdpp.kdiffusion.external.CompVisDenoiser"
             )
         self.sigma_data = _positive("sigma_data", sigma_data)
         self.timestep_scaling = _positive("timestep_scaling", timestep_scaling)
@@ -101,8 +89,8 @@ class X0Denoiser(nn.Module):
     Args:
         network: ``(x_vp, t, **extra_args) -> x0``, x_vp of unit variance for data of unit variance,
             t of shape ``(batch,)``.
-        sigma_to_t: t as a function of a tensor of σ; by default t is σ. For a discrete schedule
-            take ``sigma_to_t`` of a `k_diffusion.external.DiscreteSchedule`, on x's device.
+        sigma_to_t: makes t from a tensor of σ; by default t is σ. For a discrete schedule take the
+            method of that name of k-diffusion's ``DiscreteSchedule``, on x's device.
 
     Raises:
         TypeError: ``network`` or ``sigma_to_t`` is not callable.
@@ -124,37 +112,37 @@ class X0Denoiser(nn.Module):
         return self.network(_times(x, _vp_scale(_precise(sigma))), t, **extra_args).to(x.dtype)
 
 
-class GuidanceConditioned(_Transparent, OwnCFG):
-    """A student of guided distillation: its network takes the guidance weight as an input.
+class GuidanceConditioned(OwnCFG):
+    """A guidance-distilled model: its network takes the guidance weight w as an input.
 
     ``D = denoiser(x, σ, **extra_args, argument=w)``, ``w = cond_scale + offset`` for every sample,
-    of shape ``(batch,)`` and x's dtype: the guided estimate in one call without a second half.
-    ``uncond`` and ``cond_scale`` do not reach the network. As a teacher its ``cond_scale`` is the
-    wrapper's ``teacher_cfg_scale``.
+    of shape ``(batch,)`` and x's dtype. One call gives the guided estimate; ``uncond`` and
+    ``cond_scale`` do not reach the network. As a teacher, its ``cond_scale`` is the wrapper's
+    ``teacher_cfg_scale``.
 
-    It is an `kdpp.OwnCFG` without an unconditional estimate, so CFG++ samplers refuse it.
+    It is a `kdpp.OwnCFG` without an unconditional estimate, so CFG++ samplers refuse it.
 
     Args:
-        denoiser: ``(x, sigma, argument=w, **extra_args) -> denoised``, in VE or flow form. Mind
-            that k-diffusion's CompVisVDenoiser hands its network nothing but ``cond``; its
-            DiscreteVDDPMDenoiser and CompVisDenoiser hand on everything.
+        denoiser: ``(x, sigma, argument=w, **extra_args) -> denoised``, in VE or flow form.
+            k-diffusion's CompVisDenoiser and DiscreteVDDPMDenoiser hand w on to the network; its
+            CompVisVDenoiser hands on ``cond`` alone.
         argument: the name under which the network takes w.
-        offset: from the CFG scale to the network's w. -1 for Meng et al. and LCM, whose w is
-            ``(1 + w) D_c - w D_∅``; 0 for a network that takes the CFG scale itself (FLUX-dev).
+        offset: the network's w less the CFG scale. -1 for Meng et al. and LCM, whose guided
+            estimate is ``(1 + w) D_c - w D_∅``; 0 for a network that takes the CFG scale itself
+            (FLUX-dev).
 
     Raises:
-        TypeError: ``denoiser`` is none, or is marked by `kdpp.OwnCFG` already.
-        ValueError: ``argument`` is no name, ``offset`` no finite number; and, when called,
-            ``cond_scale`` is missing or no finite number.
+        TypeError: ``denoiser`` cannot be called, or is marked by `kdpp.OwnCFG` already.
+        ValueError: ``argument`` is not the name of an argument, or ``offset`` not a finite number;
+            and, when called, ``cond_scale`` is missing or not a finite number.
 
     Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models", eq. (3), Algorithm 1.
     """
 
-    _inner = "model"
     divisible = True
 
     def __init__(self, denoiser: Denoiser, argument: str = "w", offset: float = -1.0) -> None:
-        super().__init__(_unmarked(denoiser, "GuidanceConditioned"))
+        super().__init__(check_inner(denoiser, "GuidanceConditioned"))
         if not (isinstance(argument, str) and argument.isidentifier()):
             raise ValueError(f"argument is {argument!r}; it must be the name of an argument")
         self.argument = argument
@@ -163,9 +151,8 @@ class GuidanceConditioned(_Transparent, OwnCFG):
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         if "cond_scale" not in extra_args:
             raise ValueError(
-                "a guidance-conditioned model needs to be told its guidance: give "
-                "extra_args['cond_scale'], the CFG scale (1 is no guidance), from which its "
-                f"{self.argument} = cond_scale + {self.offset:g} is made"
+                "this model takes its guidance as an input: give extra_args['cond_scale'], the CFG "
+                f"scale (1 is no guidance); its {self.argument} = cond_scale + {self.offset:g}"
             )
         weight = check_number("cond_scale", extra_args.pop("cond_scale")) + self.offset
         extra_args.pop("uncond", None)
@@ -174,7 +161,7 @@ class GuidanceConditioned(_Transparent, OwnCFG):
 
 
 class FlowDenoiser(nn.Module):
-    """A flow-matching or rectified-flow model, natively: sigma is τ, the state x_f.
+    """A flow-matching or rectified-flow model in its own coordinates: sigma is τ, x is x_f.
 
     With ``x_f = (1-τ) x0 + τ n`` and a network that predicts the velocity ``v = n - x0``::
 
@@ -188,7 +175,7 @@ class FlowDenoiser(nn.Module):
 
     Raises:
         TypeError: ``network`` is not callable.
-        ValueError: ``time_scale`` is no positive number.
+        ValueError: ``time_scale`` is not a positive number.
 
     Source: Liu et al. 2022, "Flow Straight and Fast"; the direction of time and the sign of v are
     those of Esser et al. 2024, "Scaling Rectified Flow Transformers" (SD3).
@@ -237,7 +224,7 @@ class _VEAsFlow(nn.Module):
         return self.denoiser(_times(x, 1.0 / alpha), level, **extra_args).to(x.dtype)
 
     def _top(self, x: Tensor) -> Any:
-        """The highest σ that the inner denoiser is asked for; a number or a tensor without dims."""
+        """The highest σ that the inner denoiser is asked at: a number, or a tensor of shape ()."""
         if self.highest is not None:
             return self.highest
         largest = math.sqrt(torch.finfo(x.dtype).max) / 2.0
@@ -247,18 +234,18 @@ class _VEAsFlow(nn.Module):
 def as_ve(flow_denoiser: Denoiser) -> nn.Module:
     """The VE denoiser of a flow model: ``D(x, σ) = D_flow(x / (1+σ), τ)``, ``τ = σ / (1+σ)``.
 
-    The same estimate in other coordinates: ``σ = τ / (1-τ)``, ``x = x_f / (1-τ)``. For any finite
-    σ ≥ 0, so that a flow model can teach a VE student, or run on a VE schedule.
+    The same estimate in other coordinates: ``σ = τ / (1-τ)``, ``x = x_f / (1-τ)``. It takes any
+    finite σ ≥ 0, so a flow model can teach a VE student or run on a VE schedule.
 
     Raises:
-        TypeError: ``flow_denoiser`` has no ``flow = True``, or is marked by `kdpp.OwnCFG` (put the
-            mark around the result).
+        TypeError: ``flow_denoiser`` does not say ``flow = True``, or is marked by `kdpp.OwnCFG`
+            (put the mark around the result).
     """
-    _unmarked(flow_denoiser, "as_ve")
-    if not getattr(flow_denoiser, "flow", False):
+    check_inner(flow_denoiser, "as_ve")
+    if not is_flow(flow_denoiser):
         raise TypeError(
-            f"as_ve takes a flow model, and {_kind(flow_denoiser)} has no flow = True: wrap its "
-            "network in kdpp.models.FlowDenoiser"
+            f"as_ve takes a flow model, and {type(flow_denoiser).__name__} does not say "
+            "flow = True: wrap its network in kdpp.FlowDenoiser"
         )
     return _FlowAsVE(flow_denoiser)
 
@@ -266,22 +253,22 @@ def as_ve(flow_denoiser: Denoiser) -> nn.Module:
 def as_flow(ve_denoiser: Denoiser, sigma_max: float | None = None) -> nn.Module:
     """The flow form of a VE denoiser: ``D(x_f, τ) = D_VE(x_f / α, τ / α)``, ``α = 1 - τ``.
 
-    Towards τ = 1, where σ = τ/α goes to infinity, α is not let below ``τ / sigma_max``. From there
-    on the denoiser is asked at ``σ = sigma_max`` for ``x_f/τ · sigma_max``, which holds noise of
-    exactly that level and ``sigma_max · (1-τ)/τ`` of the signal: all of it where the clamp begins,
-    none at τ = 1, where the denoiser sees ``sigma_max · n``, the start of every VE sampler. The
-    answer is finite and continuous in τ, and exact up to the clamp.
+    Towards τ = 1, where σ = τ/α goes to infinity, α is clamped to at least ``τ / sigma_max``. Above
+    the clamp the denoiser is asked at ``σ = sigma_max`` for ``x_f/τ · sigma_max``, which holds
+    noise of exactly that level and ``sigma_max · (1-τ)/τ`` of the signal: all of it where the clamp
+    begins, none at τ = 1, where the denoiser sees ``sigma_max · n``, the start of every VE sampler.
+    The answer is finite, continuous in τ, and exact below the clamp.
 
     Args:
         ve_denoiser: any denoiser in k-diffusion's sense; LCM and x0 models too.
         sigma_max: the clamp. By default the denoiser's own ``sigma_max`` (k-diffusion's discrete
-            denoisers have one), else 1e4, for float16 at most 128, whose square is still finite.
-            Give it for a model of limited range that has no such attribute, such as an EDM one.
+            denoisers have it), else 1e4, for float16 at most 128, whose square is still finite.
+            Give it for a model of limited range without that attribute, such as an EDM one.
 
     Raises:
-        TypeError: ``ve_denoiser`` is a flow model already, is none, or is marked by `kdpp.OwnCFG`
-            (put the mark around the result).
-        ValueError: ``sigma_max`` is no positive number.
+        TypeError: ``ve_denoiser`` cannot be called, is a flow model already, or is marked by
+            `kdpp.OwnCFG` (put the mark around the result).
+        ValueError: ``sigma_max`` is not a positive number.
     """
     _ve(ve_denoiser, "as_flow")
     return _VEAsFlow(ve_denoiser, None if sigma_max is None else _positive("sigma_max", sigma_max))
@@ -302,20 +289,10 @@ def _times(x: Tensor, factor: Tensor) -> Tensor:
     return x * factor.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-def _unmarked(denoiser: Denoiser, owner: str) -> Denoiser:
-    if not callable(denoiser):
-        raise TypeError(f"{owner} takes a denoiser, (x, sigma, **extra_args), not {denoiser!r}")
-    if isinstance(denoiser, OwnCFG):
-        raise TypeError(
-            f"{owner} was given a {_kind(denoiser)}, which does its own CFG; only the outermost "
-            f"wrapper is asked about that, so put {owner} inside it"
-        )
-    return denoiser
-
-
 def _ve(denoiser: Denoiser, owner: str) -> Denoiser:
-    if getattr(_unmarked(denoiser, owner), "flow", False):
-        raise TypeError(f"{owner} takes a VE denoiser, and {_kind(denoiser)} is a flow model")
+    if is_flow(check_inner(denoiser, owner)):
+        name = type(denoiser).__name__
+        raise TypeError(f"{owner} takes a VE denoiser, and {name} is a flow model")
     return denoiser
 
 
@@ -323,10 +300,6 @@ def _network(network: Denoiser, owner: str) -> Denoiser:
     if not callable(network):
         raise TypeError(f"{owner} takes a network, (x, t, **extra_args), not {network!r}")
     return network
-
-
-def _kind(model: Any) -> str:
-    return type(model).__name__
 
 
 def _positive(name: str, value: Any) -> float:

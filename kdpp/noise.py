@@ -31,9 +31,10 @@ NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 
 
 def host_noise(x: Tensor) -> NoiseSampler:
-    """The default of a k-diffusion that is already loaded, else ``torch.randn_like``.
+    """k-diffusion's default noise sampler if k-diffusion is loaded, else ``torch.randn_like``.
 
-    Looked up at call time: web UIs put their per-image seeds there. Both use the same stream.
+    It is looked up at every call, because web UIs put their per-image seeds there. Both draw from
+    torch's stream.
     """
     sampling = sys.modules.get("k_diffusion.sampling")
     if sampling is not None:
@@ -56,10 +57,10 @@ def brownian_noise(x: Tensor, sigmas: Tensor) -> NoiseSampler:
 
 
 def private_seed(x: Tensor) -> int:
-    """A seed from the states of torch's random streams, without drawing from them.
+    """A seed made from the states of torch's random streams, without drawing from them.
 
-    The same under the same ``torch.manual_seed``, another one once anything has been drawn, as a
-    host does for every batch.
+    It is reproducible under ``torch.manual_seed``, and another one as soon as anything is drawn, as
+    a host draws a latent for every batch.
     """
     states = [torch.get_rng_state()]
     if x.device.type != "cpu":
@@ -127,12 +128,12 @@ def box_muller(words: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class SeededNoise:
-    """Every sample's noise from its own seed: a noise sampler, ``(sigma, sigma_next) -> noise``.
+    """Noise from a seed for each sample: a noise sampler, ``(sigma, sigma_next) -> noise``.
 
     Number p of sample j in call k is a function of (seeds[j], stream, k, p) alone: the same in any
-    batch, in any order, and on any device to the rounding of log, cos and sin. A counter-based
-    generator gives it, Philox4x32-10 and Box-Muller; no torch random stream is read or moved. The
-    calls are counted from 0: make a new one for every run.
+    batch, in any order, and on any device to the rounding of log, cos and sin. It comes from a
+    counter-based generator, Philox4x32-10, and Box-Muller; no torch random stream is read or moved.
+    The calls are counted from 0, so make a new source for every run.
 
     Args:
         x: the latent, ``(batch, *shape)``; noise has its shape, dtype and device. Noise of 16 bits
@@ -140,7 +141,9 @@ class SeededNoise:
         seeds: whole numbers in [0, 2^63), one for each sample.
         stream: a whole number in [0, 2^63); other streams of the same seed are independent.
 
-    Raises TypeError or ValueError for another latent, seeds or stream.
+    Raises:
+        TypeError: x is not a floating-point tensor, or seeds are not whole numbers.
+        ValueError: seeds are not one in [0, 2^63) for each sample, or stream is not in [0, 2^63).
     """
 
     def __init__(self, x: Tensor, seeds: Sequence[int] | Tensor, stream: int = 0) -> None:
@@ -185,29 +188,33 @@ class BrownianNoise:
     """Increments of one Brownian path, normalised: a noise sampler at the price of plain noise.
 
     ``(sigma, sigma_next) -> (W(t') - W(t))/sqrt|t' - t|``, t = transform(sigma), t' =
-    transform(sigma_next): the joint law of k-diffusion's ``BrownianTreeNoiseSampler``, whatever is
-    asked and in which order, but not its numbers. The path is known at the times asked for so far.
-    A new time between two of them is a Brownian bridge's: with ``λ = (t - a)/(b - a)`` and a new n,
-    the normalised increment z over [a, b] becomes ``sqrt(λ) z + sqrt(1 - λ) n`` over [a, t] and
-    ``sqrt(1 - λ) z - sqrt(λ) n`` over [t, b]. A new time outside them ends an independent
-    increment. So a query makes one draw for a new time, two at most, and none for times that it
-    knows; one latent is kept for every time that was asked.
+    transform(sigma_next). It has the joint law of k-diffusion's ``BrownianTreeNoiseSampler``,
+    whatever is asked in which order, and other numbers. The path is known at the times asked so
+    far. A new time t between two of them, a and b, follows the Brownian bridge: with
+    ``λ = (t - a)/(b - a)`` and a new n, the normalised increment z over [a, b] becomes
+    ``sqrt(λ) z + sqrt(1 - λ) n`` over [a, t] and ``sqrt(1 - λ) z - sqrt(λ) n`` over [t, b]. A new
+    time outside them ends an independent increment. So a query draws once for a new time, twice at
+    most, and not at all for known times; one latent is kept for every time that was asked.
 
     The same query gives the same noise (to rounding, once a time between was asked), the reverse
-    one its negative, and one over no time zeros. The path depends on the order of the queries.
+    query its negative, and a query over no time zeros. The path depends on the order of the
+    queries.
 
     Args:
         x: the latent, ``(batch, *shape)``; noise has its shape, dtype and device.
-        sigma_min, sigma_max: the levels of the run, as k-diffusion has them. They are only checked:
-            the path goes on outside them.
+        sigma_min, sigma_max: the lowest and highest level of the run, as k-diffusion takes them.
+            They are only checked; the path goes on outside them.
         seed: None takes one integer from torch's stream, as k-diffusion does; a whole number in
             [0, 2^63); or one for each sample, whose path is then the same in any batch
             (`SeededNoise`).
         transform: monotonic function from a level, a float64 tensor of no dimensions on the CPU, to
             its time; None takes the level itself.
 
-    Raises TypeError or ValueError for another latent or seed, and for levels that are no finite
-    numbers ≥ 0, out of order, or without a finite time.
+    Raises:
+        TypeError: x is not a floating-point tensor, or seeds are not whole numbers.
+        ValueError: a seed is not in [0, 2^63), or there is not one for each sample; sigma_min and
+            sigma_max, or levels that are asked, are not finite numbers ≥ 0, are out of order, or
+            have a time that is not finite.
     """
 
     def __init__(
@@ -277,7 +284,7 @@ class BrownianNoise:
 
 
 def path_source(x: Tensor, seed: Any) -> Callable[[], Tensor]:
-    """Standard normal draws shaped like x; those of several seeds are `SeededNoise`'s."""
+    """A source of standard normal draws shaped like x; from several seeds, `SeededNoise`'s."""
     if seed is None:
         seed = int(torch.randint(0, 2**63 - 1, []).item())
     if not isinstance(seed, numbers.Integral):
@@ -296,14 +303,14 @@ def read_level(name: str, value: float | Tensor) -> float:
 
 
 def check_below(name: str, value: Any, limit: int) -> int:
-    """``value`` as an int; ValueError for no whole number in [0, limit)."""
+    """``value`` as an int; ValueError unless it is a whole number in [0, limit)."""
     if check_count(name, value, 0) >= limit:
         raise ValueError(f"{name} is {value!r}; it must be below {limit}")
     return int(value)
 
 
 def read_seeds(seeds: Sequence[int] | Tensor, batch: int) -> Tensor:
-    """The seeds as int64; TypeError or ValueError unless there is one in [0, 2^63) a sample."""
+    """The seeds as int64; TypeError or ValueError unless each sample has one in [0, 2^63)."""
     allowed = f"give one whole number in [0, 2^63) for each of the {batch} samples"
     try:
         words = torch.as_tensor(seeds)

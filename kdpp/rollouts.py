@@ -1,4 +1,4 @@
-"""DDIM in other ways than down with one network: upwards, and student and teacher by turns.
+"""DDIM upwards, and DDIM whose steps student and teacher take by turns.
 
 `encode` takes an image up to its latent noise; `mixed_rollout` lets a student and its teacher take
 turns on the way down. Both are made of one deterministic step, Euler's on the probability-flow ODE:
@@ -16,13 +16,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from kdpp.checks import check_count, check_latent, check_number, check_sigmas, read_levels
-from kdpp.denoisers import Denoise, Denoiser, bind, pick_rows, refuse_unmarked_cfg
+from kdpp.checks import (
+    check_count,
+    check_flow_levels,
+    check_latent,
+    check_number,
+    check_sigmas,
+    check_start,
+    read_levels,
+)
+from kdpp.denoisers import Denoise, bind, pick_rows
 from kdpp.driver import Callback, report
-from kdpp.editing import Inpainted, check_levels
-from kdpp.guidance import TeacherGuidedDenoiser
+from kdpp.guidance import TeacherGuidedDenoiser, space_of
+from kdpp.kinds import Denoiser, check_denoiser, holds_samples, trained_range
 from kdpp.noise import private_generator
-from kdpp.plan import level_ratio
+from kdpp.plan import FLOW, level_ratio
 
 __all__ = ["Rollout", "encode", "mixed_rollout"]
 
@@ -39,16 +47,16 @@ def encode(
     """Reversed DDIM: the latent noise that deterministic sampling would turn into x.
 
     Every step goes up, ``x' = D + (x - D)/σ·σ'`` with ``D = D^w(x, σ)`` and σ' ≥ σ. Any sampler
-    decodes the result: with the same model and condition it returns to x, up to an error of first
+    decodes the result. With the same model and condition it returns to x, up to an error of first
     order in the steps; with another model or condition it transfers the style.
 
     Args:
-        model: a denoiser, ``(x, sigma, **extra_args) -> denoised``; one that does its own CFG comes
-            marked, as `kdpp.OwnCFG`. A `kdpp.TeacherGuidedDenoiser` encodes with its student.
+        model: a denoiser, ``(x, sigma, **extra_args) -> denoised``, marked as `kdpp.OwnCFG` if it
+            does its own CFG. A `kdpp.TeacherGuidedDenoiser` encodes with its student.
         x: ``(batch, *shape)``, floating point: the image, taken to be at the level ``sigmas[0]``.
             Never written to; the result has its dtype and device.
-        sigmas: 1-D, positive and not decreasing, from a small level up to the highest. A sampler's
-            schedule that ends in 0 gives them as ``sigmas[:-1].flip(0)``.
+        sigmas: 1-D, positive and not decreasing, from a small level up to the highest. Of a
+            sampler's schedule that ends in 0: ``sigmas[:-1].flip(0)``.
         extra_args: what the model takes: ``cond``; with ``uncond`` and ``cond_scale`` other than 1
             the encoding is guided.
         callback: called once a step with k-diffusion's dict (``x, i, sigma, sigma_hat, denoised``).
@@ -58,24 +66,25 @@ def encode(
         The latent at ``sigmas[-1]``, ``(batch, *shape)``.
 
     Raises:
-        TypeError: the model is not callable or does its own CFG unmarked; x is not floating point.
-        ValueError: sigmas are not 1-D, finite, positive and non-decreasing, or above 1 for a flow
-            model; ``uncond`` is missing where CFG needs it; at the call that shows it, an output of
-            another shape.
+        TypeError: the model is not a denoiser, or does its own CFG unmarked; x is not a
+            floating-point tensor; sigmas are not real numbers.
+        ValueError: sigmas are not 1-D, finite, positive and non-decreasing, are above 1 for a flow
+            model, or are timesteps; ``uncond`` is missing where CFG needs it; and, at the call that
+            shows it, an output of another shape.
 
     Source: Song et al. 2020 (DDIM), section 4.3; the step inside Meng et al. 2023, "On Distillation
     of Guided Diffusion Models", Algorithm 5.
     """
-    refuse_unmarked_cfg(model, "model")
+    check_denoiser(model, "model")
     check_latent(x)
     levels, sigmas = check_rising(sigmas)
-    check_levels(levels, model)
+    check_levels(x, levels, model)
     model = model.student if isinstance(model, TeacherGuidedDenoiser) else model
     denoise = bind(model, "model", x, {} if extra_args is None else extra_args)
     sigma_at = sigmas.unbind()
     for i in trange(max(0, len(levels) - 1), disable=disable):
         start = x
-        x, denoised = ddim(denoise, start, levels[i], levels[i + 1])
+        x, denoised = step(denoise, start, levels[i], levels[i + 1])
         if callback:
             callback(report(start, i, sigma_at[i], denoised))
     return x
@@ -119,24 +128,25 @@ def mixed_rollout(
 
     (Towards σ = 0 the ODE's second derivative in σ is nearly constant, and equal steps are then the
     best that Euler can take.) Give exactly one of ``teacher_probability`` and ``switch``. Where
-    coins split the batch, each network is called on its own samples alone.
+    coins split the batch, each network is called with its own samples alone.
 
     Args:
         student, teacher: denoisers, ``(x, sigma, **extra_args) -> denoised``, over one latent
-            space; marked as `kdpp.OwnCFG` if they do their own CFG.
+            space, marked as `kdpp.OwnCFG` if they do their own CFG.
         x: the starting latent ``(batch, *shape)``, floating point, with noise of standard deviation
             ``sigmas[0]``. Never written to.
         sigmas: 1-D, non-increasing noise levels, the coarse ones; usually ending in 0.
         teacher_substeps: n ≥ 1; the paper takes 8.
-        teacher_probability: p_T in [0, 1]: every sample tosses a coin at every transition.
+        teacher_probability: p_T in [0, 1]. Every sample tosses a coin at every transition.
         switch: the index in [0, steps] of the first transition that the other network takes.
         first: "teacher" or "student": who goes before the switch.
-        extra_args: what the networks take. ``cond_scale`` is the student's CFG scale. Batch-first
-            tensors go with their samples.
-        teacher_cfg_scale: the teacher's CFG scale; other than 1 it needs ``uncond``.
-        generator: draws the coins, sample after sample: a batch run in parts with one generator
-            gets the coins of the whole. By default a generator of its own, which leaves the global
-            stream where it is and is reproducible under ``torch.manual_seed``.
+        extra_args: what the networks take. ``cond_scale`` is the student's CFG scale. Where coins
+            split the batch, batch-first tensors are split with it, and so are lists of one text for
+            each sample, such as prompts.
+        teacher_cfg_scale: the teacher's CFG scale; a scale other than 1 needs ``uncond``.
+        generator: draws the coins, sample after sample, so a batch that is run in parts with one
+            generator gets the coins of the whole. By default a generator of its own, which leaves
+            the global stream where it is and is reproducible under ``torch.manual_seed``.
         callback: called once a transition with k-diffusion's dict (``x, i, sigma, sigma_hat,
             denoised``); ``denoised`` is the estimate at σ_i, each sample's from its own network.
         disable: True hides the progress bar.
@@ -145,20 +155,21 @@ def mixed_rollout(
         `Rollout`: the final latent, the states at all levels, who took which transition.
 
     Raises:
-        TypeError: a model is not callable or does its own CFG unmarked; x is not floating point.
-        ValueError: both or none of ``teacher_probability`` and ``switch``; a setting outside its
-            range; bad sigmas, or above 1 for flow models; a flow model with one that is none; a
-            missing ``uncond``; coins that split the batch of a model made by `kdpp.editing.inpaint`
-            from several images; at the call that shows it, an output of another shape.
+        TypeError: a model is not a denoiser, or does its own CFG unmarked; x is not a
+            floating-point tensor; sigmas are not real numbers.
+        ValueError: both or neither of ``teacher_probability`` and ``switch``; a setting outside its
+            range; sigmas that increase, are not 1-D or finite, above 1 for flow models, or
+            timesteps; a flow model and a VE model; a missing ``uncond``; and, at the call that
+            shows it, an output of another shape.
 
     Source: Garrepalli et al. 2024, "DDIL: Diversity Enhancing Diffusion Distillation with Imitation
     Learning", Algorithm 1 (its β is the student's probability, 1 - p_T), supplement E, Tables 2-4.
     """
-    refuse_unmarked_cfg(student, "student")
-    refuse_unmarked_cfg(teacher, "teacher")
+    check_denoiser(student, "student")
+    check_denoiser(teacher, "teacher")
     check_latent(x)
     levels, sigmas = check_sigmas(sigmas)
-    check_levels(levels, TeacherGuidedDenoiser(student, teacher))
+    check_levels(x, levels, TeacherGuidedDenoiser(student, teacher))
     check_count("teacher_substeps", teacher_substeps, 1)
     steps = max(0, len(levels) - 1)
     if (teacher_probability is None) == (switch is None):
@@ -190,7 +201,7 @@ def mixed_rollout(
 
 
 class Leg(NamedTuple):
-    """One network's part of a transition: over which levels, for which samples (None: all)."""
+    """One network's part of a transition, over ``levels``, for some samples (None: for all)."""
 
     denoise: Denoise
     levels: Sequence[float]
@@ -199,11 +210,11 @@ class Leg(NamedTuple):
     def walk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its samples of x at the end of the transition, and their first estimate of x0."""
         first, *others = pairwise(self.levels)
-        x, estimate = ddim(self.denoise, x if self.samples is None else x[self.samples], *first)
+        x, estimate = step(self.denoise, x if self.samples is None else x[self.samples], *first)
         if others:  # a network may use its output buffer again
             estimate = estimate.clone()
         for pair in others:
-            x, _ = ddim(self.denoise, x, *pair)
+            x, _ = step(self.denoise, x, *pair)
         return x, estimate
 
     def put(self, values: Tensor, x: Tensor) -> Tensor:
@@ -227,9 +238,11 @@ class Player(NamedTuple):
         denoise = bind(self.model, self.name, x, extra_args, self.cfg_scale)
         if chosen.all():
             return Leg(denoise, levels, None)
-        refuse_known_regions(self.model, self.name)
-        samples = chosen.nonzero()[:, 0].to(x.device)
-        own_args = pick_rows(dict(extra_args), len(x), chosen.nonzero()[:, 0])
+        rows = chosen.nonzero()[:, 0]
+        own_args = pick_rows(dict(extra_args), len(x), rows)
+        samples = rows.to(x.device)
+        if holds_samples(self.model):
+            own_args["sample_rows"] = samples
         denoise = bind(self.model, self.name, x[samples], own_args, self.cfg_scale)
         return Leg(denoise, levels, samples)
 
@@ -252,8 +265,8 @@ def prepare_legs(
     ]
 
 
-def ddim(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
-    """``(D + (x - D)/σ·σ', D)``, up or down."""
+def step(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
+    """DDIM's step ``D + (x - D)/σ·σ'``, up or down, and D."""
     denoised, _ = denoise(x, x.new_full(x.shape[:1], sigma))
     return torch.lerp(denoised, x, level_ratio(sigma, sigma_next)), denoised
 
@@ -288,23 +301,22 @@ def turns(steps: int, x: Tensor, switch: int, first: str) -> Tensor:
     return by_teacher[:, None].repeat(1, x.shape[0])
 
 
-def refuse_known_regions(model: Any, name: str) -> None:
-    """ValueError for a model that holds several images: it cannot know whose samples it gets."""
-    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
-    if any(isinstance(part, Inpainted) and len(part.image) > 1 for part in parts):
-        raise ValueError(
-            f"teacher_probability splits the batch, and the {name} inpaints several images, one "
-            "for each sample of the whole; use switch, or inpaint one image, (1, *shape)"
-        )
+def check_levels(x: Tensor, levels: Sequence[float], model: Any) -> None:
+    """ValueError for levels that are not this kind of model's; `check_start` of a VE one."""
+    if space_of(model) is FLOW:
+        check_flow_levels(levels)
+    else:
+        guided = isinstance(model, TeacherGuidedDenoiser)
+        check_start(x, levels, model.student_range if guided else trained_range(model))
 
 
 def check_rising(sigmas: Any) -> tuple[list[float], Tensor]:
-    """`read_levels` of an encoding; ValueError where it holds 0 or falls."""
+    """`read_levels` of an encoding; ValueError where they hold 0 or decrease."""
     levels, tensor = read_levels(sigmas)
     if 0.0 in levels:
         raise ValueError(
-            "sigmas holds 0.0; to encode, every level must be a finite number > 0 "
-            "(leave the 0 out: nothing can be told from x = x0)"
+            "sigmas holds 0.0; to encode, every level must be a finite number > 0. Leave the 0 "
+            "out: at σ = 0 the direction to the noise is unknown"
         )
     for sigma, sigma_next in pairwise(levels):
         if sigma_next < sigma:

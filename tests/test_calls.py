@@ -1,5 +1,7 @@
 """Network calls: fused, capped, shared by stacked teachers; borrowed teachers come and go."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -396,6 +398,174 @@ def test_what_cannot_be_stacked_is_refused():
         kdpp.stack_teachers(Net(0), Net(1, width=6))
     with pytest.raises(TypeError, match="borrowed"):
         kdpp.stack_teachers(*(kdpp.Borrowed(Net(j), device="cpu") for j in range(2)))
+
+
+class Activated(Net):
+    """A network with settings, an activation and whatever else."""
+
+    def __init__(self, seed=0, act=None, **settings):
+        super().__init__(seed)
+        self.act = nn.ReLU() if act is None else act
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def forward(self, x, sigma, cond=None):
+        """The activation of what the network says."""
+        return self.act(super().forward(x, sigma, cond))
+
+
+def times(factor):
+    return lambda x: x * factor
+
+
+class Scaled:
+    """An activation that is no module and has no ``==``."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        """Times a factor."""
+        return x * self.factor
+
+
+def dropout(p, training):
+    return nn.Dropout(p).train(bool(training))
+
+
+DIFFERENT = {
+    "a float": ("time_scale", lambda: [kdpp.FlowDenoiser(Net(0), t) for t in (1.0, 1e3)]),
+    "a float inside": ("negative_slope", lambda: [Activated(0, nn.LeakyReLU(s)) for s in (1, 2)]),
+    "a class": ("act is a ReLU and a Tanh", lambda: [Activated(0), Activated(1, nn.Tanh())]),
+    "a function": ("act is ", lambda: [Activated(0, torch.relu), Activated(0, torch.tanh)]),
+    "what a function holds": ("act", lambda: [Activated(0, times(2)), Activated(0, times(3))]),
+    "a partial's": ("min", lambda: [Activated(0, partial(torch.clamp, min=m)) for m in (0, 1)]),
+    "an object's": ("act.factor is 2 and 3", lambda: [Activated(0, Scaled(f)) for f in (2, 3)]),
+    "a method's": ("act", lambda: [Activated(0, Scaled(f).__call__) for f in (2, 3)]),
+    "a dtype": (r"torch\.float16 tensor", lambda: [Activated(0), Activated(1).half()]),
+    "a plain tensor": ("table", lambda: [Activated(0, table=torch.ones(2) * j) for j in (1, 2)]),
+    "a table's length": ("table", lambda: [Activated(0, table=torch.ones(n)) for n in (1, 2)]),
+    "a nested list": (r"rates\[1\]", lambda: [Activated(0, rates=[1, {"b": b}]) for b in "cd"]),
+    "a list's length": (r"rates has \[1\]", lambda: [Activated(0, rates=[1] * n) for n in (1, 2)]),
+    "a word": ("mode is 'a' and 'b'", lambda: [Activated(0, mode="a"), Activated(0, mode="b")]),
+    "a layer more": ("more in one", lambda: [Activated(0), Activated(0, more=nn.Linear(2, 2))]),
+    "a bias": ("bias is ", lambda: [nn.Linear(2, 2), nn.Linear(2, 2, bias=False)]),
+    "a size": ("one.out_features is 5 and 6", lambda: [Net(0), Net(1, width=6)]),
+    "dropout's flag": ("act.training", lambda: [Activated(0, dropout(0.1, t)) for t in (1, 0)]),
+    "a third": ("1 and 3 .* act is", lambda: [Activated(0), Activated(1), Activated(2, nn.Tanh())]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "make"), DIFFERENT.values(), ids=DIFFERENT)
+def test_networks_that_differ_in_more_than_weights_are_no_stack(where, make):
+    """The stack would act as the first; the message says where they differ."""
+    with pytest.raises(ValueError, match=rf"architecture: .*{where}|denoisers {where}"):
+        kdpp.stack_teachers(*make())
+
+
+def itself():
+    """A network with attributes that lead back to it."""
+    made = Activated(0)
+    made.back = [made, {"again": made}]
+    made.method = made.one.extra_repr
+    return made
+
+
+def hooked():
+    made = Activated(0)
+    made.register_forward_hook(lambda *_: None)
+    made.one.register_forward_pre_hook(lambda *_: None)
+    return made
+
+
+ALIKE = {
+    "training flags": lambda: [Activated(0).train(), Activated(1).eval()],
+    "dropout of nothing": lambda: [Activated(0, dropout(0.0, t)) for t in (1, 0)],
+    "frozen weights": lambda: [Activated(0).requires_grad_(False), Activated(1)],
+    "hooks": lambda: [Activated(0), hooked()],
+    "names": lambda: [Activated(0, name=n, _name_or_path=n, config={"_version": n}) for n in "ab"],
+    "nan": lambda: [Activated(0, floor=float("nan")) for _ in range(2)],
+    "1 and 1.0": lambda: [Activated(0, rates=[1, 2]), Activated(0, rates=(1.0, 2.0))],
+    "functions of one line": lambda: [Activated(0, times(2)), Activated(1, times(2))],
+    "objects": lambda: [Activated(0, Scaled(2)), Activated(1, Scaled(2))],
+    "tensors": lambda: [Activated(0, table=torch.ones(2)) for _ in range(2)],
+    "generators": lambda: [Activated(0, source=torch.Generator()) for _ in range(2)],
+    "circles": lambda: [itself(), itself()],
+    "flow models": lambda: [kdpp.FlowDenoiser(Net(j), 1000) for j in range(2)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
+def test_what_does_not_change_an_answer_may_differ(make):
+    """No false alarm; each member answers as the network it was made of."""
+    denoisers = make()
+    stacked = kdpp.stack_teachers(*denoisers)
+    x = seeded(2, *problems.SHAPE, seed=1).float()
+    cond = seeded(2, 3, seed=2).float()
+    for one, member in zip(denoisers, stacked):
+        found, expected = (net(x, torch.ones(2), cond=cond) for net in (member, one))
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_networks_of_diffusers_can_be_stacked(tmp_path):
+    """One made, one read from a file: notes of where a network comes from make no difference."""
+    diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
+
+    def make(**settings):
+        return diffusers.UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4,
+            block_out_channels=(8,), down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",), **settings,
+        )  # fmt: skip
+
+    make().save_pretrained(tmp_path)
+    read = diffusers.UNet2DModel.from_pretrained(tmp_path)
+    kdpp.stack_teachers(make(), read)
+    with pytest.raises(ValueError, match=r"act_fn.* is 'silu' and 'gelu'"):
+        kdpp.stack_teachers(read, make(act_fn="gelu"))
+
+
+def test_marked_models_are_not_stacked():
+    """A stack's CFG is kdpp's; theirs is their own."""
+    with pytest.raises(TypeError, match="OwnCFG, which does its own CFG"):
+        kdpp.stack_teachers(*(kdpp.OwnCFG(Net(j)) for j in range(2)))
+
+
+def test_stacked_flow_models_are_flow_models():
+    """As teachers of a flow student: the image that separate flow teachers give."""
+
+    def flow(seed):
+        return kdpp.FlowDenoiser(Net(seed).double())
+
+    def sampled(denoisers):
+        student = kdpp.FlowDenoiser(lambda x, t, cond=None: 0.3 * x)
+        teachers = [Teacher(one, scale=0.2, cfg_scale=1.0) for one in denoisers]
+        x = seeded(BATCH, *problems.SHAPE, seed=5)
+        taus = torch.tensor([1.0, 0.7, 0.3, 0.0], dtype=torch.float64)
+        model = guided(student, teachers)
+        return kdpp.sample_euler_tg(model, x, taus, {"cond": EXTRA["cond"]}, disable=True)
+
+    stacked = kdpp.stack_teachers(flow(0), flow(1))
+    assert all(one.flow is True for one in stacked)
+    assert not any(one.flow for one in kdpp.stack_teachers(*nets(2)))
+    assert torch.allclose(sampled(stacked), sampled([flow(0), flow(1)]), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="both be flow models"):
+        guided(mixture(0), [Teacher(one) for one in stacked])
+
+
+def test_stacked_models_tell_their_own_ranges():
+    """Each that of the network it was made of."""
+
+    def ranged(seed, top):
+        net = Net(seed)
+        net.register_buffer("sigma_min", torch.tensor(0.1))
+        net.register_buffer("sigma_max", torch.tensor(top))
+        return net
+
+    stacked = kdpp.stack_teachers(ranged(0, 10.0), ranged(1, 20.0))
+    assert [(one.sigma_min, one.sigma_max) for one in stacked] == [
+        (pytest.approx(0.1), 10.0), (pytest.approx(0.1), 20.0),
+    ]  # fmt: skip
 
 
 def test_a_k_diffusion_denoiser_can_be_stacked():

@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import torch
 
 import kdpp
 import problems
-from kdpp.denoisers import trained_range
 from kdpp.editing import Inpainted, image_to_image, inpaint, truncate
+from kdpp.kinds import trained_range
 from kdpp.models import FlowDenoiser, GuidanceConditioned, as_flow
 from problems import (
     SHAPE,
@@ -223,15 +223,75 @@ def test_marked_models_stay_marked(sigmas):
 
 
 def test_a_kind_of_its_own_stays_what_it_is():
-    """A subclass of OwnCFG, which does things around its network."""
+    """A subclass of OwnCFG, which does things around its network: marked, and called as it is."""
     network = Counted(lambda x, sigma, w, cond: mixture()(x, sigma, cond=cond) + per_sample(w, x))
     model = inpaint(GuidanceConditioned(network), IMAGE, MASK, NOISE)
-    assert isinstance(model, GuidanceConditioned)
+    assert isinstance(model, kdpp.OwnCFG) and model.uncond_denoised is None
     cond, uncond = conditions(BATCH)
     extra = {"cond": cond, "uncond": uncond, "cond_scale": 3.0}
     found = stock("dpmpp_2m")(model, NOISE * SIGMAS[0], SIGMAS, extra_args=extra, disable=True)
     assert torch.equal(found[KNOWN], IMAGE[KNOWN])
     assert all(call.extra["w"].tolist() == [2.0] * BATCH for call in network.calls)
+
+
+@pytest.mark.parametrize("images", [1, BATCH])
+@pytest.mark.parametrize("max_batch", [1, 2, 4, 5])
+def test_a_cap_on_the_rows_of_a_call(max_batch, images):
+    """Every row of a split call is inpainted with its own image: as without the cap."""
+    mask = torch.rand(images, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+    def sampled(cap):
+        given = problem()
+        draws = kdpp.Teacher(given.teacher, scale=0.4, steps=2, cfg_scale=3.0, draws=2)
+        noise = {"renoise_noise_sampler": Tape(IMAGE, 3)}
+        model = kdpp.TeacherGuidedDenoiser(given.student, draws, max_batch=cap, **noise)
+        twin = inpaint(model, IMAGE[:images], mask, NOISE[:images])
+        found = kdpp.sample_dpmpp_2s_ancestral_tg(
+            twin, given.start(SIGMAS), SIGMAS, given.extra_args, disable=True,
+            noise_sampler=Tape(IMAGE, 4),
+        )  # fmt: skip
+        return found, {len(call.x) for call in given.student.calls + given.teacher.calls}
+
+    found, rows = sampled(max_batch)
+    assert max(rows) <= max_batch
+    torch.testing.assert_close(found, sampled(None)[0], rtol=0, atol=1e-12)
+
+
+def test_a_cap_on_a_kind_of_its_own():
+    """One whose batch may be split is split with its images, under its mark; another is not."""
+
+    def student(x, sigma, w, cond):
+        rows.append(len(x))
+        return mixture()(x, sigma, cond=cond) + per_sample(w, x)
+
+    given = problem()
+    options = {"teacher_steps": 0, "renoise_noise_sampler": Tape(IMAGE, 3)}
+    found = []
+    for cap, split in ((2, True), (None, True), (2, False)):
+        rows, network = [], GuidanceConditioned(student)
+        network.divisible = split
+        pair = kdpp.TeacherGuidedDenoiser(network, NeverCalled(), max_batch=cap, **options)
+        twin = inpaint(pair, IMAGE, MASK, NOISE)
+        x = given.start(SIGMAS)
+        found.append(kdpp.sample_euler_tg(twin, x, SIGMAS, given.extra_args, disable=True))
+        assert max(rows) == (2 if cap and split else BATCH)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+    assert torch.equal(found[1], found[2])
+
+
+def test_a_cap_on_a_model_inpainted_twice():
+    """One region of each image, then another: both wrappers learn which rows they are given."""
+    given = problem()
+    other, noise = seeded(BATCH, *SHAPE, seed=33), seeded(BATCH, *SHAPE, seed=34)
+    found, expected = (
+        kdpp.sample_euler_tg(
+            inpaint(inpaint(given.guided(teacher_steps=0, max_batch=cap), other, MASK.T, noise),
+                    IMAGE, 1 - MASK.flip(0, 1), NOISE),
+            given.start(SIGMAS), SIGMAS, given.extra_args, disable=True,
+        )
+        for cap in (2, None)
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_a_model_that_says_its_schedule_still_says_it():
@@ -373,14 +433,15 @@ def test_little_noise_keeps_the_image_much_noise_forgets_it():
     assert kept[0] > 0.95 and kept[-1] < 0.3
 
 
-@pytest.mark.parametrize("sample", ["kdpp", "dpm_fast", "dpm_adaptive"])
+@pytest.mark.parametrize("sample", ["kdpp", "partial", "dpm_fast", "dpm_adaptive"])
 def test_image_to_image_with_samplers_that_make_their_own_levels(sample):
     """DPM-Solver fast and adaptive get the first level and the last above 0, in place of sigmas."""
     levels = SIGMAS[1:]
     low, high = float(levels[-2]), float(levels[0])
     start = IMAGE + high * NOISE
     model = kdpp.TeacherGuidedDenoiser(mixture(0), mixture(1), teacher_cfg_scale=1.0)
-    run = kdpp.sample_dpm_fast_tg if sample == "kdpp" else stock(sample)
+    ours = {"kdpp": kdpp.sample_dpm_fast_tg, "partial": partial(kdpp.sample_dpm_fast_tg)}
+    run = ours[sample] if sample in ours else stock(sample)
     count = () if sample == "dpm_adaptive" else (6,)
     torch.manual_seed(1)
     expected = run(model, start, low, high, *count, disable=True)
@@ -488,6 +549,10 @@ def test_image_to_image_refuses():
     refused(ValueError, "noise has shape", noise=NOISE[:, :1])
     refused(TypeError, "noise is str", noise="random")
     refused(ValueError, "sigmas is empty", sigmas=torch.tensor([]))
+    refused(ValueError, "its batch is empty", image=IMAGE[:0])
+    refused(TypeError, "sigmas is None", sigmas=None)
+    with pytest.raises(TypeError, match="sample is 'euler'; it must be a sampler"):
+        image_to_image("euler", NeverCalled(), IMAGE, SIGMAS)
 
 
 # ---------------------------------------------------------------------------------- the docs

@@ -536,7 +536,7 @@ def untouchable(models, **settings):
 @pytest.mark.parametrize("levels", [SIGMAS, torch.tensor([1.0001, 0.5, 0.0]), [2.0]])
 def test_a_flow_model_given_sigmas(solver, levels):
     """A level above 1 is none of a flow model's: refused, and as_ve is named."""
-    with pytest.raises(ValueError, match=r"sigmas starts at .*flow model.*\[0, 1\].*as_ve"):
+    with pytest.raises(ValueError, match=r"sigmas holds .*flow model.*\[0, 1\].*as_ve"):
         sample(solver, untouchable(FLOW_PAIR), levels, seeded(2, *SHAPE, seed=1))
 
 

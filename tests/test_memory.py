@@ -6,6 +6,8 @@ CUDA device, is skipped without it.
 
 import contextlib
 import copy
+import functools
+import pickle
 import re
 import types
 import weakref
@@ -513,12 +515,94 @@ def test_it_says_what_its_denoiser_says():
 
 
 @pytest.mark.parametrize(
+    ("factor", "refused"), [(1.0, False), (1.004, False), (1.05, True), (0.8, True), (2.0, True)]
+)
+def test_like_says_the_loaded_ones_range(factor, refused):
+    """Up to the rounding of 16 bits, at either end; another schedule is found when it is loaded."""
+    low, high = (float(bound) for bound in (denoiser().sigma_min, denoiser().sigma_max))
+    for ends in ((low * factor, high), (low, high * factor)):
+        teacher = Borrowed(
+            denoiser, like=types.SimpleNamespace(sigma_min=ends[0], sigma_max=ends[1])
+        )
+        if refused:
+            with pytest.raises(
+                ValueError, match=r"loaded denoiser is a VE model trained on \[0\.029"
+            ):
+                teacher.fetch()
+        else:
+            teacher.fetch()
+
+
+def weights_times(factor, network):
+    """Changes every parameter."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.mul_(factor)
+
+
+def copied(teacher):
+    return copy.deepcopy(teacher)
+
+
+def pickled(teacher):
+    return pickle.loads(pickle.dumps(teacher))
+
+
+@pytest.mark.parametrize("twin_of", [copied, pickled])
+@pytest.mark.parametrize("there", [False, True], ids=["away", "there"])
+def test_a_copy_has_weights_of_its_own(there, twin_of):
+    """A deep or pickled copy asks the network that it holds, and starts without it there."""
+    source = denoiser()
+    teacher = Borrowed(source, device="cpu")
+    call = functools.partial(teacher.forward, noise(), SIGMAS[[0] * 6], cond=LABELS)
+    expected = call()
+    if not there:
+        teacher.release()
+    twin = twin_of(teacher)
+    assert twin._here == [] and len(teacher._here) == there
+    weights_times(0.5, source)
+    assert torch.equal(twin(noise(), SIGMAS[[0] * 6], cond=LABELS), expected)
+    weights_times(0.0, twin.source)
+    assert not torch.equal(call(), expected) and call().abs().max() > 0
+    assert not pointers(twin.source) & pointers(source)
+    assert twin.like is twin.source and twin.sigma_max == teacher.sigma_max
+    assert pointers(twin) == set()  # still a part of nothing
+
+
+def test_a_copy_of_a_pair_has_a_teacher_of_its_own():
+    """The wrapper's copy samples as the wrapper did, whatever becomes of the first teacher."""
+    source = denoiser()
+    student = denoiser(load_student())
+    pair = kdpp.TeacherGuidedDenoiser(student, Borrowed(source, device="cpu"))
+    twin = copy.deepcopy(pair)
+    weights_times(0.0, source)
+    taught = twin.teachers[0].denoiser
+    assert torch.equal(guided(student, taught), guided(student, denoiser()))
+    assert borrowed_in(twin) == [taught]
+
+
+def test_a_copy_of_one_that_loads_loads_for_itself():
+    """The function is the same; what one has loaded the other has not."""
+    made, student = [], denoiser(load_student())
+    teacher = Borrowed(loader(made), like=student)
+    teacher.fetch()
+    twin = copy.deepcopy(teacher)
+    assert twin.source is teacher.source and len(made) == 1
+    twin.fetch()
+    teacher.release()
+    assert alive(made) == [False, True]
+    twin.release()
+    with pytest.raises((pickle.PicklingError, AttributeError), match=r"local object|loader"):
+        pickle.dumps(teacher)  # Python's own words: a function inside another
+
+
+@pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: Borrowed("teacher.safetensors"), TypeError, "or a function that loads one"),
         (lambda: Borrowed(load_teacher), TypeError, "needs like="),
         (lambda: Borrowed(denoiser, like=denoiser(), device="cpu"), TypeError, "takes no device"),
-        (lambda: Borrowed(denoiser(), like=denoiser()), TypeError, "speaks for itself"),
+        (lambda: Borrowed(denoiser(), like=denoiser()), TypeError, "says itself what it is"),
         (lambda: Borrowed(kdpp.OwnCFG(denoiser()), device="cpu"), TypeError, "outermost wrapper"),
         (lambda: Borrowed(denoiser().to("meta"), device="cpu"), ValueError, "lies on meta"),
     ],
@@ -610,6 +694,10 @@ def test_the_order_of_work_on_cuda(monkeypatch):
         assert fake.log == [("main", "waits for side's event")]
         assert torch.equal(answer, expected)
         teacher.release()
+    fake.log.clear()
+    twin = copy.deepcopy(teacher)  # torch copies pinned weights to memory that is not
+    assert fake.log.count(("main", "pin")) == count
+    assert torch.equal(twin(noise(), SIGMAS[[0] * 6], cond=LABELS), expected)
 
 
 @cuda

@@ -167,6 +167,16 @@ def test_calls_are_counted():
     assert torch.equal(noise.draw(1), kept)
 
 
+def test_calls_in_any_order():
+    """Noise is made for several calls at once, which a later or an earlier call must not mix up."""
+    x, seeds = torch.zeros(2, 4, dtype=torch.float64), [4, 9]
+    noise = SeededNoise(x, seeds)
+    assert noise.ahead > 1
+    calls = [0, 40, 3, 41, 2, noise.ahead, noise.ahead - 1, 0, 40]
+    for call in calls:
+        assert torch.equal(noise.draw(call), SeededNoise(x, seeds).draw(call)), call
+
+
 def test_a_draw_leaves_torchs_stream_alone_and_reads_nothing():
     state = torch.get_rng_state()
     kernels = []

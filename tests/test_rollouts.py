@@ -338,6 +338,38 @@ def test_permuting_and_splitting_the_batch_with_given_coins(monkeypatch):
         torch.testing.assert_close(run(order), whole[order])
 
 
+def by_words(x, sigma, cond):
+    """A network that takes prompts: longer ones make a brighter image."""
+    lengths = torch.tensor([float(len(text)) for text in cond["prompts"]], dtype=x.dtype)
+    assert len(lengths) == len(x)
+    return mixture()(x, sigma) + per_sample(lengths, x)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_of_prompts_go_with_their_samples(kind):
+    """One text for each sample, nested too; a list of another length is everybody's."""
+    words = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff"]
+    everybody = []
+
+    def network(x, sigma, cond, shared):
+        everybody.append(shared)
+        return by_words(x, sigma, cond)
+
+    found = mixed_rollout(
+        network, network, start(), COARSE, teacher_probability=0.5, disable=True,
+        extra_args={"cond": {"prompts": kind(words)}, "shared": ["x", "y"]},
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    assert any(0 < row.sum() < BATCH for row in found.by_teacher)
+    for i in range(BATCH):
+        coins, one = found.by_teacher[:, i], start()[i : i + 1]
+        for j in range(STEPS):
+            levels = fine()[8 * j : 8 * j + 9] if coins[j] else COARSE[j : j + 2]
+            one = euler(by_words, one, levels, {"cond": {"prompts": [words[i]]}})
+        torch.testing.assert_close(found.x[i : i + 1], one)
+    assert all(shared == ["x", "y"] for shared in everybody)
+
+
 def tossed(batch, probability=0.5, generator=None, steps=STEPS):
     """The coins alone."""
     x = torch.zeros(batch, *SHAPE)
@@ -515,20 +547,48 @@ def marked(model):
 
 
 @pytest.mark.parametrize("owner", [lambda model: model, marked])
-def test_coins_and_inpainting(owner):
-    """A model that holds one image per sample is never given a part of the batch."""
-    image = seeded(BATCH, *SHAPE, seed=4)
-    mask = torch.zeros(SHAPE)
-    options = {"teacher_probability": 0.5, "generator": torch.Generator().manual_seed(3)}
-    untouched = inpaint(owner(NeverCalled()), image, mask, image)
-    for pair in ((NeverCalled(), untouched), (untouched, NeverCalled())):
-        with pytest.raises(ValueError, match="inpaints several images"):
-            mixed_rollout(*pair, start(), COARSE, **options)
-    one = inpaint(owner(mixture()), image[:1], mask, image[:1])
-    found = mixed_rollout(one, one, start(), COARSE, **options)
-    assert torch.equal(found.x, image[:1].expand_as(found.x))
-    several = inpaint(owner(mixture()), image, mask, image)
-    assert torch.equal(mixed_rollout(several, several, start(), COARSE, switch=2).x, image)
+@pytest.mark.parametrize("images", [1, 2, BATCH])
+def test_coins_and_inpainting(images, owner):
+    """Each sample keeps its own image, whichever samples go together: as on its own."""
+    image, noise = seeded(images, *SHAPE, seed=4), seeded(images, *SHAPE, seed=5)
+    mask = torch.rand(images, *SHAPE, generator=torch.Generator().manual_seed(1)).round()
+
+    def network(seed, rows=slice(None)):
+        return inpaint(owner(mixture(seed)), image[rows], mask[rows], noise[rows])
+
+    found = mixed_rollout(
+        network(0), network(1), start(), COARSE, teacher_probability=0.5, disable=True,
+        generator=torch.Generator().manual_seed(3),
+    )  # fmt: skip
+    assert any(0 < row.sum() < BATCH for row in found.by_teacher)
+    for i in range(BATCH):
+        k, one = i % images, start()[i : i + 1]
+        for j in range(STEPS):
+            by_teacher = bool(found.by_teacher[j, i])
+            levels = fine()[8 * j : 8 * j + 9] if by_teacher else COARSE[j : j + 2]
+            one = euler(network(int(by_teacher), slice(k, k + 1)), one, levels)
+        torch.testing.assert_close(found.x[i : i + 1], one)
+        assert torch.equal(found.x[i][mask[k] == 0], image[k][mask[k] == 0])
+
+
+def test_coins_inpainting_and_cfg():
+    """kdpp's CFG joins two copies of the samples that a coin chose."""
+    image, noise = seeded(BATCH, *SHAPE, seed=4), seeded(BATCH, *SHAPE, seed=5)
+    mask = torch.tensor([[0.0, 1.0], [1.0, 0.5]])
+    cond, uncond = conditions(BATCH)
+    extra = {"cond": cond, "uncond": uncond, "cond_scale": 2.0}
+    model = inpaint(mixture(), image, mask, noise)
+    found, expected = (
+        mixed_rollout(
+            model, model, start(), COARSE, teacher_substeps=1, teacher_cfg_scale=2.0,
+            extra_args=extra, disable=True, **way,
+        ).x
+        for way in (
+            {"teacher_probability": 0.5, "generator": torch.Generator().manual_seed(3)},
+            {"switch": 2},
+        )
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected)
 
 
 # ---------------------------------------------------------------------------------- the docs

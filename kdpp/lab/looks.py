@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import kdpp
 from kdpp.checks import check_count, check_number, check_sigmas
-from kdpp.denoisers import Denoiser, pick_rows, trained_range
+from kdpp.denoisers import pick_rows
+from kdpp.kinds import Denoiser, trained_range
 from kdpp.lab.sampling import RENOISE, SOLVER
 from kdpp.noise import SeededNoise
 from kdpp.plan import VE, Step, level_ratio

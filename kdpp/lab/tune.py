@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 import kdpp
 from kdpp.checks import check_count, check_latent
-from kdpp.denoisers import Denoiser
+from kdpp.kinds import Denoiser
 from kdpp.lab import processes
 from kdpp.lab.looks import (
     EXPLAINED,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kdpp
-from kdpp.denoisers import Denoiser
+from kdpp.kinds import Denoiser
 from kdpp.lab.methods import (
     Draws,
     Job,
