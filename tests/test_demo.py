@@ -9,24 +9,26 @@ import torch
 import kdpp
 from kdpp.cli import main
 from kdpp.digits import demo
+from kdpp.digits.metrics import Scores
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Two seeds of 300 images: the rows, and the folder."""
+    """Two seeds of 300 images: the ways, and the folder."""
     out = tmp_path_factory.mktemp("demo")
     return demo.run_demo(0, out, seeds=2, images=300), out
 
 
-def test_rows_and_evaluations(small):
+def test_ways_and_evaluations(small):
     """Each way to sample is there, with the evaluations that its networks really made."""
-    rows, _ = small
-    assert [(row.name.strip(), row.evaluations) for row in rows] == [
+    ways, _ = small
+    assert [(way.name.strip(), way.evaluations) for way in ways.values()] == [
         ("student, 4 steps", (4, 0)),
-        ("+ teacher, λ = 0.1", (4, 2)),
-        ("+ teacher, λ = 0.5", (4, 2)),
-        ("+ itself, λ = 0.1", (5, 0)),
-        ("+ itself, λ = 0.5", (5, 0)),
+        ("+ teacher, first step, λ = 0.1", (4, 2)),
+        ("+ teacher, first step, λ = 0.5", (4, 2)),
+        ("+ teacher, last step, λ = 0.98", (4, 1)),
+        ("+ itself, first step, λ = 0.1", (5, 0)),
+        ("+ itself, first step, λ = 0.5", (5, 0)),
         ("student, 5 steps", (5, 0)),
         ("student, 6 steps", (6, 0)),
         ("teacher, 4 steps", (0, 8)),
@@ -36,26 +38,26 @@ def test_rows_and_evaluations(small):
 
 def test_the_teacher_helps_this_student(small):
     """λ = 0.5 lowers FD in every pair, by more than the student in the teacher's place does."""
-    rows, _ = small
-    base, _, strong, _, self_strong, *_ = rows
-    for guided, control in zip(demo.changes(strong, base), demo.changes(self_strong, base)):
-        assert guided < control - 0.5 and control < -0.5
+    ways, _ = small
+    base, strong, late, control = (ways[n] for n in ("student", "strong", "late", "self_strong"))
+    for first, last, itself in zip(*(demo.changes(way, base) for way in (strong, late, control))):
+        assert last < first - 2 and first < itself - 0.5 and itself < -0.5
 
 
 def test_table_and_pictures_are_written(small):
     """table.txt holds a line for each row and the verdict; both pictures are PNG files."""
-    rows, out = small
+    ways, out = small
     text = (out / "table.txt").read_text(encoding="utf-8")
-    assert all(row.name in text for row in rows)
+    assert all(way.name in text for way in ways.values())
     assert "The teacher at the first of 4 steps: FD -" in text
     for name in ("grids.png", "guided_step.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_rows_share_their_noise(small):
-    """Rows start from the same noise: without a teacher's share the images are the same."""
-    rows, _ = small
-    base, weak = rows[0], rows[1]
+def test_ways_share_their_noise(small):
+    """Ways start from the same noise: without a teacher's share the images are the same."""
+    ways, _ = small
+    base, weak = ways["student"], ways["weak"]
     teacher = weak.model.teachers[0].denoiser
     model = kdpp.TeacherGuidedDenoiser(weak.model.student, teacher, teacher_scale=0.0)
     silent = dataclasses.replace(weak, model=model)
@@ -66,13 +68,13 @@ def test_rows_share_their_noise(small):
 def test_an_effect_within_its_spread_is_not_seen():
     """A change smaller than its standard deviation over seeds is no effect."""
 
-    def row(*distances):
-        scores = [demo.Scores(distance, 1.0, 1.0) for distance in distances]
-        return demo.Row("", None, None, (), scores=scores)
+    def way(*distances):
+        scores = [Scores(distance, 1.0, 1.0) for distance in distances]
+        return demo.Way("", None, None, (), scores=scores)
 
-    base = row(1.0, 1.0, 1.0)
-    assert demo.effect(row(1.5, 0.6, 1.0), base) == "no effect seen"
-    assert demo.effect(row(0.5, 0.6, 0.4), base) == "FD -0.50 ± 0.10"
+    base = way(1.0, 1.0, 1.0)
+    assert demo.effect(way(1.5, 0.6, 1.0), base) == "no effect seen"
+    assert demo.effect(way(0.5, 0.6, 0.4), base) == "FD -0.50 ± 0.10"
 
 
 @pytest.mark.parametrize("arguments", [["demo", "--seed", "-1"], ["demo", "--seed", "x"], []])

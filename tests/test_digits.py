@@ -12,14 +12,17 @@ pytest.importorskip("sklearn")
 
 from kdpp.digits import checkpoints, metrics, training
 from kdpp.digits import data as digits
-from kdpp.digits.networks import Classifier, ResMLP, guided_denoise
-from kdpp.digits.schedules import SCHEDULE, alphas_cumprod, log_sigmas, schedule, trailing
+from kdpp.digits.networks import Classifier, digits_mlp
+from kdpp.lab.diffusion import cfg
+from kdpp.lab.metrics import frechet_distance, inception_score
+from kdpp.lab.networks import ResMLP
+from kdpp.lab.schedules import SCHEDULE, alphas_cumprod, log_sigmas, schedule, trailing
 
 
 def small_net(seed: int = 0) -> ResMLP:
     """A ResMLP whose zero-initialised layers are filled, so that every input matters."""
     torch.manual_seed(seed)
-    net = ResMLP(width=16, hidden=24, blocks=2)
+    net = digits_mlp(width=16, hidden=24, blocks=2)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return net.requires_grad_(False)
@@ -136,24 +139,30 @@ def test_labels_and_timesteps_matter_and_batches_do_not():
     torch.testing.assert_close(net(x[2:3], t[2:3], cond[2:3]), out[2:3])
 
 
-def test_guidance_is_the_line_through_both_estimates():
+@pytest.mark.parametrize("as_written", [False, True])
+def test_guidance_is_the_line_through_both_estimates(as_written):
     net, (x, cond) = small_net(), batch()
     t = torch.full((len(x),), 400.0)
     null = net.denoise(x, t, torch.full_like(cond, digits.NULL_CLASS))
-    torch.testing.assert_close(guided_denoise(net, x, t, cond, 0.0), null)
-    torch.testing.assert_close(guided_denoise(net, x, t, cond, 1.0), net.denoise(x, t, cond))
+
+    def guided(scale):
+        return cfg(net.denoise, cond, digits.NULL_CLASS, scale, as_written)(x, t)
+
+    torch.testing.assert_close(guided(0.0), null)
+    torch.testing.assert_close(guided(1.0), net.denoise(x, t, cond))
     expected = null + 2.5 * (net.denoise(x, t, cond) - null)
-    torch.testing.assert_close(guided_denoise(net, x, t, cond, 2.5), expected)
+    torch.testing.assert_close(guided(2.5), expected)
+    torch.testing.assert_close(guided(torch.full((len(x),), 2.5)), expected)
 
 
 def test_networks_refuse_what_they_cannot_take():
     net, (x, cond) = small_net(), batch()
     with pytest.raises(ValueError, match=r"x must be \[B, 1, 8, 8\], got \[6, 64\]"):
         net.apply_model(x.flatten(1), torch.zeros(6), cond)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="from 11 to 16; the network knows 0 to 9, and 10 for no"):
         net.apply_model(x, torch.zeros(6), cond + 11)
     with pytest.raises(ValueError, match="width must be a whole number"):
-        ResMLP(width=10**9, hidden=8, blocks=1)
+        digits_mlp(width=10**9, hidden=8, blocks=1)
     with pytest.raises(ValueError, match="features must be a whole number"):
         Classifier(channels=4, features=0)
 
@@ -164,7 +173,7 @@ def test_networks_refuse_what_they_cannot_take():
 @pytest.mark.parametrize("kind", [ResMLP, Classifier])
 def test_a_checkpoint_comes_back_as_saved(tmp_path, kind):
     torch.manual_seed(0)
-    net = ResMLP(16, 24, 2) if kind is ResMLP else Classifier(4, 8)
+    net = digits_mlp(16, 24, 2) if kind is ResMLP else Classifier(4, 8)
     checkpoints.save(tmp_path / "net.safetensors", net)
     state = torch.get_rng_state()
     loaded = checkpoints.load(tmp_path / "net.safetensors", kind)
@@ -237,8 +246,8 @@ def test_frechet_distance_of_commuting_gaussians():
     s_a, s_b = np.array([1.0, 2.0, 0.5]), np.array([0.3, 2.5, 4.0])
     a, b = with_moments(mu_a, np.diag(s_a**2)), with_moments(mu_b, np.diag(s_b**2), 700)
     expected = ((mu_a - mu_b) ** 2).sum() + ((s_a - s_b) ** 2).sum()
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_gaussians_that_do_not_commute():
@@ -248,32 +257,32 @@ def test_frechet_distance_of_gaussians_that_do_not_commute():
     product = cov_a @ cov_b
     root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
     expected = 2 + np.trace(cov_a) + np.trace(cov_b) - 2 * root
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
 
 
 def test_frechet_distance_of_a_set_to_itself_is_zero_even_where_singular():
     a = np.random.default_rng(0).standard_normal((5, 12))
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
-    assert metrics.frechet_distance(a, a + 2) == pytest.approx(48, abs=1e-4)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-5)
+    assert frechet_distance(a, a + 2) == pytest.approx(48, abs=1e-4)
 
 
 def test_inception_score_between_one_and_the_number_of_classes():
-    assert metrics.inception_score(np.full((7, 10), 0.1)) == pytest.approx(1)
-    assert metrics.inception_score(np.eye(10)) == pytest.approx(10)
-    assert metrics.inception_score(np.eye(10)[[0, 0, 1, 1]]) == pytest.approx(2)
+    assert inception_score(np.full((7, 10), 0.1)) == pytest.approx(1)
+    assert inception_score(np.eye(10)) == pytest.approx(10)
+    assert inception_score(np.eye(10)[[0, 0, 1, 1]]) == pytest.approx(2)
     p = np.array([[0.9, 0.1], [0.1, 0.9]])
     by_hand = 0.9 * np.log(0.9 / 0.5) + 0.1 * np.log(0.1 / 0.5)
-    assert metrics.inception_score(p) == pytest.approx(np.exp(by_hand))
+    assert inception_score(p) == pytest.approx(np.exp(by_hand))
 
 
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: metrics.frechet_distance(np.zeros((1, 3)), np.zeros((4, 3))), "a must be .N, D."),
-        (lambda: metrics.frechet_distance(np.eye(3), np.eye(4)), "equally wide, got 3 and 4"),
-        (lambda: metrics.frechet_distance(np.eye(3), np.eye(3) * np.nan), "b must be finite"),
-        (lambda: metrics.inception_score(np.ones((3, 4))), "sum to 1"),
-        (lambda: metrics.inception_score(np.array([[1.5, -0.5]] * 2)), "negative"),
+        (lambda: frechet_distance(np.zeros((1, 3)), np.zeros((4, 3))), "a must be .N, D."),
+        (lambda: frechet_distance(np.eye(3), np.eye(4)), "equally wide, got 3 and 4"),
+        (lambda: frechet_distance(np.eye(3), np.eye(3) * np.nan), "b must be finite"),
+        (lambda: inception_score(np.ones((3, 4))), "sum to 1"),
+        (lambda: inception_score(np.array([[1.5, -0.5]] * 2)), "negative"),
     ],
 )
 def test_metrics_refuse_what_has_no_figure(call, sentence):
@@ -330,34 +339,13 @@ def test_another_seed_is_another_network():
     assert not torch.equal(a.enter.weight, b.enter.weight)
 
 
-def test_the_distillation_target_is_the_average_at_the_end_of_the_teachers_step():
-    """Written out at one timestep above the skip, and one below, where the step ends at 0."""
-    teacher, average, (x, labels) = small_net(0), small_net(1), batch(2)
-    t = torch.tensor([300.5, 7.0])
-    target = training._target(teacher, average, x, t, labels)
-    estimate = guided_denoise(teacher, x, t, labels, training.GUIDANCE)
-    s = t - training.LCM_SKIP
-    direction = (x - estimate)[0] / teacher.sigma(t)[0]
-    x_s = estimate[0] + teacher.sigma(s)[0] * direction
-    expected = average.denoise(x_s[None], s[:1], labels[:1])[0]
-    torch.testing.assert_close(target[0], expected)
-    torch.testing.assert_close(target[1], estimate[1])
-
-
 def test_label_dropout_drops_its_share_to_the_null_label():
-    draws = training.Draws(*digits.load_data(), seed=0)
+    draws = training.Batches(*digits.load_data(), seed=0)
     labels = torch.arange(20_000) % 10
     dropped = draws.dropped(labels)
     share = (dropped == digits.NULL_CLASS).double().mean().item()
     assert share == pytest.approx(training.LABEL_DROPOUT, abs=0.01)
     assert torch.equal(dropped[dropped != digits.NULL_CLASS], labels[dropped != digits.NULL_CLASS])
-
-
-def test_the_average_moves_by_one_minus_the_decay():
-    average, network = small_net(0), small_net(1)
-    expected = 0.9 * average.enter.weight + 0.1 * network.enter.weight
-    training._average(average, 0.9, network)
-    torch.testing.assert_close(average.enter.weight, expected)
 
 
 def test_the_classifier_is_trained_without_the_held_out_images(monkeypatch):

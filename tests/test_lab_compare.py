@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from statistics import fmean, stdev
 
@@ -19,7 +20,7 @@ from kdpp.lab import compare as command
 from kdpp.lab.compare import compare
 from kdpp.lab.data import load_data
 from kdpp.lab.metrics import Points, load_features, measure
-from kdpp.lab.models import load_model, save_model
+from kdpp.lab.models import DataOrigin, load_model, save_model
 from kdpp.lab.networks import build
 from kdpp.lab.sampling import Recipe, draw, image_seeds, levels_for
 from kdpp.lab.spec import cells_of, read_spec
@@ -145,8 +146,8 @@ def test_the_example_is_sound():
 def test_paths_are_the_specs(tmp_path):
     """Checkpoints and data lie beside the spec, wherever the command is run."""
     network = build({"shape": [1, 8, 8], "classes": 10, "width": 4, "hidden": 4, "blocks": 1})
-    about = {**load_model("digits:student").about, "network": network.config}
-    save_model(tmp_path / "mine.safetensors", network, about)
+    card = replace(load_model("digits:student").card, network=network.config)
+    save_model(tmp_path / "mine.safetensors", network, card)
     spec = read_spec(spec_of(tmp_path, students_small='"mine.safetensors"'))
     assert load_model(spec.students["small"]).parameters < 1000
     assert (spec.data, spec.teacher) == ("digits", "digits:teacher")
@@ -214,11 +215,9 @@ def test_bad_files(tmp_path, text, message):
 def test_a_student_of_other_images(tmp_path):
     """A network that makes other images than the data is refused before any work."""
     network = build({"shape": [1, 4, 4], "classes": 10, "width": 4, "hidden": 4, "blocks": 1})
-    about = load_model("digits:student").about
-    data = {**about["data"], "shape": [1, 4, 4]}
-    save_model(
-        tmp_path / "m.safetensors", network, {**about, "network": network.config, "data": data}
-    )
+    card = load_model("digits:student").card
+    card = replace(card, network=network.config, data=replace(card.data, shape=(1, 4, 4)))
+    save_model(tmp_path / "m.safetensors", network, card)
     path = spec_of(tmp_path, students_small='"m.safetensors"')
     with pytest.raises(ValueError, match=r"small makes images of shape \[1, 4, 4\]"):
         compare(path, tmp_path / "out")
@@ -338,11 +337,9 @@ def test_data_that_are_no_pictures(tmp_path):
     torch.manual_seed(0)
     np.save(tmp_path / "latents.npy", 3 * torch.randn(40, 4, 2, 2).numpy())
     network = build({"shape": [4, 2, 2], "classes": 1, "width": 4, "hidden": 4, "blocks": 1})
-    about = load_model("digits:teacher").about | {
-        "network": network.config,
-        "data": {"source": "", "shape": [4, 2, 2], "classes": 1, "bounded": False},
-    }
-    save_model(tmp_path / "m.safetensors", network, about)
+    data = DataOrigin(source="", shape=(4, 2, 2), classes=1, bounded=False)
+    card = replace(load_model("digits:teacher").card, network=network.config, data=data)
+    save_model(tmp_path / "m.safetensors", network, card)
     text = (
         'data = "latents.npy"\nimages = 20\nseeds = 2\n[students]\na = "m.safetensors"\n'
         '[[grid]]\nstudent = "a"\nsteps = 2\n'

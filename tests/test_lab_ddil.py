@@ -1,5 +1,6 @@
 """DDIL: what it collects is what was visited, what it learns there is the base's."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,23 +11,12 @@ from hypothesis import strategies as st
 import kdpp
 from kdpp.digits import schedule
 from kdpp.lab import processes
-from kdpp.lab.methods import Job
-from kdpp.lab.methods.ddil import DDIL, Collected, OnConsistency, OnProgressive, Reflected
-from kdpp.lab.methods.progressive import guided
-from kdpp.lab.models import Model
+from kdpp.lab.methods.consistency import Consistency
+from kdpp.lab.methods.ddil import Collected, Reflected, States
+from kdpp.lab.methods.progressive import Progressive
 from kdpp.lab.networks import VEDenoiser
 from problems import seeded
-from test_lab_sfd import (
-    CPU,
-    check_resumed,
-    check_samples,
-    draws,
-    losses_of,
-    spots,
-    task_of,
-    teacher,
-    trained,
-)
+from trainings import check_samples, draws, losses_of, method_of, spots, teacher, trained
 
 SMALL = {
     "batch": 16, "iterations": 12, "start_steps": 8, "steps": 2, "every": 2, "fresh": 12,
@@ -83,9 +73,11 @@ def test_the_ring_holds_the_newest_states(capacity, sizes, uniform):
     assert len(ring) == 0 and len(copy) == held
 
 
-def test_one_method_makes_the_task_of_its_base():
-    assert type(task_of("ddil", SMALL)) is OnProgressive
-    assert type(task_of("ddil", SMALL | {"base": "consistency"})) is OnConsistency
+def test_it_holds_its_base():
+    task = method_of("ddil", SMALL)
+    assert isinstance(task.base.method, Progressive)
+    assert task.optimisers is task.base.method.optimisers
+    assert isinstance(method_of("ddil", SMALL | {"base": "consistency"}).base.method, Consistency)
 
 
 # What is collected.
@@ -112,7 +104,7 @@ def walk(denoise, x, levels):
 def wild(task):
     """Make the student's network another one than the teacher's."""
     with torch.no_grad():
-        for p in task.network.parameters():
+        for p in task.base.method.network.parameters():
             p += 0.1 * seeded(*p.shape, seed=p.numel(), dtype=torch.float32)
 
 
@@ -122,7 +114,7 @@ def wild(task):
 def test_progressive_rollouts_are_the_students_or_the_teachers(turns, phase, reflected):
     """Early in a phase, after its first iteration, with an idle optimiser."""
     settings = SMALL | {"turns": [turns, turns], "rate": 0.0, "reflected": reflected}
-    task = task_of("ddil", settings)
+    task = method_of("ddil", settings)
     if phase == 1:
         wild(task)  # it is the teacher then
     task.step(phase * 6, draws(phase * 6))
@@ -139,11 +131,11 @@ def test_progressive_rollouts_are_the_students_or_the_teachers(turns, phase, ref
 
     def denoise(x, sigma):
         if turns == 1.0:
-            d = VEDenoiser(task.network)(x, sigma, labels)
+            d = VEDenoiser(task.base.method.network)(x, sigma, labels)
         elif phase == 0:
-            d = guided(teacher(), labels, 2.0)(x, sigma)
+            d = teacher().with_cfg(labels, 2.0)(x, sigma)
         else:
-            d = VEDenoiser(task.previous)(x, sigma, labels)
+            d = VEDenoiser(task.base.method.previous)(x, sigma, labels)
         low, high = spots().images.min(), spots().images.max()
         return d.clamp(low, high) if reflected else d
 
@@ -160,7 +152,7 @@ def test_progressive_rollouts_are_the_students_or_the_teachers(turns, phase, ref
 @pytest.mark.parametrize("turns", [0.0, 1.0])
 def test_consistency_rollouts_are_the_averages_or_the_teachers(turns, reflected):
     settings = SMALL | {"base": "consistency", "steps": 3, "substeps": 4, "rate": 0.0}
-    task = task_of("ddil", settings | {"turns": [turns, turns], "reflected": reflected})
+    task = method_of("ddil", settings | {"turns": [turns, turns], "reflected": reflected})
     wild(task)
     low, high = float(spots().images.min()), float(spots().images.max())
 
@@ -171,8 +163,8 @@ def test_consistency_rollouts_are_the_averages_or_the_teachers(turns, reflected)
     levels = schedule(3)
     labels, states = collected(task, levels)
     rollout = kdpp.mixed_rollout(
-        clipped(VEDenoiser(task.average)),
-        clipped(lambda x, sigma, cond: guided(teacher(), cond, 2.0)(x, sigma)), states[0],
+        clipped(VEDenoiser(task.base.method.average)),
+        clipped(lambda x, sigma, cond: teacher().with_cfg(cond, 2.0)(x, sigma)), states[0],
         torch.tensor(levels, dtype=torch.float64), teacher_substeps=4,
         teacher_probability=1 - turns, disable=True, extra_args={"cond": labels},
     )  # fmt: skip
@@ -181,9 +173,9 @@ def test_consistency_rollouts_are_the_averages_or_the_teachers(turns, reflected)
 
 def test_late_in_a_phase_the_student_has_more_turns():
     """change = 0.5 of 6 iterations: collecting up to 2 is the teacher's, from 3 the student's."""
-    task = task_of("ddil", SMALL | {"turns": [0.0, 1.0], "change": 0.5, "rate": 0.0, "every": 1})
+    task = method_of("ddil", SMALL | {"turns": [0.0, 1.0], "change": 0.5, "rate": 0.0, "every": 1})
     calls = []
-    task.student.register_forward_hook(lambda *_: calls.append(len(calls)))
+    task.base.student.register_forward_hook(lambda *_: calls.append(len(calls)))
     seen = []
     for i in range(6):
         before = len(calls)
@@ -202,8 +194,8 @@ def test_late_in_a_phase_the_student_has_more_turns():
 def test_a_share_of_the_batch_is_of_collected_states(base, first, late, steps):
     """From the second iteration of a phase on, half of the batch; late in it, all."""
     settings = SMALL | {"base": base, "shares": [0.5, 1.0], "change": 0.5, "rate": 0.0}
-    task = task_of("ddil", settings | {"batch": 64, "every": 100, "iterations": 20})
-    student = task.student if base == "progressive" else task.learner
+    task = method_of("ddil", settings | {"batch": 64, "every": 100, "iterations": 20})
+    student = task.base.student if base == "progressive" else task.base.learner
     levels, shares = schedule(steps), []
     for i in (first, first + 1, late):
         asked = []
@@ -226,18 +218,20 @@ def test_a_share_of_the_batch_is_of_collected_states(base, first, late, steps):
 
 def test_without_collected_states_it_is_progressive_distillation():
     plain = {key: SMALL[key] for key in ("batch", "start_steps", "steps", "rate")}
-    base = task_of("progressive", plain | {"iterations": 6})
-    task = task_of("ddil", SMALL | {"shares": [0.0, 0.0], "reflected": False})
+    base = method_of("progressive", plain | {"iterations": 6})
+    task = method_of("ddil", SMALL | {"shares": [0.0, 0.0], "reflected": False})
     assert task.iterations == base.iterations == 12
     assert losses_of(task) == losses_of(base)
-    for found, expected in zip(task.network.parameters(), base.network.parameters(), strict=True):
+    for found, expected in zip(
+        task.base.method.network.parameters(), base.network.parameters(), strict=True
+    ):
         assert torch.equal(found, expected)
 
 
 def test_without_collected_states_it_is_consistency_distillation():
-    base = task_of("consistency", {"network": None, "batch": 16, "iterations": 12, "rate": 2e-3})
+    base = method_of("consistency", {"network": None, "batch": 16, "iterations": 12, "rate": 2e-3})
     settings = {"base": "consistency", "shares": [0.0, 0.0], "reflected": False}
-    task = task_of("ddil", SMALL | settings)
+    task = method_of("ddil", SMALL | settings)
     for found, expected in zip(losses_of(task), losses_of(base), strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
@@ -250,69 +244,46 @@ def walls(task):
 
 def test_the_progressive_loss_has_reflected_estimates_alone():
     """With CFG 4 the first teacher's are far outside, and x is such that the student's are."""
-    task = task_of("ddil", SMALL | {"guidance": 4.0})
+    task = method_of("ddil", SMALL | {"guidance": 4.0})
     clip, labels = walls(task), torch.arange(64) % 3
-    jump = task.jumps[0][torch.arange(64) % 4]
+    jump = task.base.method.jumps[0][torch.arange(64) % 4]
     sigma, middle, end = jump.unbind(1)
     x = (2 + sigma).view(-1, 1, 1, 1) * seeded(64, 1, 4, 4, seed=3, dtype=torch.float32)
     ratio = [(b / a).view(-1, 1, 1, 1) for a, b in ((sigma, middle), (middle, end), (sigma, end))]
     with torch.no_grad():
-        first = clip(guided(teacher(), labels, 4.0)(x, sigma))
+        first = clip(teacher().with_cfg(labels, 4.0)(x, sigma))
         halfway = first + (x - first) * ratio[0]
-        second = clip(guided(teacher(), labels, 4.0)(halfway, middle))
+        second = clip(teacher().with_cfg(labels, 4.0)(halfway, middle))
         ended = second + (halfway - second) * ratio[1]
         target = (ended - ratio[2] * x) / (1 - ratio[2])
-        plain = VEDenoiser(task.network)(x, sigma, labels)
+        plain = VEDenoiser(task.base.method.network)(x, sigma, labels)
         error = (clip(plain) - target) ** 2
     expected = (error * sigma.view(-1, 1, 1, 1).pow(-2).clamp(min=1)).mean()
     assert (clip(plain) != plain).double().mean() > 0.1
-    found = task.loss(0, x, jump.unbind(1), labels, draws(0))
+    found = task.base.learn(0, 0, States(x, labels, jump))
     assert found.item() == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_the_consistency_target_has_reflected_estimates_alone():
-    task = task_of("ddil", SMALL | {"guidance": 4.0, "base": "consistency"})
+    task = method_of("ddil", SMALL | {"guidance": 4.0, "base": "consistency"})
     wild(task)
     clip, labels = walls(task), torch.arange(64) % 3
     t = torch.linspace(5, 995, 64)  # below 20 the teacher's step ends at 0
-    sigma, end = task.network.sigma(t), task.network.sigma((t - 20).clamp(min=0))
+    network = task.base.method.network
+    sigma, end = network.sigma(t), network.sigma((t - 20).clamp(min=0))
     x = (2 + sigma).view(-1, 1, 1, 1) * seeded(64, 1, 4, 4, seed=3, dtype=torch.float32)
     with torch.no_grad():
-        plain = guided(teacher(), labels, 4.0)(x, sigma)
+        plain = teacher().with_cfg(labels, 4.0)(x, sigma)
         first = clip(plain)
         x_s = first + (x - first) * (end / sigma).view(-1, 1, 1, 1)
-        reached = clip(VEDenoiser(task.average)(x_s, end, labels))
-        found = task.target(x, sigma, labels)
+        reached = clip(VEDenoiser(task.base.method.average)(x_s, end, labels))
+        found = task.base.target(x, sigma, labels)
     assert (first != plain)[0].any() and (first != plain).double().mean() > 0.1
     torch.testing.assert_close(found[0], first[0])
     torch.testing.assert_close(found[1:], reached[1:], rtol=1e-3, atol=1e-3)
 
 
 # The run.
-
-
-def counted(*networks):
-    """Counts the images that the networks evaluate."""
-    total = [0]
-
-    def count(_, given, __):
-        total[0] += len(given[0])
-
-    for network in networks:
-        network.register_forward_hook(count)
-    return total
-
-
-@pytest.mark.parametrize("turns", [0.0, 1.0])
-@pytest.mark.parametrize("base", ["progressive", "consistency"])
-def test_evaluations_are_counted(base, turns):
-    task = task_of("ddil", SMALL | {"base": base, "turns": [turns, turns]})
-    frozen = task.previous if base == "progressive" else task.average
-    source = task.source.network
-    total = counted(task.network, frozen, source)
-    losses_of(task)
-    source._forward_hooks.clear()
-    assert task.result()[1]["evaluations"] == total[0]
 
 
 def distance_to_the_end(denoise, levels) -> float:
@@ -327,18 +298,18 @@ def distance_to_the_end(denoise, levels) -> float:
 
 
 def of_teacher(x, sigma, labels):
-    return guided(teacher(), labels, 2.0)(x, sigma)
+    return teacher().with_cfg(labels, 2.0)(x, sigma)
 
 
 def test_progressive_training_lowers_the_loss(tmp_path):
     settings = SMALL | {"batch": 64, "iterations": 60, "rate": 5e-3}
-    idle = losses_of(task_of("ddil", settings | {"rate": 0.0}))
-    found = losses_of(task_of("ddil", settings))
+    idle = losses_of(method_of("ddil", settings | {"rate": 0.0}))
+    found = losses_of(method_of("ddil", settings))
     first, last = (sum(row["loss"] for row in rows[20:30]) for rows in (idle, found))
     assert last < 0.8 * first
     student = trained(tmp_path, "ddil", settings)
     assert student.sampler == "euler" and student.levels == schedule(2)
-    assert student.about["guidance"] == 2.0 and student.about["conditions"] == {}
+    assert student.card.guidance == 2.0 and student.card.conditions == {}
     assert check_samples(student) > 0.9
 
 
@@ -351,20 +322,15 @@ def test_consistency_training_brings_the_end_nearer(tmp_path):
         of_teacher, middle
     )
     assert student.sampler == "lcm" and student.levels == schedule(2)
-    assert student.about["guidance"] == 2.0 and student.about["conditions"] == {}
+    assert student.card.guidance == 2.0 and student.card.conditions == {}
     assert check_samples(student) > 0.9
-
-
-@pytest.mark.parametrize("base, stop", [("progressive", 8), ("consistency", 7)])
-def test_it_resumes_bit_for_bit_with_its_dataset(tmp_path, monkeypatch, base, stop):
-    check_resumed(tmp_path, monkeypatch, "ddil", SMALL | {"base": base, "every": 4}, stop)
 
 
 @pytest.mark.parametrize(
     "settings, said",
     [
         ({"base": "sfd"}, "'progressive' or 'consistency'"),
-        ({"shares": [0.5]}, "early and late"),
+        ({"shares": [0.5]}, "shares is .*it must be 2 numbers"),
         ({"turns": [0.5, 1.5]}, r"turns is \(0.5, 1.5\)"),
         ({"change": -1.0}, "change is -1.0"),
         ({"every": 0}, "every is 0"),
@@ -375,11 +341,11 @@ def test_it_resumes_bit_for_bit_with_its_dataset(tmp_path, monkeypatch, base, st
 )
 def test_settings_that_mean_nothing_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        task_of("ddil", SMALL | settings)
+        method_of("ddil", SMALL | settings)
 
 
 @pytest.mark.parametrize("base", ["progressive", "consistency"])
 def test_a_guided_teacher_is_refused(base):
-    guided_one = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
+    card = replace(teacher().card, guidance=2.0)
     with pytest.raises(ValueError, match="guid"):
-        DDIL(Job(spots(), guided_one, DDIL.Settings(base=base), 0, CPU))
+        method_of("ddil", {"base": base}, teacher=replace(teacher(), card=card))

@@ -228,7 +228,7 @@ def test_images_that_are_not_finite(tmp_path):
     student = load_model("digits:student")
     with torch.no_grad():
         student.network.leave.bias.fill_(3e38)
-    save_model(tmp_path / "broken", student.network, student.about)
+    save_model(tmp_path / "broken", student.network, student.card)
     with pytest.raises(ValueError, match="alone, seed 0: images must be finite"):
         run(tmp_path / "broken", *SMALL, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "results.json").exists()

@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 
 import kdpp
 from kdpp.lab.data import Data
-from kdpp.lab.methods import Draws, Job, guided, load_methods, progressive
-from kdpp.lab.methods.guided import rising, stochastic_jumps
-from kdpp.lab.methods.progressive import grid, halved, jump_target, pairs, weighted_error
-from kdpp.lab.models import Model, load_model
-from kdpp.lab.networks import VEDenoiser
-from kdpp.lab.settings import fill
-from kdpp.lab.trainer import FILE, Run, train
+from kdpp.lab.diffusion import jump_target, weighted_error
+from kdpp.lab.methods import Draws, frozen, guided_distillation, load_methods, progressive
+from kdpp.lab.methods.guided_distillation import rising, stochastic_jumps
+from kdpp.lab.methods.progressive import halved, pairs
+from kdpp.lab.schedules import grid
+from trainings import model_of, trained, training_of
 
-CPU = torch.device("cpu")
 METHODS = load_methods()
 MEAN, VARIANCE = 0.3, 0.5
 
@@ -241,11 +239,11 @@ CASES = {
     "stage one": ("guided-stage-one", STAGE_ONE),
     "deterministic": ("guided-stage-two", PHASES),
     "stochastic": ("guided-stage-two", {**PHASES, "kind": "stochastic"}),
-    "single w": ("guided-stage-two", {**PHASES, "w": 1.0}),
+    "one scale": ("guided-stage-two", {**PHASES, "guidance": 2.0}),
     "encoder": ("encoder", PHASES),
-    "encoder of a plain teacher": ("encoder", {**PHASES, "w": 0.0}),
+    "encoder of a plain teacher": ("encoder", {**PHASES, "guidance": 1.0}),
     "naive": ("naive-guided", PHASES),
-    "naive, apart": ("naive-guided", {**PHASES, "w": None}),
+    "naive, apart": ("naive-guided", {**PHASES, "guidance": None}),
 }
 OWN_TARGETS = ("stage one", "naive", "naive, apart")
 every_case = pytest.mark.parametrize("case", CASES)
@@ -261,22 +259,22 @@ def data():
 
 
 def finished(task, data):
-    network, about = task.result()
-    network = progressive.frozen(network).eval()
-    shape = {"shape": list(data.shape), "classes": data.classes}
-    return Model(VEDenoiser(network), network, {"data": shape, **about})
+    """The model of a method as it stands, and as it stays."""
+    model = model_of(task, data)
+    network = frozen(model.network)
+    return replace(model, network=network, denoiser=type(model.denoiser)(network))
 
 
 def job_of(name, data, teacher, values, seed=0):
-    return Job(data, teacher, fill(METHODS[name].settings, values), seed, CPU)
+    return training_of(name, values, seed, data=data, teacher=teacher)
 
 
 def run(name, data, teacher, values):
-    """The task, all its steps taken, and its losses."""
-    job = job_of(name, data, teacher, values)
-    task = METHODS[name].make(job)
+    """The method, all its steps taken, and its losses."""
+    it = job_of(name, data, teacher, values)
+    task = it.method(it)
     steps = range(task.iterations)
-    return task, [float(task.step(i, Draws(data, job.seed, i, CPU))["loss"]) for i in steps]
+    return task, [float(task.step(i, Draws(data, 0, i))["loss"]) for i in steps]
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +285,9 @@ def plain(data):
 
 @pytest.fixture(scope="module")
 def with_w(data, plain):
-    return finished(run("guided-stage-one", data, plain, {**STAGE_ONE, "w_max": 2.0})[0], data)
+    return finished(
+        run("guided-stage-one", data, plain, {**STAGE_ONE, "guidance_range": [1.0, 3.0]})[0], data
+    )
 
 
 @pytest.fixture
@@ -321,13 +321,13 @@ def compared(monkeypatch):
         return weighted_error(estimate, target, sigma, weighting)
 
     monkeypatch.setattr(progressive, "weighted_error", watch)
-    monkeypatch.setattr(guided, "weighted_error", watch)
+    monkeypatch.setattr(guided_distillation, "weighted_error", watch)
     return seen
 
 
 def noise_of(asked, data, i, batch):
     """The noise in what was asked at iteration i, whose images and labels are drawn first."""
-    images, labels = Draws(data, 0, i, CPU).batch(batch)
+    images, labels = Draws(data, 0, i).batch(batch)
     assert torch.equal(asked.cond, labels)
     return (asked.x - images) / asked.sigma.view(-1, 1, 1, 1)
 
@@ -346,10 +346,10 @@ def by_hand(model, asked, w, conditions=None):
 
 
 def test_stage_one_is_trained_on_the_guided_estimate_at_w(data, plain, compared):
-    job = job_of("guided-stage-one", data, plain, {**STAGE_ONE, "w_min": 0.5, "w_max": 3.0})
-    task = METHODS["guided-stage-one"].make(job)
+    job = job_of("guided-stage-one", data, plain, {**STAGE_ONE, "guidance_range": [1.5, 4.0]})
+    task = METHODS["guided-stage-one"](job)
     task.student = Recorder(task.student)
-    task.step(0, Draws(data, 0, 0, CPU))
+    task.step(0, Draws(data, 0, 0))
     (asked,), (compared,) = task.student.calls, compared
     assert 0.9 < noise_of(asked, data, 0, 64).std() < 1.1
     w = asked.conditions["w"]
@@ -380,13 +380,13 @@ def test_every_phase_is_trained_on_two_steps_of_its_teacher(case, data, given_te
     name, values = CASES[case]
     teacher = given_teacher(case)
     job = job_of(name, data, teacher, values)
-    task = METHODS[name].make(job)
+    task = METHODS[name](job)
     task.student = Recorder(task.student)
     teachers, phase_length = [], values["iterations"]
     for i in range(task.iterations):
         if i % phase_length == 0:
             teachers.append(finished(task, data))
-        task.step(i, Draws(data, 0, i, CPU))
+        task.step(i, Draws(data, 0, i))
         rate, taken = adam_of(task)
         assert math.isclose(rate, values["rate"] * (1 - i % phase_length / phase_length))
         assert taken == i % phase_length + 1  # a new optimiser for every phase
@@ -407,7 +407,7 @@ def test_every_phase_is_trained_on_two_steps_of_its_teacher(case, data, given_te
             assert len(jump.unique(dim=0)) == steps  # every step of the student occurs
             if takes_w := case not in ("progressive", "encoder of a plain teacher"):
                 w = asked.conditions["w"]
-                low, high = (1.0, 1.0) if case == "single w" else (0.0, 2.0)
+                low, high = (1.0, 1.0) if case == "one scale" else (0.0, 2.0)
                 assert low <= w.min() <= low + 0.3 and high - 0.3 <= w.max() <= high
             assert takes_w or not asked.conditions
             if phase == 0 and case == "progressive":
@@ -420,10 +420,11 @@ def test_every_phase_is_trained_on_two_steps_of_its_teacher(case, data, given_te
 
 @pytest.mark.parametrize("w", [1.5, None])
 def test_the_naive_halves_are_the_guided_target_when_guided(w, data, plain, compared):
-    job = job_of("naive-guided", data, plain, {**PHASES, "w": w})
-    task = METHODS["naive-guided"].make(job)
+    guidance = None if w is None else 1 + w
+    job = job_of("naive-guided", data, plain, {**PHASES, "guidance": guidance})
+    task = METHODS["naive-guided"](job)
     task.student = Recorder(task.student)
-    task.step(0, Draws(data, 0, 0, CPU))
+    task.step(0, Draws(data, 0, 0))
     (asked,), (seen,) = task.student.calls, compared
     batch = len(asked.x) // 2
     assert torch.equal(asked.x[:batch], asked.x[batch:])
@@ -443,79 +444,26 @@ def test_the_naive_halves_are_the_guided_target_when_guided(w, data, plain, comp
 
 
 @every_case
-def test_training_lowers_the_loss_and_counts_its_evaluations(case, data, given_teacher):
+def test_training_lowers_the_loss_of_every_phase(case, data, given_teacher):
     name, values = CASES[case]
     teacher = given_teacher(case)
     values = {**values, "start_steps": 4, "iterations": 60} if "steps" in values else values
     job = job_of(name, data, teacher, values)
-    task = METHODS[name].make(job)
-    asked = []
-    hooks = [
-        network.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
-        for network in {teacher.network, *task.modules.values()}
-    ]
-    losses = [float(task.step(i, Draws(data, 0, i, CPU))["loss"]) for i in range(task.iterations)]
-    for hook in hooks:
-        hook.remove()
-    assert sum(asked) == task.result()[1]["evaluations"]
+    task = METHODS[name](job)
+    losses = [float(task.step(i, Draws(data, 0, i))["loss"]) for i in range(task.iterations)]
     phase = values["iterations"]
     for start in range(0, task.iterations, phase):
         part = losses[start : start + phase]
         assert sum(part[-10:]) < 0.9 * sum(part[:10]), (start, part)
 
 
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture
-def trained(data, given_teacher, tmp_path):
-    """Train a case into a folder, killed before the iterations that are told."""
-
-    def go(case, out, kills=()):
-        name, values = CASES[case]
-        method, settings = METHODS[name], fill(METHODS[name].settings, values)
-        teacher = given_teacher(case)
-        kills = iter(sorted(kills))
-        while True:
-            at = next(kills, None)
-
-            def make(job, at=at):
-                task = method.make(job)
-                step = task.step
-
-                def killed(i, draws):
-                    if i == at:
-                        raise Killed
-                    return step(i, draws)
-
-                task.step = killed
-                return task
-
-            whole = Run(replace(method, make=make), settings, data, teacher, "tiny", seed=3)
-            try:
-                train(whole, tmp_path / out, save_every=4, disable=True)
-            except Killed:
-                continue
-            return tmp_path / out / FILE
-
-    return go
-
-
-@every_case
-def test_a_killed_run_ends_as_one_that_was_not(case, trained):
-    # Phases begin at 12 (and 24): killed within one, with a state right at the boundary, after it.
-    whole = trained(case, "whole").read_bytes()
-    assert trained(case, "killed", (7, 13, 19)).read_bytes() == whole
-
-
-RANGE = {"w": [0.0, 2.0]}
-ABOUT = {
+RANGE = {"w": (0.0, 2.0)}
+USAGE = {
     "progressive": ("euler", {}, 2.0),
-    "stage one": ("euler", {"w": [0.0, 4.0]}, None),
+    "stage one": ("euler", {"w": (0.0, 4.0)}, None),
     "deterministic": ("euler", RANGE, None),
     "stochastic": ("ddim_stochastic", RANGE, None),
-    "single w": ("euler", {"w": [1.0, 1.0]}, None),
+    "one scale": ("euler", {"w": (1.0, 1.0)}, None),
     "encoder": ("encode", RANGE, None),
     "encoder of a plain teacher": ("encode", {}, 1.0),
     "naive": ("euler", {}, None),
@@ -524,29 +472,17 @@ ABOUT = {
 
 
 @every_case
-def test_the_result_samples_as_its_file_says(case, trained):
-    model = load_model(trained(case, "out"))
-    sampler = model.about["sampler"]
-    assert (sampler, model.about["conditions"], model.about["guidance"]) == ABOUT[case]
+def test_the_result_says_how_it_is_sampled(case, data, given_teacher, tmp_path):
+    name, values = CASES[case]
+    model = trained(tmp_path, name, values, data=data, teacher=given_teacher(case))
+    sampler = model.card.sampler
+    assert (sampler, model.card.conditions, model.card.guidance) == USAGE[case]
     levels = grid("divided", 2)
     if sampler == "encode":
         levels = tuple(rising("divided", 2, float(model.denoiser.sigma_min)))
-    assert model.levels == (None if case == "stage one" else levels)
-    labels = torch.arange(9) % CLASSES
-    extra_args = {"cond": labels}
-    if model.needs_w or case.startswith("naive"):
-        extra_args |= {"uncond": torch.full_like(labels, CLASSES), "cond_scale": 2.0}
-    denoiser = kdpp.GuidanceConditioned(model.denoiser) if model.needs_w else model.denoiser
-    x, sigmas = levels[0] * noise(9, 1, 2, 2).float(), torch.tensor(levels)
-    if sampler == "encode":
         with pytest.raises(ValueError, match="is an encoder, from images to noise"):
             _ = model.sampler
-        images = kdpp.encode(denoiser, x, sigmas, extra_args, disable=True)
-    else:
-        solver = kdpp.SOLVERS[sampler].sample
-        wrapped = kdpp.TeacherGuidedDenoiser(denoiser, denoiser, teacher_steps=0)
-        images = solver(wrapped, x, sigmas, extra_args, disable=True)
-    assert images.shape == x.shape and bool(images.isfinite().all())
+    assert model.levels == (None if case == "stage one" else levels)
 
 
 def test_the_result_of_stage_one_is_the_average(data, plain):
@@ -587,34 +523,34 @@ def test_a_distilled_student_comes_closer_to_its_teacher_than_fewer_steps(data, 
 
 
 @pytest.mark.parametrize(
-    "name, values, takes_w, said",
+    "name, values, takes_guidance, said",
     [
         ("guided-stage-two", PHASES, False, "guided-stage-one"),
-        ("guided-stage-two", {**PHASES, "w": 3.0}, True, r"trained for w in \[0, 2\]"),
-        ("encoder", PHASES, False, "or one w"),
+        ("guided-stage-two", {**PHASES, "guidance": 4.0}, True, r"for CFG scales in \[1, 3\]"),
+        ("encoder", PHASES, False, "or one CFG scale"),
         ("encoder", {**PHASES, "start_steps": 256}, True, "fewer start_steps"),
         ("guided-stage-one", STAGE_ONE, True, "guided already"),
-        ("guided-stage-one", {"w_min": 2.0, "w_max": 1.0}, False, "w_max must not be less"),
+        ("guided-stage-one", {"guidance_range": [3.0, 2.0]}, False, "the least and the most"),
         ("naive-guided", PHASES, True, "guided already"),
         ("progressive", {**PHASES, "start_steps": 2}, False, "must take more steps"),
         ("progressive", {**PHASES, "start_steps": 6}, False, "power of 2"),
         ("progressive", {**PHASES, "steps": 0}, False, "steps is 0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(name, values, takes_w, said, data, plain, with_w):
+def test_what_cannot_be_trained_is_refused(name, values, takes_guidance, said, data, plain, with_w):
     with pytest.raises(ValueError, match=said):
-        METHODS[name].make(job_of(name, data, with_w if takes_w else plain, values))
+        METHODS[name](job_of(name, data, with_w if takes_guidance else plain, values))
 
 
 def test_guidance_is_not_built_in_twice(data, plain):
-    student = replace(plain, about={**plain.about, "guidance": 2.0})
+    student = replace(plain, card=replace(plain.card, guidance=2.0))
     with pytest.raises(ValueError, match="built in"):
-        METHODS["progressive"].make(job_of("progressive", data, student, PHASES))
+        METHODS["progressive"](job_of("progressive", data, student, PHASES))
     job = job_of("progressive", data, student, {**PHASES, "guidance": 1.0})
-    assert METHODS["progressive"].make(job).result()[1]["guidance"] == 2.0
+    assert METHODS["progressive"](job).result()[1].guidance == 2.0
 
 
 def test_a_teacher_that_takes_something_else_is_refused(data, plain):
-    teacher = replace(plain, about={**plain.about, "conditions": {"steps": [2, 8]}})
+    teacher = replace(plain, card=replace(plain.card, conditions={"steps": (2, 8)}))
     with pytest.raises(ValueError, match="takes steps"):
-        METHODS["progressive"].make(job_of("progressive", data, teacher, PHASES))
+        METHODS["progressive"](job_of("progressive", data, teacher, PHASES))

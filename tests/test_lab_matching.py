@@ -4,32 +4,22 @@ And the adversarial student: its discriminator, its two losses.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kdpp.digits import schedule
-from kdpp.digits.networks import waves
 from kdpp.lab import processes
-from kdpp.lab.methods import Job, load_methods
-from kdpp.lab.methods.adversarial import Adversarial, Discriminator, features
-from kdpp.lab.methods.matching import Matching, matching_gradient
+from kdpp.lab.methods import load_methods
+from kdpp.lab.methods.adversarial import Discriminator, features
+from kdpp.lab.methods.matching import matching_gradient
 from kdpp.lab.methods.sfd import trajectory
 from kdpp.lab.models import Model
-from kdpp.lab.networks import VEDenoiser, build
+from kdpp.lab.networks import VEDenoiser, build, waves
 from kdpp.lab.settings import fill
 from problems import seeded
-from test_lab_sfd import (
-    CPU,
-    check_resumed,
-    check_samples,
-    draws,
-    losses_of,
-    spots,
-    task_of,
-    teacher,
-    trained,
-)
+from trainings import check_samples, draws, losses_of, method_of, spots, teacher, trained
 
 SMALL = {"batch": 16, "iterations": 12, "steps": 2, "ratio": 3}
 
@@ -97,7 +87,7 @@ def test_down_the_gradient_a_gaussian_student_becomes_the_teacher(start):
     assert abs(parameters[1].item()) == pytest.approx(0.7, abs=0.03)
 
 
-# The task.
+# The method.
 
 
 def weights(network):
@@ -109,22 +99,22 @@ def same(network, before):
 
 
 def test_the_student_steps_once_for_ratio_steps_of_the_fake():
-    task = task_of("matching", SMALL)
+    method = method_of("matching", SMALL)
     for i in range(7):
-        student, average, fake = map(weights, (task.network, task.average, task.fake))
-        names = task.step(i, draws(i)).keys()
-        assert same(task.network, student) == same(task.average, average) == (i % 3 != 0)
+        student, average, fake = map(weights, (method.network, method.average, method.fake))
+        names = method.step(i, draws(i)).keys()
+        assert same(method.network, student) == same(method.average, average) == (i % 3 != 0)
         assert ("matching" in names) == (i % 3 == 0)
-        assert "fake" in names and not same(task.fake, fake)
+        assert "fake" in names and not same(method.fake, fake)
 
 
 def test_the_student_learns_at_the_states_of_its_own_sampling():
-    task = task_of("matching", SMALL | {"steps": 3, "batch": 60})
+    method = method_of("matching", SMALL | {"steps": 3, "batch": 60})
     calls = []
-    task.student.register_forward_hook(
+    method.student.register_forward_hook(
         lambda _, given, made: calls.append((given[0], given[1], made.detach()))
     )
-    made, labels = task.make(draws(3))
+    made, labels = method.make(draws(3))
     *rollout, (states, sigmas, ends) = calls
     levels = torch.tensor(schedule(3)[:-1])
     assert made.requires_grad and torch.equal(made, ends) and len(rollout) == 2
@@ -144,13 +134,13 @@ def test_the_student_learns_at_the_states_of_its_own_sampling():
 def test_the_student_follows_the_gradient_and_the_fake_learns_the_student():
     """A student's step from autograd, written out; its fake one's loss by the definition of v."""
     settings = SMALL | {"steps": 1, "guidance": 1.0}
-    task = task_of("matching", settings)
+    method = method_of("matching", settings)
     with torch.no_grad():
-        for p in task.fake.parameters():
+        for p in method.fake.parameters():
             p += 0.1 * seeded(*p.shape, seed=p.numel(), dtype=torch.float32)
-    twin = copy.deepcopy(task.network)
-    fake, real = VEDenoiser(copy.deepcopy(task.fake)), teacher().denoiser
-    losses = task.step(0, draws(0))
+    twin = copy.deepcopy(method.network)
+    fake, real = VEDenoiser(copy.deepcopy(method.fake)), teacher().denoiser
+    losses = method.step(0, draws(0))
 
     known = draws(0)
     images, labels = known.batch(16)
@@ -167,17 +157,17 @@ def test_the_student_follows_the_gradient_and_the_fake_learns_the_student():
     assert losses["matching"].item() == pytest.approx(gradient.square().mean().item(), rel=1e-4)
     adam = torch.optim.Adam(twin.parameters(), lr=2e-4, betas=(0.0, 0.99))
     adam.step()
-    for found, expected in zip(task.network.parameters(), twin.parameters(), strict=True):
+    for found, expected in zip(method.network.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_the_fake_learns_what_the_student_makes():
     """The student is another than the teacher, and idle: the fake's loss falls to what it can."""
-    task = task_of("matching", SMALL | {"batch": 64, "iterations": 60, "rate": 0.0, "ratio": 60,
+    method = method_of("matching", SMALL | {"batch": 64, "iterations": 60, "rate": 0.0, "ratio": 60,
                                         "fake_rate": 3e-3})  # fmt: skip
     with torch.no_grad():
-        task.network.label.weight.copy_(task.network.label.weight.roll(1, 0))
-    found = [row["fake"] for row in losses_of(task)]
+        method.network.label.weight.copy_(method.network.label.weight.roll(1, 0))
+    found = [row["fake"] for row in losses_of(method)]
     assert sum(found[-10:]) < 0.7 * sum(found[:10])
 
 
@@ -203,34 +193,19 @@ def test_training_brings_the_images_nearer_to_the_teachers(tmp_path):
     assert check_samples(student) > 0.95
 
 
-def test_evaluations_are_counted():
-    task = task_of("matching", SMALL)
-    total = [0]
-    networks = (task.network, task.fake, task.teacher.network)
-    for network in networks:
-        network.register_forward_hook(lambda _, given, __: total.append(len(given[0])))
-    losses_of(task)
-    task.teacher.network._forward_hooks.clear()
-    assert task.result()[1]["evaluations"] == sum(total)
-
-
 def test_the_result_says_what_it_is_for(tmp_path):
     student = trained(tmp_path, "matching", SMALL)
     assert student.sampler == "lcm" and student.levels == schedule(2)
-    assert student.about["guidance"] == 1.5 and student.about["conditions"] == {}
+    assert student.card.guidance == 1.5 and student.card.conditions == {}
     assert check_samples(student) > 0.9
-
-
-def test_it_resumes_bit_for_bit(tmp_path, monkeypatch):
-    check_resumed(tmp_path, monkeypatch, "matching", SMALL, 7)
 
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="ratio is 0"):
-        task_of("matching", SMALL | {"ratio": 0})
-    guided = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
+        method_of("matching", SMALL | {"ratio": 0})
+    card = replace(teacher().card, guidance=2.0)
     with pytest.raises(ValueError, match="guided already"):
-        Matching(Job(spots(), guided, Matching.Settings(), 0, CPU))
+        method_of("matching", {}, teacher=replace(teacher(), card=card))
 
 
 # The adversarial student.
@@ -259,7 +234,7 @@ def test_features_of_a_unet_are_averaged_over_places():
     }
     config = {"kind": "unet", "shape": [1, 8, 8], "classes": 3, "conditions": []}
     network = build(config | sizes | blocks)
-    model = Model(VEDenoiser(network), network, teacher().about)
+    model = Model(VEDenoiser(network), network, teacher().card)
     example = seeded(1, 1, 8, 8, seed=1, dtype=torch.float32)
     discriminator = Discriminator(model, example, 8)
     x, sigma = seeded(3, 1, 8, 8, seed=2, dtype=torch.float32), torch.full((3,), 0.7)
@@ -268,16 +243,16 @@ def test_features_of_a_unet_are_averaged_over_places():
 
 
 def test_the_heads_alone_are_the_discriminator():
-    discriminator = task_of("adversarial", DUEL).discriminator
+    discriminator = method_of("adversarial", DUEL).discriminator
     assert len(discriminator.heads) == 1
     assert all(name.startswith("heads.") for name in discriminator.state_dict())
 
 
 def test_an_adversarial_step_is_hinge_loss_and_distillation():
     """Both steps from autograd, written out for a student of one level."""
-    task = task_of("adversarial", DUEL | {"steps": 1, "weight": 0.7, "rate": 1e-4})
-    twin, heads = copy.deepcopy(task.network), copy.deepcopy(task.discriminator)
-    reported = task.step(0, draws(0))
+    method = method_of("adversarial", DUEL | {"steps": 1, "weight": 0.7, "rate": 1e-4})
+    twin, heads = copy.deepcopy(method.network), copy.deepcopy(method.discriminator)
+    reported = method.step(0, draws(0))
 
     known = draws(0)
     images, labels = known.batch(16)
@@ -311,7 +286,7 @@ def test_an_adversarial_step_is_hinge_loss_and_distillation():
     expected = {"discriminator": hinge, "adversarial": passes, "distillation": distilled}
     for name, value in expected.items():
         assert reported[name].item() == pytest.approx(value.item(), rel=1e-4)
-    pairs = [(task.network, twin, 2e-6), (task.discriminator, heads, 2e-5)]
+    pairs = [(method.network, twin, 2e-6), (method.discriminator, heads, 2e-5)]
     for found, wanted, atol in pairs:
         for a, b in zip(found.parameters(), wanted.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
@@ -323,10 +298,10 @@ CLOSE = DUEL | {"steps": 1, "batch": 64, "iterations": 100, "judged": [0.0, 100.
 
 def test_the_adversarial_student_learns_at_all_of_its_levels():
     """Real images noised to a level that is drawn for each."""
-    task = task_of("adversarial", DUEL | {"steps": 4, "batch": 64})
+    method = method_of("adversarial", DUEL | {"steps": 4, "batch": 64})
     asked = []
-    task.student.register_forward_pre_hook(lambda _, given: asked.append(given))
-    task.step(0, draws(0))
+    method.student.register_forward_pre_hook(lambda _, given: asked.append(given))
+    method.step(0, draws(0))
     ((x, sigma, _),) = asked
     levels = schedule(4)
     assert set(sigma.tolist()) == {torch.tensor(level).item() for level in levels[:-1]}
@@ -338,10 +313,10 @@ def test_the_adversarial_student_learns_at_all_of_its_levels():
 @pytest.mark.parametrize(
     ("name", "settings", "said"),
     [
-        ("adversarial", {"judged": [5.0]}, "judged is .*two numbers that rise"),
-        ("adversarial", {"judged": [800.0, 100.0]}, "judged is .*two numbers that rise"),
+        ("adversarial", {"judged": [5.0]}, "judged is .*it must be 2 numbers"),
+        ("adversarial", {"judged": [800.0, 100.0]}, "judged is .*the least and the most"),
         ("adversarial", {"judged": [0.0, 2000.0]}, r"judged is .*in \[0, 999\]"),
-        ("matching", {"compared": []}, "compared is .*two numbers that rise"),
+        ("matching", {"compared": []}, "compared is .*it must be 2 numbers"),
         ("matching", {"compared": [-1.0, 5.0]}, r"compared is .*in \[0, 999\]"),
         ("adversarial", {"weight": -1.0}, "weight is -1.0; it must be at least 0"),
         ("adversarial", {"width": 0}, "width is 0; it must be at least 1"),
@@ -360,27 +335,27 @@ def test_the_adversarial_student_learns_at_all_of_its_levels():
 )
 def test_settings_outside_their_range_are_refused_before_any_work(name, settings, said):
     with pytest.raises(ValueError, match=said):
-        fill(load_methods()[name].settings, settings)
+        fill(load_methods()[name].Settings, settings)
 
 
 @pytest.mark.parametrize("name", ["matching", "adversarial"])
 def test_the_result_is_the_running_average(name):
-    task = task_of(name, {"batch": 16, "iterations": 2, "steps": 2, "rate": 1e-2})
-    task.step(0, draws(0))
-    assert task.result()[0] is task.average
-    weights = zip(task.average.parameters(), task.network.parameters(), strict=True)
+    method = method_of(name, {"batch": 16, "iterations": 2, "steps": 2, "rate": 1e-2})
+    method.step(0, draws(0))
+    assert method.result()[0] is method.average
+    weights = zip(method.average.parameters(), method.network.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in weights)
 
 
 def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tmp_path):
     """First against an idle student, the teacher's one step from noise; then it is idle itself."""
-    taught = task_of("adversarial", CLOSE | {"rate": 0.0, "head_rate": 1e-2})
+    taught = method_of("adversarial", CLOSE | {"rate": 0.0, "head_rate": 1e-2})
     found = [row["discriminator"] for row in losses_of(taught)]
     assert found[0] == pytest.approx(2, abs=0.3) and sum(found[-10:]) / 10 < 1.7
 
-    task = task_of("adversarial", CLOSE | {"rate": 5e-3, "head_rate": 0.0, "weight": 0.0})
-    task.discriminator.load_state_dict(taught.discriminator.state_dict())
-    found = losses_of(task)
+    method = method_of("adversarial", CLOSE | {"rate": 5e-3, "head_rate": 0.0, "weight": 0.0})
+    method.discriminator.load_state_dict(taught.discriminator.state_dict())
+    found = losses_of(method)
     ends = found[:10], found[-10:]
     first, last = (sum(row["adversarial"] for row in rows) / 10 for rows in ends)
     assert last < first - 0.5
@@ -388,32 +363,18 @@ def test_the_discriminator_learns_to_tell_and_the_student_to_pass(tmp_path):
 
 def test_the_distillation_term_falls_where_it_is_all(tmp_path):
     settings = CLOSE | {"weight": 1e4, "rate": 2e-3}
-    found = [row["distillation"] for row in losses_of(task_of("adversarial", settings))]
+    found = [row["distillation"] for row in losses_of(method_of("adversarial", settings))]
     assert sum(found[-10:]) < 0.8 * sum(found[:10])
 
 
 def test_the_adversarial_result_says_what_it_is_for(tmp_path):
     student = trained(tmp_path, "adversarial", DUEL)
     assert student.sampler == "lcm" and student.levels == schedule(2)
-    assert student.about["guidance"] == 2.0 and student.about["conditions"] == {}
+    assert student.card.guidance == 2.0 and student.card.conditions == {}
     assert check_samples(student) > 0.9
 
 
-def test_adversarial_evaluations_are_counted():
-    task = task_of("adversarial", DUEL)
-    total = [0]
-    for network in (task.network, task.teacher.network):
-        network.register_forward_hook(lambda _, given, __: total.append(len(given[0])))
-    losses_of(task)
-    task.teacher.network._forward_hooks.clear()
-    assert task.result()[1]["evaluations"] == sum(total)
-
-
-def test_adversarial_training_resumes_bit_for_bit(tmp_path, monkeypatch):
-    check_resumed(tmp_path, monkeypatch, "adversarial", DUEL, 7)
-
-
 def test_an_adversarial_student_refuses_a_guided_teacher():
-    guided = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
+    card = replace(teacher().card, guidance=2.0)
     with pytest.raises(ValueError, match="guided already"):
-        Adversarial(Job(spots(), guided, Adversarial.Settings(), 0, CPU))
+        method_of("adversarial", {}, teacher=replace(teacher(), card=card))

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import harness_cost
 import kdpp
 from kdpp.lab import evaluate, processes, sampling
-from kdpp.lab.models import Model, load_model
+from kdpp.lab.models import DataOrigin, Model, ModelCard, load_model
 from kdpp.lab.networks import VEDenoiser, build
 from kdpp.lab.sampling import SAMPLERS, Recipe, draw, image_seeds, levels_for
 from kdpp.noise import SeededNoise
@@ -52,12 +52,14 @@ def tiny(*conditions, ranges=(0.0, 3.0)):
     for parameter in network.parameters():  # a new network's last layers are 0
         torch.nn.init.normal_(parameter, std=0.3)
     network.eval().requires_grad_(False)
-    about = {
-        "method": "test", "network": config, "sampler": "euler", "levels": None, "guidance": None,
-        "data": {"source": "test", "shape": [1, 4, 4], "classes": 3, "bounded": True},
-        "conditions": {name: list(ranges) for name in conditions},
-    }  # fmt: skip
-    return Model(VEDenoiser(network), network, about)
+    card = ModelCard(
+        method="test",
+        network=config,
+        sampler="euler",
+        data=DataOrigin(source="test", shape=(1, 4, 4), classes=3, bounded=True),
+        conditions={name: ranges for name in conditions},
+    )
+    return Model(VEDenoiser(network), network, card)
 
 
 def same_bits(a, b):
@@ -199,7 +201,7 @@ def test_networks_get_the_conditions_that_they_take(conditions, given):
 def test_levels_for_a_model():
     """Its own where they make so many steps, else the schedule's."""
     bound = tiny()
-    bound.about["levels"] = [9.0, 2.0, 0.0]
+    bound = replace(bound, card=replace(bound.card, levels=(9.0, 2.0, 0.0)))
     assert levels_for(bound) == levels_for(bound, 2) == (9.0, 2.0, 0.0)
     assert levels_for(bound, 3) == kdpp.digits.schedule(3)
     assert (len(levels_for(STUDENT)), len(levels_for(TEACHER))) == (5, 51)
@@ -256,7 +258,10 @@ def test_the_harness_costs_next_to_nothing(name):
         (lambda: recipe(teacher=None), "needs a teacher"),
         (lambda: recipe(cond_scale="1"), "cond_scale is '1'"),
         (lambda: recipe(teacher=tiny()), r"\[1, 4, 4\] and 3"),
-        (lambda: recipe(student=tiny("w"), teacher=None, guidance={}, cond_scale=5.0), "w = "),
+        (
+            lambda: recipe(student=tiny("w"), teacher=None, guidance={}, cond_scale=5.0),
+            "CFG scales in",
+        ),
         (lambda: recipe(student=tiny("v"), teacher=None, guidance={}), "know w and steps only"),
         (lambda: draw(recipe(), []), "seeds is empty"),
         (lambda: draw(recipe(), [-1]), "-1"),

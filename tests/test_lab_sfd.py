@@ -1,7 +1,7 @@
 """SFD: its targets are the teacher's own trajectory, its student walks its own and learns there."""
 
 import copy
-from functools import lru_cache
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,19 +10,11 @@ import torch
 import kdpp
 from kdpp.digits import schedule
 from kdpp.lab import processes
-from kdpp.lab.data import Data
-from kdpp.lab.methods import Draws, Job, Task, load_methods
-from kdpp.lab.methods.sfd import SFD, schedule_to, trajectory
-from kdpp.lab.models import FILE, Model, load_model
+from kdpp.lab.methods.sfd import schedule_to, trajectory
 from kdpp.lab.networks import VEDenoiser
-from kdpp.lab.sampling import Recipe, draw, levels_for
-from kdpp.lab.settings import fill
-from kdpp.lab.trainer import Run, train
 from problems import gaussian, relative, seeded
+from trainings import check_samples, draws, losses_of, method_of, teacher, trained
 
-CPU = torch.device("cpu")
-TINY = {"kind": "resmlp", "width": 16, "hidden": 32, "blocks": 1}
-ABOUT = {"conditions": {}, "guidance": None, "sampler": "euler", "levels": None}
 LEVELS = (14.61, 1.63, 0.645, 0.277, 0.05)
 
 
@@ -30,85 +22,6 @@ LEVELS = (14.61, 1.63, 0.645, 0.277, 0.05)
 def one_thread():
     with processes.single_thread():
         yield
-
-
-# Shared by the tests of the other students: data, a teacher, a run.
-
-
-def spots(count: int = 60) -> Data:
-    """Three classes of 4 × 4 images, each with a bright spot somewhere else."""
-    labels = torch.arange(count) % 3
-    images = torch.full((count, 1, 4, 4), -0.8)
-    images.flatten(1)[torch.arange(count), labels * 3] = 0.8
-    images += 0.1 * seeded(*images.shape, seed=0, dtype=torch.float32)
-    return Data(images.clamp(-1, 1), labels, 3, "spots")
-
-
-@lru_cache(maxsize=1)
-@torch.enable_grad()
-def teacher() -> Model:
-    """A teacher of the spots, good enough to be distilled."""
-    settings = {"iterations": 200, "batch": 64, "rate": 5e-3, "average": 0.9, "network": TINY}
-    task = task_of("teacher", settings)
-    for i in range(task.iterations):
-        task.step(i, draws(i))
-    network = task.result()[0].eval()
-    data = {"source": "spots", "shape": [1, 4, 4], "classes": 3, "bounded": True}
-    return Model(VEDenoiser(network), network, ABOUT | {"method": "teacher", "data": data})
-
-
-def task_of(name: str, settings: dict, seed: int = 0) -> Task:
-    method = load_methods()[name]
-    model = teacher() if method.teacher else None
-    return method.make(Job(spots(), model, fill(method.settings, settings), seed, CPU))
-
-
-def draws(i: int, seed: int = 0) -> Draws:
-    return Draws(spots(), seed, i, CPU)
-
-
-def losses_of(task: Task) -> list[dict[str, float]]:
-    found = []
-    for i in range(task.iterations):
-        found.append({name: value.item() for name, value in task.step(i, draws(i)).items()})
-    return found
-
-
-def trained(folder, name: str, settings: dict, save_every: int = 200) -> Model:
-    method = load_methods()[name]
-    run = Run(method, fill(method.settings, settings), spots(), teacher(), "spots", 0)
-    train(run, folder, save_every=save_every, disable=True)
-    return load_model(folder)
-
-
-def check_resumed(tmp_path, monkeypatch, name: str, settings: dict, stop: int) -> None:
-    """A run that is stopped at iteration ``stop`` and taken up again ends as one that is not."""
-    trained(tmp_path / "whole", name, settings)
-    kind = type(task_of(name, settings))
-    step = kind.step
-
-    def stopped(self, i, draws):
-        if i == stop:
-            raise KeyboardInterrupt
-        return step(self, i, draws)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, "step", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "parts", name, settings, save_every=3)
-    assert not (tmp_path / "parts" / FILE).exists()
-    trained(tmp_path / "parts", name, settings, save_every=3)
-    whole, parts = (tmp_path / part / FILE for part in ("whole", "parts"))
-    assert whole.read_bytes() == parts.read_bytes()
-
-
-def check_samples(student: Model, steps: int | None = None, sampler: str | None = None) -> float:
-    """The share of the student's images whose spot is where it was asked for."""
-    levels = levels_for(student, steps)
-    made = draw(Recipe(student, None, sampler or student.sampler, levels), range(90))
-    assert made.x.isfinite().all() and made.x.shape == (90, 1, 4, 4)
-    assert made.evaluations == (len(levels) - 1, 0)
-    return float((made.x.flatten(1).argmax(1) == 3 * made.labels).double().mean())
 
 
 # The teacher's trajectory.
@@ -172,10 +85,10 @@ def test_the_teacher_is_guided_by_its_cfg():
 
 
 def test_an_iteration_is_algorithm_2():
-    task = task_of("sfd", {"batch": 8, "steps": [3], "solver": "heun", "iterations": 5})
-    network = copy.deepcopy(task.network)
-    adam = torch.optim.Adam(network.parameters(), lr=task.settings.rate)
-    reported = task.step(0, draws(0))
+    method = method_of("sfd", {"batch": 8, "steps": [3], "solver": "heun", "iterations": 5})
+    network = copy.deepcopy(method.network)
+    adam = torch.optim.Adam(network.parameters(), lr=method.settings.rate)
+    reported = method.step(0, draws(0))
 
     known = draws(0)
     images, labels = known.batch(8)
@@ -196,15 +109,15 @@ def test_an_iteration_is_algorithm_2():
         losses.append(loss.item())
     assert reported["loss"].item() == pytest.approx(sum(losses) / 3, rel=1e-5)
     assert reported["last"].item() == pytest.approx(losses[-1], rel=1e-5)
-    for found, expected in zip(task.network.parameters(), network.parameters(), strict=True):
+    for found, expected in zip(method.network.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_first_loss_is_small_where_the_student_is_the_teacher():
     """With Euler and one substep the teacher's step is the student's."""
     same = {"solver": "euler", "substeps": 1, "guidance": 1.0, "rate": 0.0}
-    task = task_of("sfd", same | {"batch": 8})
-    assert task.step(0, draws(0))["loss"] < 1e-6
+    method = method_of("sfd", same | {"batch": 8})
+    assert method.step(0, draws(0))["loss"] < 1e-6
 
 
 SMALL = {"batch": 32, "iterations": 60, "steps": [4], "rate": 2e-3}
@@ -212,8 +125,8 @@ SMALL = {"batch": 32, "iterations": 60, "steps": [4], "rate": 2e-3}
 
 def fall_of_the_loss(settings: dict) -> float:
     """The mean loss of the last six iterations over that of a student that learns nothing."""
-    idle = losses_of(task_of("sfd", settings | {"rate": 0.0, "iterations": 12}))
-    found = losses_of(task_of("sfd", settings))
+    idle = losses_of(method_of("sfd", settings | {"rate": 0.0, "iterations": 12}))
+    found = losses_of(method_of("sfd", settings))
     first, last = (sum(row["loss"] for row in rows) / 6 for rows in (idle[:6], found[-6:]))
     return last / first
 
@@ -222,9 +135,8 @@ def test_training_lowers_the_loss_and_the_student_samples(tmp_path):
     assert fall_of_the_loss(SMALL) < 0.6
     student = trained(tmp_path, "sfd", SMALL)
     assert student.sampler == "euler" and student.levels == schedule(4)
-    assert student.about["guidance"] == 2.0 and student.about["conditions"] == {}
-    assert student.about["evaluations"] == 60 * 32 * 4 * (4 * 2 + 1)
-    plain = check_samples(Model(teacher().denoiser, teacher().network, teacher().about), 4, "euler")
+    assert student.card.guidance == 2.0 and student.card.conditions == {}
+    plain = check_samples(teacher(), 4, "euler")
     assert check_samples(student) > max(0.9, plain - 0.02)
 
 
@@ -232,7 +144,7 @@ def test_one_model_for_several_numbers_of_steps(tmp_path):
     settings = SMALL | {"steps": [2, 3, 4]}
     assert fall_of_the_loss(settings) < 0.75
     student = trained(tmp_path, "sfd", settings)
-    assert student.about["conditions"] == {"steps": [2, 4]} and student.levels == schedule(4)
+    assert student.card.conditions == {"steps": (2, 4)} and student.levels == schedule(4)
     for steps in (2, 3, 4, 5):  # 5 it has not seen
         assert check_samples(student, steps) > 0.9
     x = seeded(4, 1, 4, 4, seed=5, dtype=torch.float32)
@@ -242,51 +154,36 @@ def test_one_model_for_several_numbers_of_steps(tmp_path):
 
 
 def test_every_number_of_steps_has_its_turn_and_is_told():
-    task = task_of("sfd", SMALL | {"steps": [2, 3, 4]})
+    method = method_of("sfd", SMALL | {"steps": [2, 3, 4]})
     asked = []
-    task.network.register_forward_hook(
+    method.network.register_forward_hook(
         lambda _, given, kwargs, __: asked.append(set(kwargs["steps"].tolist())), with_kwargs=True
     )
     for i in range(4):
-        task.step(i, draws(i))
+        method.step(i, draws(i))
     assert asked == [{2.0}] * 2 + [{3.0}] * 3 + [{4.0}] * 4 + [{2.0}] * 2
 
 
 def test_without_guidance_the_student_takes_any(tmp_path):
-    task = task_of("sfd", SMALL | {"guidance": 1.0, "dropout": 0.5})
+    method = method_of("sfd", SMALL | {"guidance": 1.0, "dropout": 0.5})
     asked = []
-    denoise = task.teacher.denoiser
-    task.teacher = Model(
-        lambda x, sigma, cond: asked.append(cond) or denoise(x, sigma, cond=cond),
-        task.teacher.network,
-        task.teacher.about,
+    denoise = method.teacher.denoiser
+    method.teacher = replace(
+        method.teacher,
+        denoiser=lambda x, sigma, cond: asked.append(cond) or denoise(x, sigma, cond=cond),
     )
-    task.step(0, draws(0))
+    method.step(0, draws(0))
     assert {len(labels) for labels in asked} == {32}  # one half
     assert 4 < int((asked[0] == 3).sum()) < 28
-    about = task.result()[1]
-    assert about["guidance"] is None
-    assert about["evaluations"] == 60 * 32 * 4 * (4 + 1)
+    assert method.result()[1].guidance is None
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("t_min", [0.0, 0.1])
-@pytest.mark.parametrize("solver", ["dpmpp_3m", "heun", "euler"])
-def test_the_evaluations_are_those_that_were_made(solver, t_min, guidance):
-    """Rows that both networks were called with; the rate falls as a cosine meanwhile."""
-    settings = {"solver": solver, "guidance": guidance, "substeps": 2, "steps": [2, 3]}
-    task = task_of("sfd", SMALL | settings | {"t_min": t_min, "iterations": 4, "rate": 1e-3})
-    rows, rates = [], []
-    hooks = [
-        network.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
-        for network in (task.teacher.network, task.network)
-    ]
+def test_the_rate_falls_as_a_cosine():
+    method = method_of("sfd", SMALL | {"iterations": 4, "rate": 1e-3})
+    rates = []
     for i in range(4):
-        task.step(i, draws(i))
-        rates.append(task.optimisers["network"].param_groups[0]["lr"])
-    for hook in hooks:
-        hook.remove()
-    assert task.result()[1]["evaluations"] == sum(rows)
+        method.step(i, draws(i))
+        rates.append(method.optimisers["network"].param_groups[0]["lr"])
     assert rates == pytest.approx([1e-3, 0.853553e-3, 0.5e-3, 0.146447e-3], rel=1e-4)
 
 
@@ -296,10 +193,6 @@ def test_t_min_ends_the_last_step(tmp_path):
     student = trained(tmp_path, "sfd", SMALL | {"t_min": 0.1, "iterations": 5})
     assert student.levels == (*schedule(4)[:-1], 0.1)
     assert check_samples(student) > 0.9
-
-
-def test_it_resumes_bit_for_bit(tmp_path, monkeypatch):
-    check_resumed(tmp_path, monkeypatch, "sfd", SMALL | {"steps": [2, 3], "iterations": 8}, 5)
 
 
 @pytest.mark.parametrize(
@@ -316,10 +209,10 @@ def test_it_resumes_bit_for_bit(tmp_path, monkeypatch):
 )
 def test_settings_without_a_trajectory_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
-        task_of("sfd", settings)
+        method_of("sfd", settings)
 
 
 def test_a_guided_teacher_is_refused():
-    guided = Model(teacher().denoiser, teacher().network, teacher().about | {"guidance": 2.0})
+    card = replace(teacher().card, guidance=2.0)
     with pytest.raises(ValueError, match="guided already"):
-        SFD(Job(spots(), guided, SFD.Settings(), 0, CPU))
+        method_of("sfd", {}, teacher=replace(teacher(), card=card))

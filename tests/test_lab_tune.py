@@ -17,11 +17,12 @@ pytest.importorskip("sklearn")
 import kdpp
 import problems
 from kdpp.digits import load_classifier, load_data, load_student, load_teacher
-from kdpp.digits.metrics import features_of, frechet_distance
-from kdpp.digits.networks import guided_denoise
-from kdpp.digits.schedules import SCHEDULE, schedule
+from kdpp.digits.metrics import features_of
 from kdpp.lab import looks as measured
 from kdpp.lab import tune as module
+from kdpp.lab.diffusion import cfg
+from kdpp.lab.metrics import frechet_distance
+from kdpp.lab.schedules import SCHEDULE, schedule
 from kdpp.lab.tune import tune
 
 MEAN, VARIANCE = 0.3, 0.25
@@ -543,7 +544,7 @@ def test_calibrated_scale_transfers_to_fresh_seeds(shipped):
             levels = [start, *(s for s in schedule(40) if s < 0.95 * start)]
             for sigma, after in pairwise(levels):
                 t = teacher.sigma_to_t(torch.full((count,), sigma))
-                estimate = guided_denoise(network, perfect, t, labels, 2.0)
+                estimate = cfg(network.denoise, labels, 10, 2.0)(perfect, t)
                 perfect = estimate + (perfect - estimate) * (after / sigma)
             if i < 3:
                 perfect = perfect + SCHEDULE[i + 1] * noise[i + 1]

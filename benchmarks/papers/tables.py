@@ -149,7 +149,7 @@ def grid_table(results: dict[str, Any]) -> list[str]:
     head += ["evaluations", "compute, M", "ms", "training, M"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     models = {name: load_model(told["checkpoint"]) for name, told in results["models"].items()}
-    training = {name: model.about.get("evaluations") for name, model in models.items()}
+    training = {name: model.card.evaluations for name, model in models.items()}
     for cell in cells:
         fd, costs = cell["metrics"]["fd"], cell["costs"]
         scale = "" if cell["cond_scale"] == 1.0 else f", CFG {cell['cond_scale']:g}"

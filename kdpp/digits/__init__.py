@@ -12,7 +12,7 @@ both.  The weights ship with the package (`weights/MODEL_CARD.md` says how they 
 
 from kdpp.digits.checkpoints import load_classifier, load_student, load_teacher
 from kdpp.digits.data import NULL_CLASS, load_data
-from kdpp.digits.schedules import SCHEDULE, schedule, trailing
+from kdpp.lab.schedules import SCHEDULE, schedule, trailing
 
 __all__ = [
     "NULL_CLASS",

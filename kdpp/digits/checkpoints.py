@@ -1,47 +1,37 @@
-"""Networks to and from safetensors files: no pickle, nothing executed on loading."""
+"""The digits' networks to and from safetensors files; those that ship with kdpp."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 
-from kdpp.digits.networks import Classifier, ResMLP
+from kdpp.digits.networks import Classifier, digits_mlp
+from kdpp.lab.networks import ResMLP
+from kdpp.lab.weights import fill_network, read_weights, write_weights
 
 WEIGHTS = Path(__file__).parent / "weights"
 KEY = "kdpp.digits"
 Network = TypeVar("Network", ResMLP, Classifier)
+MAKERS: dict[type, Callable[..., Any]] = {ResMLP: digits_mlp, Classifier: Classifier}
+SIZES = {ResMLP: ("width", "hidden", "blocks"), Classifier: ("channels", "features")}
+"""What a file says of a network of each kind."""
 
 
 def save(path: str | Path, network: ResMLP | Classifier) -> None:
-    """Write the network to `path`: float16 weights, and its configuration as JSON metadata.
+    """Write the network to `path`: float16 weights, and its sizes as JSON metadata.
 
-    The file is there whole or not at all: it is written beside `path` and then moved there.
+    The file is there whole or not at all.
 
     Raises ValueError for weights that float16 cannot hold (NaN, infinite, beyond 65504), and
     OSError where the folder cannot be written.
     """
-    path = Path(path)
-    tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"not saved: {broken[0]} is not finite in float16")
-    about = json.dumps({"network": type(network).__name__, "config": network.config})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(to_bytes(tensors, {KEY: about}))
-        os.chmod(temporary, 0o644)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    kind = type(network)
+    sizes = {name: network.config[name] for name in SIZES[kind]}
+    about = {"network": kind.__name__, "config": sizes}
+    write_weights(path, network, torch.float16, KEY, about)
 
 
 def load(path: str | Path, kind: type[Network]) -> Network:
@@ -52,20 +42,16 @@ def load(path: str | Path, kind: type[Network]) -> Network:
     Raises FileNotFoundError where there is no file, and ValueError, in one sentence, for a file
     that is damaged or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    path, what = Path(path), f"checkpoint of a {kind.__name__}"
+    about, tensors = read_weights(path, KEY, what)
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about["network"] != kind.__name__:
             raise ValueError(f"it holds a {about['network']}")
         with torch.random.fork_rng(devices=[]):
-            network = kind(**about["config"])
-        network.load_state_dict(tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a checkpoint of a {kind.__name__}: {error}") from error
+            network: Network = MAKERS[kind](**about["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a {what}: {error}") from error
+    fill_network(path, what, network, tensors)
     return network.eval().requires_grad_(False)
 
 

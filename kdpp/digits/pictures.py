@@ -4,38 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdpp.digits.data import CLASSES
 from kdpp.digits.metrics import as_viewed
+from kdpp.digits.ways import Way
 
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError("the pictures need matplotlib: pip install 'kdpp[lab]'") from error
 
-if TYPE_CHECKING:
-    from kdpp.digits.demo import Row
-
 LINES = 5
 """Images of each digit in a grid."""
+ACROSS = 4
+"""Grids in a line."""
 
 
-def draw_grids(rows: Sequence[Row], seed: int, path: Path) -> Path:
-    """The rows' samples side by side, three grids to a line, from the same noise."""
-    lines = -(-len(rows) // 3)
-    figure = Figure(figsize=(11, 2.1 * lines), layout="constrained")
-    for axes, row in zip(figure.subplots(lines, 3).flat, rows):
-        images, _ = row.run(seed, LINES * CLASSES)
-        _show(axes, _mosaic(images, LINES), row.name.replace("  +", "student, 4 steps +"))
+def draw_grids(ways: Sequence[Way], real: Tensor, labels: Tensor, seed: int, path: Path) -> None:
+    """Real images, and the ways' samples from the same noise, side by side."""
+    first = torch.stack([real[labels == digit][:LINES] for digit in range(CLASSES)], 1)
+    grids = {"the data": first.flatten(0, 1)}
+    for way in ways:
+        name = way.name.replace("  +", "student, 4 steps +")
+        grids[name], _ = way.run(seed, LINES * CLASSES)
+    lines = -(-len(grids) // ACROSS)
+    figure = Figure(figsize=(3.7 * ACROSS, 2.1 * lines), layout="constrained")
+    for axes, (name, images) in zip(figure.subplots(lines, ACROSS).flat, grids.items()):
+        _show(axes, _mosaic(images, LINES), name)
     figure.savefig(path, dpi=150)
-    return path
 
 
-def draw_guided_step(row: Row, seed: int, path: Path) -> Path:
+def draw_guided_step(way: Way, seed: int, path: Path) -> None:
     """The first guided step from the inside: the four images that the callback is given."""
     seen: dict[str, Any] = {}
 
@@ -43,12 +46,12 @@ def draw_guided_step(row: Row, seed: int, path: Path) -> Path:
         if "renoised" in info:
             seen.update(info)
 
-    row.run(seed, CLASSES, keep)
-    sigma = row.sigmas[1]
-    scale = row.model.teachers[0].scale
+    way.run(seed, CLASSES, keep)
+    sigma = way.sigmas[1]
+    scale = way.model.teachers[0].scale
     assert isinstance(scale, float)
     shown = {
-        f"the student's estimate x̂ (σ = {row.sigmas[0]:.1f})": seen["denoised_student"],
+        f"the student's estimate x̂ (σ = {way.sigmas[0]:.1f})": seen["denoised_student"],
         # Scaled to unit variance, or the noise would leave the range of the picture.
         f"noised again, x̂ + {sigma:.2f} ε": seen["renoised"] / (1 + sigma**2) ** 0.5,
         "the teacher's estimate from that": seen["denoised_teacher"],
@@ -58,7 +61,6 @@ def draw_guided_step(row: Row, seed: int, path: Path) -> Path:
     for axes, (title, images) in zip(figure.subplots(len(shown), 1), shown.items()):
         _show(axes, _mosaic(images, 1), title)
     figure.savefig(path, dpi=150)
-    return path
 
 
 def _mosaic(images: Tensor, lines: int) -> Tensor:

@@ -17,8 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,8 +27,12 @@ from tqdm import tqdm
 
 from kdpp.digits import checkpoints, metrics
 from kdpp.digits.data import CLASSES, IMAGE_SHAPE, NULL_CLASS, load_data
-from kdpp.digits.networks import Classifier, ResMLP, guided_denoise
-from kdpp.digits.schedules import SCHEDULE, TIMESTEPS, schedule
+from kdpp.digits.networks import Classifier, digits_mlp
+from kdpp.lab.diffusion import cfg, noised, v_target
+from kdpp.lab.methods import seeded, update_average
+from kdpp.lab.methods.consistency import consistency_target
+from kdpp.lab.networks import ResMLP, VEDenoiser
+from kdpp.lab.schedules import SCHEDULE, TIMESTEPS, schedule
 
 BATCH = 512
 PIXEL_NOISE = 0.2  # on the images of the classifier, against overfitting 1,352 of them
@@ -40,7 +43,7 @@ REPORTED = 2000  # images that the final figures are measured on
 LCM_SKIP = 20  # timesteps between the two ends of a distillation step
 
 
-class Draws:
+class Batches:
     """The random side of a training run: batches, timesteps, noise, from one seeded generator."""
 
     def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
@@ -73,8 +76,8 @@ def train_classifier(
 
     Raises FloatingPointError where the loss is not finite.
     """
-    draws = Draws(*load_data("train"), seed)
-    with _seeded(seed):
+    draws = Batches(*load_data("train"), seed)
+    with seeded(seed):
         network = Classifier(channels=16, features=64)
 
     def loss() -> Tensor:
@@ -94,18 +97,16 @@ def train_teacher(
     The loss is |v_theta - v|^2, v = (n - sigma x0) / sqrt(1 + sigma^2), at timesteps uniform over
     the schedule.  Raises FloatingPointError where the loss is not finite.
     """
-    draws = Draws(*load_data(), seed)
-    with _seeded(seed):
-        network = ResMLP(width=192, hidden=384, blocks=3)
+    draws = Batches(*load_data(), seed)
+    with seeded(seed):
+        network = digits_mlp(width=192, hidden=384, blocks=3)
     average = copy.deepcopy(network)
 
     def loss() -> Tensor:
         images, labels = draws.batch()
         t, noise = draws.timesteps(), draws.noise(images)
-        sigma = network.sigma(t).view(-1, 1, 1, 1)
-        root = (1 + sigma**2).sqrt()
-        v = network((images + sigma * noise) / root, t, draws.dropped(labels))
-        return F.mse_loss(v, (noise - sigma * images) / root)
+        x_vp, v = v_target(images, noise, network.sigma(t))
+        return F.mse_loss(network(x_vp, t, draws.dropped(labels)), v)
 
     losses = _fit("teacher", network, loss, iterations, 2e-3, progress, (average, 0.998))
     return average.eval().requires_grad_(False), losses
@@ -128,17 +129,17 @@ def train_student(
 
     Raises FloatingPointError where the loss is not finite.
     """
-    draws = Draws(*load_data(), seed)
-    with _seeded(seed):
-        network = ResMLP(width=64, hidden=128, blocks=1)
+    draws = Batches(*load_data(), seed)
+    with seeded(seed):
+        network = digits_mlp(width=64, hidden=128, blocks=1)
     average = copy.deepcopy(network)
 
     def loss() -> Tensor:
         images, labels = draws.batch()
         labels, t, noise = draws.dropped(labels), draws.timesteps(), draws.noise(images)
-        x = images + network.sigma(t).view(-1, 1, 1, 1) * noise
+        x = noised(images, network.sigma(t), noise)
         with torch.no_grad():
-            target = _target(teacher, average, x, t, labels)
+            target = consistency_target(teacher, average, x, t, labels, GUIDANCE, LCM_SKIP)
         return F.mse_loss(network.denoise(x, t, labels), target)
 
     losses = _fit("student", network, loss, iterations, 2e-3, progress, (average, 0.95))
@@ -164,10 +165,12 @@ def sample(
     noise = torch.randn(shape, generator=generator)
     denoised = torch.zeros(shape)
     levels = torch.tensor(sigmas)
-    for sigma, t in zip(levels[:-1], _timesteps(network, levels[:-1]), strict=True):
+    guided = cfg(network.denoise, labels, network.classes, guidance, as_written=True)
+    timesteps = VEDenoiser(network).sigma_to_t(levels[:-1])
+    for sigma, t in zip(levels[:-1], timesteps, strict=True):
         x = denoised + sigma * noise
         with torch.no_grad():
-            denoised = guided_denoise(network, x, t.expand(len(labels)), labels, guidance)
+            denoised = guided(x, t.expand(len(labels)))
         noise = torch.randn(shape, generator=generator) if renew else (x - denoised) / sigma
     return denoised
 
@@ -211,17 +214,6 @@ def _report(classifier: Classifier, teacher: ResMLP, student: ResMLP, seed: int)
         )
 
 
-def _target(teacher: ResMLP, average: ResMLP, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """Return D_ema(x_s, s), x_s the teacher's guided DDIM step from (x, t) to s = t - LCM_SKIP."""
-    s = t - LCM_SKIP
-    ended = (s < 0).view(-1, 1, 1, 1)
-    s = s.clamp(min=0)
-    estimate = guided_denoise(teacher, x, t, labels, GUIDANCE)
-    ratio = (teacher.sigma(s) / teacher.sigma(t)).view(-1, 1, 1, 1)
-    x_s = estimate + ratio * (x - estimate)
-    return torch.where(ended, estimate, average.denoise(x_s, s, labels))
-
-
 def _fit(
     name: str,
     network: nn.Module,
@@ -249,32 +241,9 @@ def _fit(
         optimiser.step()
         cosine.step()
         if averaging:
-            _average(*averaging, network)
+            average, decay = averaging
+            update_average(average, network, decay)
     return losses
-
-
-def _average(average: nn.Module, decay: float, network: nn.Module) -> None:
-    """Move the average towards the network: a <- decay a + (1 - decay) p."""
-    with torch.no_grad():
-        for a, p in zip(average.parameters(), network.parameters(), strict=True):
-            a.lerp_(p, 1 - decay)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global random stream for the block, and put it back afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _timesteps(network: ResMLP, sigmas: Tensor) -> Tensor:
-    """Return the fractional timesteps at which the schedule has these sigmas."""
-    table = network.log_sigmas
-    wanted = sigmas.log().clamp(table[0], table[-1])
-    high = torch.searchsorted(table, wanted).clamp(1, TIMESTEPS - 1)
-    low = high - 1
-    return low + (wanted - table[low]) / (table[high] - table[low])
 
 
 if __name__ == "__main__":

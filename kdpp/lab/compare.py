@@ -343,7 +343,7 @@ def summarise(bench: Bench, stored: Mapping[tuple[Cell, int], Any]) -> dict[str,
         "models": {
             name: {
                 "checkpoint": place,
-                "method": bench.models[name].about["method"],
+                "method": bench.models[name].card.method,
                 "parameters": bench.models[name].parameters,
                 "sampler": bench.models[name].sampler,
                 "levels": bench.models[name].levels,

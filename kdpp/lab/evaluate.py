@@ -146,7 +146,7 @@ class Task:
         model = load_model(arguments.model, device)
         teacher = None if arguments.teacher is None else load_model(arguments.teacher, device)
         ways, own = _ways(arguments, model, teacher)
-        data = load_data(arguments.data or model.about["data"]["source"])
+        data = load_data(arguments.data or model.card.data.source)
         if (model.shape, model.classes) != (data.shape, data.classes):
             raise ValueError(
                 f"the model makes images of shape {list(model.shape)} and {model.classes} classes; "
@@ -198,7 +198,7 @@ def _ways(
         return {ALONE: alone}, None
     scale, steps, cfg, renoise, eta = (getattr(arguments, flag) for flag in flags)
     if cfg is None:
-        cfg = 2.0 if teacher.about["guidance"] is None else 1.0
+        cfg = 2.0 if teacher.card.guidance is None else 1.0
     own = Recipe(teacher, None, "euler", levels_for(teacher, OWN_STEPS), cfg)
     guidance = {
         "teacher_scale": 0.1 if scale is None else scale,
@@ -400,7 +400,7 @@ def summarise(task: Task, parts: Mapping[tuple[str, int], Part]) -> dict[str, An
         "models": {
             role: {
                 "checkpoint": task.checkpoints[role],
-                "method": model.about["method"],
+                "method": model.card.method,
                 "parameters": model.parameters,
             }
             for role, model in task.models.items()

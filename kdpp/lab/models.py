@@ -1,30 +1,115 @@
-"""Checkpoints of the lab: one safetensors file with the weights and all that was known of them."""
+"""Checkpoints of the lab: one safetensors file with the weights and all that is known of them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
 from kdpp import _version
+from kdpp.kinds import Denoiser
 from kdpp.digits import checkpoints
-from kdpp.digits.networks import VNetwork
-from kdpp.lab.files import write_atomically
-from kdpp.lab.networks import VEDenoiser, build
-from kdpp.lab.settings import unknown
+from kdpp.lab.diffusion import cfg
+from kdpp.lab.networks import CFG_MINUS_ONE, VEDenoiser, VNetwork, build
+from kdpp.lab.settings import from_json, unknown
+from kdpp.lab.weights import fill_network, read_weights, write_weights
 
-__all__ = ["FILE", "Model", "load_model", "save_model"]
+__all__ = [
+    "FILE",
+    "DataOrigin",
+    "Model",
+    "ModelCard",
+    "TeacherOrigin",
+    "Usage",
+    "load_model",
+    "save_model",
+]
 
 FILE = "model.safetensors"
 """The name of the finished model in a run's folder."""
 KEY = "kdpp.lab"
+WHAT = "checkpoint of kdpp's lab"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """How a network is sampled.
+
+    Attributes:
+        sampler: the kdpp solver that it was made for, without ``sample_`` and ``_tg``; "encode"
+            for an encoder, which goes from images to noise (`kdpp.encode`).
+        levels: the sigmas that it was trained on, the last one 0 as a rule; None: any.
+        conditions: its further scalar inputs (`kdpp.lab.networks`), and the least and most of each
+            that it was trained for.
+        guidance: the CFG scale that it has built in; None: none.
+    """
+
+    sampler: str
+    levels: tuple[float, ...] | None = None
+    conditions: dict[str, tuple[float, float]] = field(default_factory=dict)
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOrigin:
+    """The data that a network was trained on.
+
+    Attributes:
+        source: as it was given.
+        shape: of one image.
+        classes: how many there are.
+        bounded: whether all values lie in [-1, 1].
+        digest: of images and labels.
+    """
+
+    source: str
+    shape: tuple[int, ...]
+    classes: int
+    bounded: bool
+    digest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOrigin:
+    """The teacher that a network was distilled from: its name, as it was given, and its weights'
+    digest."""
+
+    name: str | None
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard(Usage):
+    """What is known of a network: how it is sampled, and how it was made. A checkpoint has it as
+    JSON in its metadata.
+
+    Attributes:
+        network: its configuration, see `kdpp.lab.networks`.
+        method: by which it was trained.
+        settings: the method's.
+        evaluations: images that networks evaluated in training, those of its teacher too.
+        iterations: optimisation steps.
+        kdpp: the version that trained it.
+    """
+
+    network: dict[str, Any]
+    data: DataOrigin
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    teacher: TeacherOrigin | None = None
+    evaluations: int | None = None
+    iterations: int | None = None
+    kdpp: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a table that JSON can hold."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -36,22 +121,22 @@ class Model:
             a label equal to ``classes`` stands for none. It has ``sigma_min``, ``sigma_max`` and
             ``sigma_to_t``.
         network: the network inside it; it predicts v. Frozen, in evaluation mode.
-        about: what `save_model` was given, see there.
+        card: how it is sampled, and how it was made.
     """
 
     denoiser: nn.Module
     network: VNetwork
-    about: dict[str, Any]
+    card: ModelCard
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one image."""
-        return tuple(self.about["data"]["shape"])
+        return self.card.data.shape
 
     @property
     def classes(self) -> int:
         """How many classes there are; as a label, "no label"."""
-        return int(self.about["data"]["classes"])
+        return self.card.data.classes
 
     @property
     def sampler(self) -> str:
@@ -59,22 +144,32 @@ class Model:
 
         Raises ValueError for an encoder, which samples nothing.
         """
-        if self.about["sampler"] == "encode":
+        if self.card.sampler == "encode":
             raise ValueError(
                 "the model is an encoder, from images to noise (kdpp.encode); give one that samples"
             )
-        return str(self.about["sampler"])
+        return self.card.sampler
 
     @property
     def levels(self) -> tuple[float, ...] | None:
         """The sigmas that it was trained on, the last one 0; None: any."""
-        levels = self.about["levels"]
-        return None if levels is None else tuple(levels)
+        return self.card.levels
 
     @property
-    def needs_w(self) -> bool:
-        """Whether the network takes its guidance w as an input: the CFG scale minus 1."""
-        return "w" in self.about["conditions"]
+    def guidance_range(self) -> tuple[float, float] | None:
+        """The least and most CFG scale, where the network takes its guidance as an input.
+
+        Such a network takes the scale minus one: sample it through
+        ``kdpp.GuidanceConditioned(model.denoiser)``. None: it takes none.
+        """
+        if CFG_MINUS_ONE not in self.card.conditions:
+            return None
+        low, high = self.card.conditions[CFG_MINUS_ONE]
+        return low + 1.0, high + 1.0
+
+    def with_cfg(self, labels: Tensor, scale: Tensor | float) -> Denoiser:
+        """``(x, σ) -> D_∅ + scale·(D_c - D_∅)`` for these labels, see `kdpp.lab.diffusion.cfg`."""
+        return cfg(self.denoiser, labels, self.classes, scale)
 
     @property
     def parameters(self) -> int:
@@ -82,23 +177,12 @@ class Model:
         return sum(p.numel() for p in self.network.parameters())
 
 
-def save_model(path: str | Path, network: nn.Module, about: Mapping[str, Any]) -> None:
-    """Write the network's weights, float32, and `about` as JSON metadata: whole or not at all.
-
-    Args:
-        about: ``network`` (its configuration), ``method``, ``settings``, ``seed``, ``data``
-            (``source``, ``shape``, ``classes``, ``bounded``: whether its values lie in [-1, 1]),
-            ``sampler`` and ``levels`` it is made for, ``conditions`` (further scalar inputs with
-            their trained ranges), ``guidance`` (the CFG scale baked in, or None), ``evaluations``
-            (of a network for one image, in training), ``iterations``, ``kdpp`` (its version).
+def save_model(path: str | Path, network: nn.Module, card: ModelCard) -> None:
+    """Write the network's weights, float32, and its card as JSON metadata: whole or not at all.
 
     Raises ValueError for weights that are not finite, OSError where they cannot be written.
     """
-    tensors = {name: value.float().contiguous() for name, value in network.state_dict().items()}
-    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
-    if broken:
-        raise ValueError(f"{path} was not written: {broken[0]} is not finite")
-    write_atomically(path, to_bytes(tensors, {KEY: json.dumps(dict(about))}))
+    write_weights(path, network, torch.float32, KEY, card.to_json())
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -111,75 +195,65 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Model:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an unknown shipped model; a damaged file, or one of something else.
+        ValueError: an unknown shipped model; a damaged file, or one of something else: the message
+            names the entry or the tensor that is wrong.
     """
     if str(name).startswith("digits:"):
         if name not in SHIPPED:
             raise ValueError(unknown("model", name, SHIPPED))
-        network, about = SHIPPED[str(name)]()
+        network, card = SHIPPED[str(name)]()
     else:
-        network, about = _read(Path(name))
+        network, card = _read(Path(name))
     network = network.to(device).eval().requires_grad_(False)
-    return Model(VEDenoiser(network).to(device), network, about)
+    return Model(VEDenoiser(network).to(device), network, card)
 
 
-def _read(path: Path) -> tuple[VNetwork, dict[str, Any]]:
+def _read(path: Path) -> tuple[VNetwork, ModelCard]:
     if path.is_dir():
         if not (path / FILE).is_file():
             raise FileNotFoundError(f"no {FILE} in {path}; is its training finished?")
         path = path / FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    about, tensors = read_weights(path, KEY, WHAT)
     try:
-        with safe_open(path, framework="pt") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})[KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name in (entry.name for entry in dataclasses.fields(Usage)):
+            if name not in about:
+                raise ValueError(f"{name} is missing")
+        card = from_json(ModelCard, about)
+        # Earlier files leave out what the digits' networks have.
+        data = {"shape": list(card.data.shape), "classes": card.data.classes}
         with torch.random.fork_rng(devices=[]):
-            network = build(about["network"])
-        network.load_state_dict(tensors)
-        Model(network, network, about).levels  # noqa: B018
-    except KeyError as error:
-        raise ValueError(f"{path} is no checkpoint of kdpp's lab: it has no {error}") from error
-    except (SafetensorError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of kdpp's lab: {error}") from error
-    return network, about
+            network = build({**data, "conditions": list(card.conditions), **card.network})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a {WHAT}: {error}") from error
+    fill_network(path, WHAT, network, tensors)
+    return network, card
 
 
-def _shipped(method: str, **rest: Any) -> dict[str, Any]:
-    digits = {"source": "digits", "shape": [1, 8, 8], "classes": 10, "bounded": True}
-    about = {"method": method, "settings": {}, "seed": 0, "data": digits, "conditions": {}}
-    return about | {"kdpp": _version.__version__} | rest
+def _shipped(network: VNetwork, method: str, usage: Usage, iterations: int, each: int) -> ModelCard:
+    """The card of a network of `kdpp.digits`; an iteration took ``each`` evaluations an image."""
+    return ModelCard(
+        **vars(usage),
+        network=network.config,
+        data=DataOrigin(source="digits", shape=(1, 8, 8), classes=10, bounded=True),
+        method=method,
+        evaluations=each * iterations * 512,
+        iterations=iterations,
+        kdpp=_version.__version__,
+    )
 
 
-def _teacher() -> tuple[VNetwork, dict[str, Any]]:
+def _teacher() -> tuple[VNetwork, ModelCard]:
     network = checkpoints.load_teacher()
-    about = _shipped(
-        "teacher",
-        network={"kind": "resmlp", **network.config},
-        sampler="euler",
-        levels=None,
-        guidance=None,
-        evaluations=3000 * 512,
-        iterations=3000,
-    )
-    return network, about
+    return network, _shipped(network, "teacher", Usage(sampler="euler"), 3000, 1)
 
 
-def _student() -> tuple[VNetwork, dict[str, Any]]:
+def _student() -> tuple[VNetwork, ModelCard]:
     network = checkpoints.load_student()
-    about = _shipped(
-        "consistency",
-        network={"kind": "resmlp", **network.config},
-        sampler="lcm",
-        levels=None,
-        guidance=2.0,
-        evaluations=4 * 800 * 512,
-        iterations=800,
-    )
-    return network, about
+    usage = Usage(sampler="lcm", guidance=2.0)
+    return network, _shipped(network, "consistency", usage, 800, 4)
 
 
-SHIPPED: dict[str, Callable[[], tuple[VNetwork, dict[str, Any]]]] = {
+SHIPPED: dict[str, Callable[[], tuple[VNetwork, ModelCard]]] = {
     "digits:teacher": _teacher,
     "digits:student": _student,
 }

@@ -26,10 +26,11 @@ from tqdm.auto import tqdm
 
 import kdpp
 from kdpp.checks import check_count, check_number, check_sigmas
-from kdpp.digits.schedules import schedule
 from kdpp.lab import processes
 from kdpp.lab.files import make_folder, write_atomically
 from kdpp.lab.models import Model
+from kdpp.lab.networks import CFG_MINUS_ONE
+from kdpp.lab.schedules import schedule
 from kdpp.lab.settings import unknown
 from kdpp.noise import SeededNoise, read_seeds
 
@@ -138,12 +139,12 @@ class Recipe:
             )
 
     def _check_w(self) -> None:
-        if self.student.needs_w:
-            low, high = self.student.about["conditions"]["w"]
-            if not low <= self.cond_scale - 1.0 <= high:
+        if self.student.guidance_range:
+            low, high = self.student.guidance_range
+            if not low <= self.cond_scale <= high:
                 raise ValueError(
-                    f"cond_scale is {self.cond_scale!r}; the student was trained for w = "
-                    f"cond_scale - 1 in [{low:g}, {high:g}]"
+                    f"cond_scale is {self.cond_scale!r}; the student was trained for CFG scales in "
+                    f"[{low:g}, {high:g}]"
                 )
 
 
@@ -190,28 +191,28 @@ def denoiser_for(model: Model, steps: int) -> nn.Module:
     A network that takes their number gets it, one that takes w gets the CFG scale minus 1
     (`kdpp.GuidanceConditioned`). Raises ValueError where it takes something else.
     """
-    conditions, denoiser = set(model.about["conditions"]), model.denoiser
-    if conditions - {"w", "steps"}:
+    conditions, denoiser = set(model.card.conditions), model.denoiser
+    if conditions - {CFG_MINUS_ONE, "steps"}:
         raise ValueError(
-            f"the network of method {model.about['method']!r} takes {sorted(conditions)}; samplers "
+            f"the network of method {model.card.method!r} takes {sorted(conditions)}; samplers "
             "know w and steps only"
         )
     if "steps" in conditions:
         denoiser = _StepConditioned(denoiser, steps)
-    return kdpp.GuidanceConditioned(denoiser) if model.needs_w else denoiser
+    return kdpp.GuidanceConditioned(denoiser) if model.guidance_range else denoiser
 
 
 def levels_for(model: Model, steps: int | None = None) -> tuple[float, ...]:
     """The levels that the model was trained on where they make so many steps, else the schedule's.
 
     Without ``steps``: its own, or for a model of any levels 4 steps, 50 for a teacher. The
-    schedule is `kdpp.digits.schedules.schedule`.
+    schedule is `kdpp.lab.schedules.schedule`.
     """
     own = model.levels
     if own is not None and steps in (None, len(own) - 1):
         return own
     if steps is None:
-        steps = 50 if model.about["method"] == "teacher" else 4
+        steps = 50 if model.card.method == "teacher" else 4
     return schedule(check_count("steps", steps, 1))
 
 
@@ -481,7 +482,7 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def _weights(model: Model) -> str:
-    about = json.dumps(model.about, sort_keys=True)
+    about = json.dumps(model.card.to_json(), sort_keys=True)
     digest = hashlib.blake2b(about.encode(), digest_size=16)
     for name, tensor in model.network.state_dict().items():
         digest.update(name.encode())

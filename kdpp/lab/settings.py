@@ -2,6 +2,8 @@
 
 A setting's type is its annotation: bool, int, float, str, a Literal of strings, tuple[…, ...],
 dict (a table), or one of these or None. `setting` gives it a default and a word of help.
+
+What is stored as JSON is read back into dataclasses by the same rules (`from_json`).
 """
 
 from __future__ import annotations
@@ -12,10 +14,21 @@ import json
 import math
 import types
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["as_dict", "fill", "read_toml", "read_value", "setting", "to_toml", "unknown"]
+__all__ = [
+    "as_dict",
+    "fill",
+    "from_json",
+    "read_toml",
+    "read_value",
+    "setting",
+    "to_flag",
+    "to_toml",
+    "unknown",
+]
 
 S = TypeVar("S")
 
@@ -56,6 +69,25 @@ def fill(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:
     return kind(**checked)
 
 
+def from_json(kind: type[S], values: Mapping[str, Any], path: str = "") -> S:
+    """The dataclass that was stored as JSON, dataclasses inside it too.
+
+    Names that it does not have are passed over: a later version may say more.
+
+    Args:
+        path: where it is inside the whole, for messages: "data.".
+
+    Raises ValueError where an entry without a default is missing, or is not of its field's type.
+    """
+    hints, found = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if field.name in values:
+            found[field.name] = _checked(path + field.name, values[field.name], hints[field.name])
+        elif field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{path}{field.name} is missing")
+    return kind(**found)
+
+
 def read_value(kind: type, name: str, text: str) -> Any:
     """The value that a flag's text stands for: TOML (``2e-3``, ``[1, 2]``, ``{width = 64}``).
 
@@ -92,6 +124,13 @@ def to_toml(values: Mapping[str, Any]) -> str:
     return "".join(f"{name} = {_written(v)}\n" for name, v in values.items() if v is not None)
 
 
+def to_flag(value: Any) -> str:
+    """A setting as a flag's text, which `read_value` reads back: TOML, strings without quotes."""
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else _written(value)
+
+
 def as_dict(settings: Any) -> dict[str, Any]:
     """The settings as JSON has them: tuples are lists."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -126,6 +165,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     for option in _options(hint):
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return from_json(option, value, f"{name}.")  # type: ignore[arg-type]
         fits, converted = _fit(value, option)
         if fits:
             return converted
@@ -152,13 +193,23 @@ def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     if origin is Literal:
         return value in get_args(hint), value
     if origin is tuple:
+        kinds = get_args(hint)
         if not isinstance(value, list | tuple):
             return False, None
-        parts = [_fit(item, get_args(hint)[0]) for item in value]
-        return all(fits for fits, _ in parts), tuple(item for _, item in parts)
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
+        parts = [_fit(item, kind) for item, kind in zip(value, kinds)]
+        fits = len(value) == len(kinds) and all(fits for fits, _ in parts)
+        return fits, tuple(item for _, item in parts)
+    if origin is dict and isinstance(value, Mapping) and get_args(hint)[1] is not Any:
+        items = {name: _fit(item, get_args(hint)[1]) for name, item in value.items()}
+        fits = all(fits for fits, _ in items.values())
+        return fits, {name: item for name, (_, item) in items.items()}
     if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value), value if not number else float(value)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False, None
+        with suppress(OverflowError):  # a whole number that no float can be
+            value = float(value)
+        return isinstance(value, float) and math.isfinite(value), value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value
     return isinstance(value, origin or hint), value
@@ -170,6 +221,9 @@ def _said(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
     if get_origin(hint) is tuple:
-        return f"a list ({_said(get_args(hint)[0])}, …)"
+        first, *rest = get_args(hint)
+        return f"a list ({_said(first)}, …)" if rest == [...] else f"{1 + len(rest)} numbers"
+    if get_origin(hint) is dict and get_args(hint)[1] is not Any:
+        return f"a table, each entry {_said(get_args(hint)[1])}"
     names = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
     return names.get(hint, "a table")

@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     parser = _method_parser(chosen)
     found, others = parser.parse_known_args(arguments.rest, arguments)
     if others:
-        names = (*_names(Common), "out", "config", "save_every", "device", *_names(chosen.settings))
+        names = (*_names(Common), "out", "config", "save_every", "device", *_names(chosen.Settings))
         flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(unknown("argument", others[0], flags))
     if found.out is None:
@@ -79,16 +79,18 @@ def listing(methods: Mapping[str, Any]) -> str:
 def _train(chosen: Any, arguments: argparse.Namespace) -> None:
     from kdpp.lab import processes
     from kdpp.lab.data import load_data
+    from kdpp.lab.methods import Training
     from kdpp.lab.models import FILE, load_model
-    from kdpp.lab.trainer import Run, train
+    from kdpp.lab.trainer import train
 
     common, settings = _settings(chosen, arguments)
     device = processes.device(arguments.device)
     with processes.single_thread(), processes.joined(device):
-        teacher = load_model(common.teacher, device) if chosen.teacher else None
-        name = common.teacher if chosen.teacher else None
-        what = Run(chosen, settings, load_data(common.data), teacher, name, common.seed)
-        trained = train(what, arguments.out, save_every=arguments.save_every, device=device)
+        name = common.teacher if chosen.needs_teacher else None
+        teacher = load_model(name, device) if name else None
+        data = load_data(common.data).to(device)
+        training = Training(chosen, settings, data, teacher, name, common.seed)
+        trained = train(training, arguments.out, save_every=arguments.save_every)
         if processes.rank() == 0:
             print(f"{'wrote' if trained else 'finished before:'} {arguments.out / FILE}")
 
@@ -100,13 +102,13 @@ def _settings(chosen: Any, arguments: argparse.Namespace) -> tuple[Common, Any]:
         given = read_toml(arguments.config)
         if given.pop("method", chosen.name) != chosen.name:
             raise ValueError(f"{arguments.config} is for another method than {chosen.name}")
-    for kind in (Common, chosen.settings):
+    for kind in (Common, chosen.Settings):
         for name in _names(kind):
             text = getattr(arguments, name, None)
             if text is not None:
                 given[name] = read_value(kind, name, text)
     common = {name: given.pop(name) for name in _names(Common) if name in given}
-    return fill(Common, common), fill(chosen.settings, given, f"of {chosen.name}")
+    return fill(Common, common), fill(chosen.Settings, given, f"of {chosen.name}")
 
 
 def _method_parser(chosen: Any) -> argparse.ArgumentParser:
@@ -116,7 +118,7 @@ def _method_parser(chosen: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     _add_common(parser)
-    _add_settings(parser.add_argument_group("settings of the method"), chosen.settings)
+    _add_settings(parser.add_argument_group("settings of the method"), chosen.Settings)
     return parser
 
 

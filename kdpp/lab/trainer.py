@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,66 +22,22 @@ from tqdm.auto import tqdm
 from kdpp import _version
 from kdpp.checks import check_count
 from kdpp.lab import processes
-from kdpp.lab.data import Data
 from kdpp.lab.files import locked, make_folder, remove_leftovers, write_atomically
-from kdpp.lab.methods import Draws, Job, Method, Task
-from kdpp.lab.models import FILE, Model, load_model, save_model
+from kdpp.lab.methods import Draws, Method, Training
+from kdpp.lab.models import FILE, DataOrigin, ModelCard, TeacherOrigin, load_model, save_model
+from kdpp.lab.networks import VNetwork
 from kdpp.lab.settings import as_dict, to_toml
 
-__all__ = ["Run", "train"]
+__all__ = ["train"]
 
 STATE, LOG, SETTINGS = "state.safetensors", "log.csv", "settings.toml"
 KEY = "kdpp.lab.state"
 
 
-@dataclass(frozen=True)
-class Run:
-    """What is trained, on what, from which seed: all that decides the outcome.
-
-    Attributes:
-        teacher: None for a method that needs none.
-        teacher_name: as it was given.
-    """
-
-    method: Method
-    settings: Any
-    data: Data
-    teacher: Model | None = None
-    teacher_name: str | None = None
-    seed: int = 0
-
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """It as JSON, data and teacher with digests; see `kdpp.lab.models.save_model`."""
-        data, teacher = self.data, None
-        if self.teacher:
-            weights = self.teacher.network.state_dict()
-            teacher = {"name": self.teacher_name, "digest": _digest(weights)}
-        return {
-            "method": self.method.name,
-            "settings": as_dict(self.settings),
-            "seed": self.seed,
-            "data": {
-                "source": data.source,
-                "shape": list(data.shape),
-                "classes": data.classes,
-                "bounded": data.bounded,
-                "digest": _digest({"images": data.images, "labels": data.labels}),
-            },
-            "teacher": teacher,
-            "kdpp": _version.__version__,
-        }
-
-
 def train(
-    run: Run,
-    out: Path,
-    *,
-    save_every: int = 200,
-    device: torch.device | None = None,
-    disable: bool | None = None,
+    training: Training, out: Path, *, save_every: int = 200, disable: bool | None = None
 ) -> bool:
-    """Train into the folder ``out``, from where the same run stood if it was killed there.
+    """Train into the folder ``out``, from where the same training stood if it was killed there.
 
     The same is one of equal method, settings, seed, data and teacher; it ends in equal files.
 
@@ -92,6 +47,9 @@ def train(
     right by the run that resumes. Under several processes (`kdpp.lab.processes.joined`) only the
     main one writes, and every one must see the folder.
 
+    On Ctrl-C (SIGINT) the step that is under way is finished and the state saved; a second Ctrl-C
+    stops at once, and the training goes on from the state before.
+
     Args:
         save_every: iterations from one state to the next; it does not change the outcome.
         disable: True hides the progress bar.
@@ -100,16 +58,16 @@ def train(
         Whether there was anything to do: False for a finished folder.
 
     Raises:
-        ValueError: the folder holds another run; teacher and data do not fit; a
-            batch cannot be shared by the processes.
+        ValueError: the folder holds another training; teacher and data do not fit; a batch cannot
+            be shared by the processes, or a step does not fit into memory.
         FloatingPointError: a loss or a weight became infinite or no number. The last good state
             is kept.
         OSError: a file cannot be written, or another run writes to the folder; what is there stays
             as it is.
+        KeyboardInterrupt: it was stopped; the message says from where it will go on.
     """
-    device = device or torch.device("cpu")
     check_count("save_every", save_every, 1)
-    _check_fit(run)
+    _check_fit(training)
     main = processes.rank() == 0
     if main:
         make_folder(out)
@@ -117,76 +75,117 @@ def train(
         if main:
             remove_leftovers(out)
         if (out / FILE).exists():
-            _check_same(run, load_model(out / FILE).about, out)
+            _check_same(training, _identity(load_model(out / FILE).card), out)
             if main:
                 (out / STATE).unlink(missing_ok=True)  # of a run killed between its last two acts
             return False
-        job = Job(run.data.to(device), run.teacher, run.settings, run.seed, device)
-        Loop(run, job, out, save_every, main).go(disable)
+        Loop(training, out, save_every, main).go(disable)
     return True
 
 
 class Loop:
-    """The iterations of a task, with its log and its states in a folder."""
+    """The iterations of a training, with its log and its states in a folder."""
 
-    def __init__(self, run: Run, job: Job, out: Path, save_every: int, main: bool) -> None:
-        self.run, self.job, self.task = run, job, run.method.make(job)
+    def __init__(self, training: Training, out: Path, save_every: int, main: bool) -> None:
+        self.training, self.method = training, training.method(training)
         self.out, self.save_every, self.main = out, save_every, main
         self.names: tuple[str, ...] = ()
         self.rows: list[str] = []
         self.saved = 0
+        self.evaluated = 0  # images, by the networks of this process
 
     def go(self, disable: bool | None) -> None:
         """Every iteration that is left, and the finished model."""
-        self.saved = start = _load_state(self.run, self.task, self.out)
+        self.saved = start = self._load_state()
+        total = self.method.iterations
         if self.main:
             self._begin(start)
-        for optimiser in self.task.optimisers.values():
+        for optimiser in self.method.optimisers.values():
             optimiser.register_step_pre_hook(_average_gradients)
         bar = tqdm(
-            total=self.task.iterations,
+            total=total,
             initial=start,
-            desc=self.run.method.name,
+            desc=self.training.method.name,
             unit="it",
             disable=True if not self.main else disable,
         )
-        with bar, torch.random.fork_rng(devices=[]):
-            for i in range(start, self.task.iterations):
-                losses = self._step(i)
+        with bar, torch.random.fork_rng(devices=[]), self._counting(), _interrupts() as asked:
+            for i in range(start, total):
+                losses, stop = self._step(i, bool(asked))
                 bar.set_postfix_str(_said(losses), refresh=False)
                 bar.update()
                 done = i + 1
-                if done % self.save_every == 0 and done < self.task.iterations:
+                if (done % self.save_every == 0 or stop) and done < total:
                     self._check_weights(done)
                     self._save(done)
-        self._check_weights(self.task.iterations)
+                    if stop:
+                        raise KeyboardInterrupt(self._farewell())
+        self._check_weights(total)
         self._finish()
 
-    def _step(self, i: int) -> dict[str, float]:
+    def _step(self, i: int, asked: bool) -> tuple[dict[str, float], bool]:
+        """The losses of iteration i, and whether any process was asked to stop."""
         self._seed_layers(i)
-        found = self.task.step(i, Draws(self.job.data, self.job.seed, i, self.job.device))
-        together = torch.stack([value.detach() for value in found.values()])
+        try:
+            found = self.method.step(i, Draws(self.training.data, self.training.seed, i))
+        except (MemoryError, RuntimeError) as error:
+            if _is_out_of_memory(error):
+                said = str(error).splitlines()[0]
+                raise ValueError(
+                    f"iteration {i} needs more memory than there is ({said}); take a smaller "
+                    "batch or network"
+                ) from error
+            raise
+        if not found:
+            raise ValueError(f"{self.training.method.name} has no loss at iteration {i}")
+        values = [value.detach() for value in found.values()]
+        together = torch.stack([*values, values[0].new_full((), float(asked))])
         processes.average([together])
-        losses = dict(zip(found, together.tolist()))
+        *means, stop = together.tolist()
+        losses = dict(zip(found, means))
         self._note(i, losses)
         for name, value in losses.items():
             if not math.isfinite(value):
                 self._write_log()
                 raise FloatingPointError(f"{name} is {value} at iteration {i}; {self._advice()}")
-        return losses
+        return losses, stop > 0
 
     def _seed_layers(self, i: int) -> None:
         """Seed the global stream, for layers that draw for themselves, such as dropout.
 
         Not by torch.manual_seed: without a GPU that keeps a traceback of every call.
         """
-        words = np.random.SeedSequence((self.run.seed, i, processes.rank())).generate_state(1)
+        words = np.random.SeedSequence((self.training.seed, i, processes.rank())).generate_state(1)
         torch.default_generator.manual_seed(int(words[0]))
-        if self.job.device.type == "cuda":
+        if self.training.device.type == "cuda":
             torch.cuda.manual_seed(int(words[0]))
 
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count the images that the method's networks and its teacher evaluate."""
+        found = {part for module in self.method.modules.values() for part in module.modules()}
+        networks = {part for part in found if isinstance(part, VNetwork)}
+        if self.training.teacher is not None:
+            networks.add(self.training.teacher.network)
+
+        def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.evaluated += len(args[0] if args else kwargs["x"])
+
+        hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in networks]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _evaluations(self) -> int:
+        """Of all processes, from the first iteration on."""
+        mean = torch.tensor([self.evaluated], dtype=torch.float64, device=self.training.device)
+        processes.average([mean])
+        return round(mean.item() * processes.size())
+
     def _check_weights(self, done: int) -> None:
-        for name, module in self.task.modules.items():
+        for name, module in self.method.modules.items():
             for key, value in module.state_dict().items():
                 if value.is_floating_point() and not bool(value.isfinite().all()):
                     self._write_log()
@@ -199,11 +198,18 @@ class Loop:
         kept = f"the state after {self.saved} iterations is kept in {self.out}. " * bool(self.saved)
         return f"{kept}Train anew into another folder with a lower rate".strip()
 
+    def _farewell(self) -> str:
+        return (
+            f"stopped after {self.saved} of {self.method.iterations} iterations, which are saved "
+            f"in {self.out}; give the same command again to go on"
+        )
+
     def _begin(self, start: int) -> None:
         """Write the settings, and cut the log to the iterations that the state has."""
-        about = {"method": self.run.method.name, "seed": self.run.seed}
-        about |= {"data": self.run.data.source, "teacher": self.run.teacher_name}
-        write_atomically(self.out / SETTINGS, to_toml(about | as_dict(self.run.settings)).encode())
+        training = self.training
+        about = {"method": training.method.name, "seed": training.seed}
+        about |= {"data": training.data.source, "teacher": training.teacher_name}
+        write_atomically(self.out / SETTINGS, to_toml(about | as_dict(training.settings)).encode())
         log = self.out / LOG
         lines = log.read_text("utf-8").splitlines()[: start + 1] if start and log.exists() else []
         if lines:
@@ -216,8 +222,8 @@ class Loop:
             self.rows.append(",".join(("iteration", *self.names)))
         if set(losses) - set(self.names):
             raise ValueError(
-                f"{self.run.method.name} has a loss at iteration {i} that it had not at first: "
-                f"{', '.join(sorted(set(losses) - set(self.names)))}"
+                f"{self.training.method.name} has a loss at iteration {i} that it had not at "
+                f"first: {', '.join(sorted(set(losses) - set(self.names)))}"
             )
         values = (repr(losses[name]) if name in losses else "" for name in self.names)
         self.rows.append(",".join((str(i), *values)))
@@ -243,35 +249,102 @@ class Loop:
     def _save(self, done: int) -> None:
         """Write the log, then the state: a kill in between leaves a log that is too long."""
         self._write_log()
+        evaluations = self._evaluations()
         if self.main:
-            write_atomically(self.out / STATE, _state(self.run, self.task, done))
+            state = _state(self.training, self.method, done, evaluations)
+            write_atomically(self.out / STATE, state)
         self.saved = done
+
+    def _load_state(self) -> int:
+        """Take up the folder's state, if there is one; return where it stands."""
+        path = self.out / STATE
+        if not path.exists():
+            return 0
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()[KEY])
+                _check_same(self.training, about["training"], self.out)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            iteration, evaluations = int(about["iteration"]), int(about["evaluations"])
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{path} is damaged, or of an earlier kdpp ({error}); remove it to start anew"
+            ) from error
+        _restore(self.method, tensors, about["numbers"])
+        self.evaluated = evaluations if self.main else 0
+        return iteration
 
     def _finish(self) -> None:
         self._write_log()
+        evaluations = self._evaluations()
         if not self.main:
             return
-        network, part = self.task.result()
-        about = self.run.about | part
-        about |= {"network": network.config, "iterations": self.task.iterations}
-        save_model(self.out / FILE, network, about)
+        network, usage = self.method.result()
+        training, data = self.training, self.training.data
+        digest = training.teacher_digest
+        card = ModelCard(
+            **vars(usage),
+            network=network.config,
+            data=DataOrigin(
+                source=data.source,
+                shape=data.shape,
+                classes=data.classes,
+                bounded=data.bounded,
+                digest=training.data_digest,
+            ),
+            method=training.method.name,
+            settings=as_dict(training.settings),
+            seed=training.seed,
+            teacher=TeacherOrigin(name=training.teacher_name, digest=digest) if digest else None,
+            evaluations=evaluations,
+            iterations=self.method.iterations,
+            kdpp=_version.__version__,
+        )
+        save_model(self.out / FILE, network, card)
         (self.out / STATE).unlink(missing_ok=True)
 
 
-def _check_fit(run: Run) -> None:
-    teacher = run.teacher
-    if run.method.teacher and teacher is None:
-        raise ValueError(f"{run.method.name} needs a teacher: --teacher FILE, or digits:teacher")
-    if teacher and (teacher.shape, teacher.classes) != (run.data.shape, run.data.classes):
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C during the block is put into the list; a second one is a KeyboardInterrupt."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt("stopped at once; the same command goes on from the last state")
+        asked.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is numpy's, CUDA's or torch's way to say so."""
+    known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
+
+
+def _check_fit(training: Training) -> None:
+    teacher, data = training.teacher, training.data
+    if training.method.needs_teacher and teacher is None:
+        name = training.method.name
+        raise ValueError(f"{name} needs a teacher: --teacher FILE, or digits:teacher")
+    if teacher and (teacher.shape, teacher.classes) != (data.shape, data.classes):
         raise ValueError(
             f"the teacher makes images {list(teacher.shape)} of {teacher.classes} classes, and the "
-            f"data are {list(run.data.shape)} of {run.data.classes}; they must be alike"
+            f"data are {list(data.shape)} of {data.classes}; they must be alike"
         )
 
 
-def _check_same(run: Run, theirs: Mapping[str, Any], out: Path) -> None:
-    """ValueError, with what differs, where the folder's run is another one."""
-    ours, theirs = _decisive(run.about), _decisive(theirs)
+def _check_same(training: Training, theirs: Mapping[str, Any], out: Path) -> None:
+    """ValueError, with what differs, where the folder's training is another one."""
+    ours = training.identity
     different = [
         f"{name} {theirs.get(name)!r} and not {ours.get(name)!r}"
         for name in (*ours, *(theirs.keys() - ours.keys()))
@@ -284,30 +357,31 @@ def _check_same(run: Run, theirs: Mapping[str, Any], out: Path) -> None:
         )
 
 
-def _decisive(about: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides the outcome of a run."""
+def _identity(card: ModelCard) -> dict[str, Any]:
+    """`Training.identity` of the one that made a model."""
     return {
-        "method": about.get("method"),
-        "seed": about.get("seed"),
-        "data": (about.get("data") or {}).get("digest"),
-        "teacher": (about.get("teacher") or {}).get("digest"),
-        **(about.get("settings") or {}),
+        "method": card.method,
+        "seed": card.seed,
+        "data": card.data.digest,
+        "teacher": card.teacher.digest if card.teacher else None,
+        **card.settings,
     }
 
 
-def _state(run: Run, task: Task, done: int) -> bytes:
+def _state(training: Training, method: Method, done: int, evaluations: int) -> bytes:
     """Everything that step `done` starts from, as a safetensors file."""
     tensors = {}
-    for name, module in task.modules.items():
+    for name, module in method.modules.items():
         for key, value in module.state_dict().items():
             tensors[f"module/{name}/{key}"] = value
     numbers: dict[str, Any] = {}
-    for name, optimiser in task.optimisers.items():
+    for name, optimiser in method.optimisers.items():
         for index, values in optimiser.state_dict()["state"].items():
             for key, value in values.items():
                 place = tensors if isinstance(value, Tensor) else numbers
                 place[f"optimiser/{name}/{index}/{key}"] = value
-    about = {"iteration": done, "run": run.about, "numbers": numbers}
+    about = {"iteration": done, "evaluations": evaluations, "numbers": numbers}
+    about["training"] = training.identity
     # Each a copy of its own: modules may share tensors, which a safetensors file cannot.
     copies = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -316,28 +390,17 @@ def _state(run: Run, task: Task, done: int) -> bytes:
     return to_bytes(copies, {KEY: json.dumps(about)})
 
 
-def _load_state(run: Run, task: Task, out: Path) -> int:
-    """Put the folder's state, if there is one, into the task; return where it stands."""
-    path = out / STATE
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()[KEY])
-            _check_same(run, about["run"], out)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to start anew") from error
-    for name, module in task.modules.items():
+def _restore(method: Method, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+    """Put what `_state` saved into the method."""
+    for name, module in method.modules.items():
         module.load_state_dict(_under(tensors, f"module/{name}/"))
-    for name, optimiser in task.optimisers.items():
+    for name, optimiser in method.optimisers.items():
         whole = optimiser.state_dict()
         whole["state"] = {}
-        for place, value in _under(tensors | about["numbers"], f"optimiser/{name}/").items():
+        for place, value in _under({**tensors, **numbers}, f"optimiser/{name}/").items():
             index, key = place.split("/", 1)
             whole["state"].setdefault(int(index), {})[key] = value
         optimiser.load_state_dict(whole)
-    return int(about["iteration"])
 
 
 def _under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -347,14 +410,6 @@ def _under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _average_gradients(optimiser: torch.optim.Optimizer, *_: Any) -> None:
     parameters: Iterable[Tensor] = (p for g in optimiser.param_groups for p in g["params"])
     processes.average(p.grad for p in parameters if p.grad is not None)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        sha.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
-        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
 
 
 def _said(losses: Mapping[str, float]) -> str:

@@ -482,7 +482,7 @@ def run(arguments: argparse.Namespace) -> None:
     _figure()
     device = processes.device(arguments.device)
     student, teacher = (load_model(name, device) for name in (arguments.student, arguments.teacher))
-    baked, guidance = student.about["guidance"], arguments.guidance
+    baked, guidance = student.card.guidance, arguments.guidance
     if guidance is None:
         if baked is None:
             raise ValueError(
@@ -513,7 +513,7 @@ def run(arguments: argparse.Namespace) -> None:
             },
             sampler=recipe.sampler,
             guidance=guidance,
-            bounds=(-1.0, 1.0) if student.about["data"]["bounded"] else None,
+            bounds=(-1.0, 1.0) if student.card.data.bounded else None,
             max_batch=arguments.max_batch,
             seed=arguments.seed,
             progress=True,

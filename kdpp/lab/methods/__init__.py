@@ -1,49 +1,54 @@
 """The methods by which `kdpp train` makes teachers and students, and what they are written with.
 
-A method is a `Task` with a dataclass of settings, entered by `method`::
+A method is a `Method` with a dataclass of settings, entered by `method`::
 
     @method("name", summary="one line", source="the paper")
-    class Name(Task):
+    class Name(Method):
         @dataclass(frozen=True)
         class Settings:
-            batch: int = setting(512, "images in a batch")
+            batch: int = setting(512, "images in a step", low=1)
 
-        def __init__(self, job: Job) -> None: ...      # modules, optimisers, iterations
+        def __init__(self, training: Training) -> None: ...      # modules, optimisers, iterations
         def step(self, i: int, draws: Draws) -> dict[str, Tensor]: ...
-        def result(self) -> tuple[nn.Module, dict[str, Any]]: ...
+        def result(self) -> tuple[VNetwork, Usage]: ...
 
-A run is its settings and its seed: whatever iteration i draws comes from (seed, i) alone, and
+A training is its settings and its seed: whatever iteration i draws comes from (seed, i) alone, and
 whatever changes over iterations (rates, phases) is a function of i. So modules, optimisers and i
-are all there is to save, and a run that was killed ends as one that was not.
+are all there is to save, and a training that was killed ends as one that was not.
+
+The formulas that methods share are in `kdpp.lab.diffusion`.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib
 import math
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kdpp.digits.networks import VNetwork
-from kdpp.lab import processes
+from kdpp.lab import plugins, processes
 from kdpp.lab.data import Data
-from kdpp.lab.models import Model
-from kdpp.lab.networks import build
+from kdpp.lab.models import Model, Usage
+from kdpp.lab.networks import VNetwork, build
+from kdpp.lab.schedules import TIMESTEPS
+from kdpp.lab.settings import as_dict
 
 __all__ = [
     "METHODS",
     "Draws",
-    "Job",
     "Method",
-    "Task",
-    "check_rising",
+    "Training",
+    "check_range",
     "cosine",
     "descend",
     "frozen",
@@ -52,55 +57,79 @@ __all__ = [
     "new_network",
     "plain_teacher",
     "seeded",
-    "stretched",
     "student_network",
     "update_average",
 ]
 
-MODULES = (
-    "teacher",
-    "consistency",
-    "progressive",
-    "guided",
-    "sfd",
-    "ddil",
-    "matching",
-    "adversarial",
-)
-
 
 @dataclass(frozen=True)
-class Job:
-    """What a training run is given; data and teacher are on the device already.
+class Training:
+    """What is trained, on what, from which seed: all that decides the outcome.
 
     Attributes:
-        teacher: None for a method that needs none.
-        settings: an instance of the method's settings.
+        method: the class that trains.
+        settings: an instance of the method's ``Settings``.
+        data: on the device that the training runs on.
+        teacher: on the same device; None for a method that needs none.
+        teacher_name: as it was given.
     """
 
-    data: Data
-    teacher: Model | None
+    method: type[Method]
     settings: Any
-    seed: int
-    device: torch.device
+    data: Data
+    teacher: Model | None = None
+    teacher_name: str | None = None
+    seed: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data are."""
+        return self.data.images.device
+
+    @cached_property
+    def data_digest(self) -> str:
+        """Of the images and labels."""
+        return _digest({"images": self.data.images, "labels": self.data.labels})
+
+    @cached_property
+    def teacher_digest(self) -> str | None:
+        """Of the teacher's weights."""
+        return _digest(self.teacher.network.state_dict()) if self.teacher else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides the outcome, as JSON; data and teacher by digests of their contents."""
+        return {
+            "method": self.method.name,
+            "seed": self.seed,
+            "data": self.data_digest,
+            "teacher": self.teacher_digest,
+            **as_dict(self.settings),
+        }
 
 
-class Task:
-    """One training run; see the module.
+class Method:
+    """One training by a method; see the module.
 
     Attributes:
+        name, summary, source, needs_teacher: what `method` was told.
         iterations: how many steps there are.
         modules: everything to be saved and restored between steps: the network, its average, a
-            phase's teacher, buffers (of fixed shapes). A frozen `job.teacher` need not be here.
+            phase's teacher, buffers (of fixed shapes). A frozen `training.teacher` need not be
+            here. Images that the networks in here and the teacher evaluate are counted.
         optimisers: theirs; their gradients are averaged over processes before each step.
     """
 
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    needs_teacher: ClassVar[bool]
     Settings: ClassVar[type]
     iterations: int
     modules: dict[str, nn.Module]
     optimisers: dict[str, torch.optim.Optimizer]
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, training: Training) -> None:
         raise NotImplementedError
 
     def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
@@ -110,54 +139,52 @@ class Task:
         """
         raise NotImplementedError
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The final network (usually the average) and its part of a checkpoint's `about`.
-
-        That part is ``sampler``, ``levels``, ``conditions``, ``guidance`` and ``evaluations``,
-        see `kdpp.lab.models.save_model`.
-        """
+    def result(self) -> tuple[VNetwork, Usage]:
+        """The final network (usually the average), and how it is sampled."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to train: its name, one line of what it is, its source, its settings, its task.
-
-    ``teacher`` says whether it needs one.
-    """
-
-    name: str
-    summary: str
-    source: str
-    settings: type
-    make: Callable[[Job], Task]
-    teacher: bool
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
 
 
-METHODS: dict[str, Method] = {}
-T = TypeVar("T", bound=type[Task])
+def method(name: str, *, summary: str, source: str, teacher: bool = True) -> Callable[[M], M]:
+    """Enter a `Method` with a dataclass ``Settings`` into `kdpp train`.
 
-
-def method(name: str, *, summary: str, source: str, teacher: bool = True) -> Callable[[T], T]:
-    """Enter a `Task` with a dataclass ``Settings`` as a method of `kdpp train`.
+    Args:
+        name: what it is called there.
+        summary: one line of what it is.
+        source: the paper.
+        teacher: whether it needs one.
 
     Raises ValueError where the name is taken.
     """
 
-    def enter(task: T) -> T:
+    def enter(kind: M) -> M:
         if name in METHODS:
-            raise ValueError(f"there is a method named {name!r} already")
-        METHODS[name] = Method(name, summary, source, task.Settings, task, teacher)
-        return task
+            raise ValueError(
+                f"there is a method named {name!r} already, in {METHODS[name].__module__}"
+            )
+        kind.name, kind.summary, kind.source, kind.needs_teacher = name, summary, source, teacher
+        METHODS[name] = kind
+        return kind
 
     return enter
 
 
-def load_methods() -> dict[str, Method]:
-    """METHODS, with every module of this package imported."""
-    for name in MODULES:
-        importlib.import_module(f"{__name__}.{name}")
-    return METHODS
+def load_methods() -> dict[str, type[Method]]:
+    """Every method there is, those without a teacher first.
+
+    They are kdpp's own (every module of this package), those of installed packages (entry points of
+    the group ``kdpp.methods``), and whatever was imported before (`kdpp.lab.plugins.import_file`).
+
+    Raises ImportError where a package's entry point cannot be loaded.
+    """
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    plugins.load_entry_points("kdpp.methods")
+    order = sorted(METHODS.values(), key=lambda kind: (kind.needs_teacher, kind.__module__))
+    return {kind.name: kind for kind in order}
 
 
 class Draws:
@@ -168,8 +195,8 @@ class Draws:
     others take the number of rows that are wanted here, such as ``len(images)``.
     """
 
-    def __init__(self, data: Data, seed: int, i: int, device: torch.device) -> None:
-        self.data, self.device = data, device
+    def __init__(self, data: Data, seed: int, i: int) -> None:
+        self.data = data
         self._random = np.random.Generator(np.random.Philox(key=np.array([seed, i], np.uint64)))
 
     def batch(self, n: int) -> tuple[Tensor, Tensor]:
@@ -194,6 +221,14 @@ class Draws:
         """Float32 (n,), uniform in [0, 1)."""
         return self._mine(n, self._random.random(n * processes.size(), dtype=np.float32))
 
+    def between(self, low: float, high: float, n: int) -> Tensor:
+        """Float32 (n,), uniform in [low, high)."""
+        return low + (high - low) * self.uniform(n)
+
+    def timesteps(self, n: int) -> Tensor:
+        """Float32 (n,), uniform over the schedule's timesteps and between them."""
+        return self.between(0, TIMESTEPS - 1, n)
+
     def integers(self, high: int, n: int) -> Tensor:
         """Int64 (n,), uniform in 0 … high - 1."""
         return self._mine(n, self._random.integers(high, size=n * processes.size()))
@@ -205,18 +240,13 @@ class Draws:
 
     def _mine(self, n: int, values: Any) -> Tensor:
         first = n * processes.rank()
-        return torch.from_numpy(values[first : first + n]).to(self.device)
+        return torch.from_numpy(values[first : first + n]).to(self.data.images.device)
 
 
-def stretched(values: Tensor, x: Tensor) -> Tensor:
-    """Values (B,) as (B, 1, …), to go with x (B, *shape)."""
-    return values.view(-1, *[1] * (x.ndim - 1))
-
-
-def check_rising(name: str, values: Sequence[float]) -> None:
-    """ValueError unless the setting is a range: two numbers that rise."""
-    if len(values) != 2 or values[0] >= values[1]:
-        raise ValueError(f"{name} is {values}; it must be two numbers that rise")
+def check_range(name: str, values: tuple[float, float]) -> None:
+    """ValueError unless the setting is a range: the second number not below the first."""
+    if values[0] > values[1]:
+        raise ValueError(f"{name} is {values}; it must be two numbers, the least and the most")
 
 
 @contextmanager
@@ -227,36 +257,39 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def new_network(config: Mapping[str, Any], job: Job, conditions: Sequence[str] = ()) -> VNetwork:
-    """A network of this configuration for the job's data, initialised by the job's seed."""
-    data = {"shape": list(job.data.shape), "classes": job.data.classes}
-    with seeded(job.seed):
+def new_network(
+    config: Mapping[str, Any], training: Training, conditions: Sequence[str] = ()
+) -> VNetwork:
+    """A network of this configuration for the training's data, initialised by its seed."""
+    data = {"shape": list(training.data.shape), "classes": training.data.classes}
+    with seeded(training.seed):
         network = build({**config, **data, "conditions": list(conditions)})
-    return network.to(job.device)
+    return network.to(training.device)
 
 
-def plain_teacher(job: Job) -> Model:
-    """The job's teacher; ValueError for one that has its guidance inside it."""
-    teacher = job.teacher
+def plain_teacher(training: Training) -> Model:
+    """The training's teacher; ValueError for one that has its guidance inside it."""
+    teacher = training.teacher
     assert teacher is not None
-    if teacher.needs_w or teacher.about["guidance"] is not None:
+    if teacher.guidance_range or teacher.card.guidance is not None:
         raise ValueError("the teacher is guided already; give a model to be guided by CFG")
     return teacher
 
 
 def student_network(
-    job: Job, config: Mapping[str, Any] | None, conditions: Sequence[str] = ()
+    training: Training, config: Mapping[str, Any] | None, conditions: Sequence[str] = ()
 ) -> VNetwork:
     """A student: a new network of `config`, or for None the teacher's, with its weights.
 
     The latter keeps the teacher's conditions; those that are new start without effect.
     """
     if config:
-        return new_network(config, job, conditions)
-    assert job.teacher is not None
-    teacher = job.teacher.network
-    known = teacher.config.get("conditions", [])
-    network = new_network(teacher.config, job, [*known, *(c for c in conditions if c not in known)])
+        return new_network(config, training, conditions)
+    assert training.teacher is not None
+    teacher = training.teacher.network
+    known = teacher.config["conditions"]
+    more = [name for name in conditions if name not in known]
+    network = new_network(teacher.config, training, [*known, *more])
     network.load_state_dict(network.state_dict() | teacher.state_dict())
     return network
 
@@ -285,3 +318,11 @@ def descend(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float) -> None
     optimiser.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+        sha.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]

@@ -11,25 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdpp.digits.schedules import TIMESTEPS
+from kdpp.lab.diffusion import noised, stretched
 from kdpp.lab.methods import (
     Draws,
-    Job,
-    Task,
-    check_rising,
+    Method,
+    Training,
+    check_range,
     cosine,
     descend,
     frozen,
     method,
     plain_teacher,
     seeded,
-    stretched,
     student_network,
     update_average,
 )
-from kdpp.lab.methods.progressive import Grid, grid, guided
-from kdpp.lab.models import Model
-from kdpp.lab.networks import VEDenoiser
+from kdpp.lab.models import Model, Usage
+from kdpp.lab.networks import VEDenoiser, VNetwork
+from kdpp.lab.schedules import TIMESTEPS, Grid, grid
 from kdpp.lab.settings import setting
 
 __all__ = ["Adversarial", "Discriminator", "features"]
@@ -52,8 +51,8 @@ def features(teacher: Model, x: Tensor, sigma: Tensor, cond: Tensor) -> list[Ten
         h = answer[0] if isinstance(answer, tuple) else answer
         found.append(h.flatten(2).mean(2) if h.ndim > 2 else h)
 
-    kind = teacher.network.config.get("kind", "resmlp")  # those that ship name their sizes alone
-    hooks = [part.register_forward_hook(keep) for part in BLOCKS[kind](teacher.network)]
+    parts = BLOCKS[teacher.network.config["kind"]](teacher.network)
+    hooks = [part.register_forward_hook(keep) for part in parts]
     try:
         teacher.denoiser(x, sigma, cond=cond)
     finally:
@@ -98,7 +97,7 @@ class Discriminator(nn.Module):
     summary="a discriminator on the teacher's features, and the teacher's estimate (ADD, Turbo)",
     source="Sauer et al. 2023, Adversarial Diffusion Distillation; Sauer et al. 2024, Latent ADD",
 )
-class Adversarial(Task):
+class Adversarial(Method):
     """From a real image x, noised to one of its levels, the student makes one to pass for real::
 
         x0   = D_θ(x + σ_k n_k, σ_k)
@@ -122,7 +121,7 @@ class Adversarial(Task):
         grid: Grid = setting("divided", "the levels: trailing, or with the tail divided by 2.5")
         guidance: float = setting(2.0, "the teacher's CFG scale (1: none)")
         weight: float = setting(0.3, "of the distillation term", low=0)
-        judged: tuple[float, ...] = setting(
+        judged: tuple[float, float] = setting(
             (100.0, 800.0), "timesteps at which f looks", low=0, high=TIMESTEPS - 1
         )
         width: int = setting(64, "of the discriminator's heads", low=1)
@@ -139,18 +138,18 @@ class Adversarial(Task):
         )
 
         def __post_init__(self) -> None:
-            check_rising("judged", self.judged)
+            check_range("judged", self.judged)
 
-    def __init__(self, job: Job) -> None:
-        s: Adversarial.Settings = job.settings
-        self.settings, self.teacher = s, plain_teacher(job)
+    def __init__(self, training: Training) -> None:
+        s: Adversarial.Settings = training.settings
+        self.settings, self.teacher = s, plain_teacher(training)
         self.levels = grid(s.grid, s.steps)
-        self.network = student_network(job, None)
+        self.network = student_network(training, None)
         self.average = frozen(self.network)
         self.student = VEDenoiser(self.network)
-        with seeded(job.seed):
-            discriminator = Discriminator(self.teacher, job.data.images[:1], s.width)
-        self.discriminator = discriminator.to(job.device)
+        with seeded(training.seed):
+            discriminator = Discriminator(self.teacher, training.data.images[:1], s.width)
+        self.discriminator = discriminator.to(training.device)
         self.iterations = s.iterations
         self.modules = {
             "network": self.network,
@@ -168,14 +167,11 @@ class Adversarial(Task):
         images, labels = draws.batch(s.batch)
         place = draws.integers(s.steps, len(images))
         start = images.new_tensor(self.levels)[place]
-        x = images + stretched(start, images) * draws.noise(images)
-        made = self.student(x, start, labels)
-
-        low, high = s.judged
-        sigma = self.network.sigma(low + (high - low) * draws.uniform(len(images)))
+        made = self.student(noised(images, start, draws.noise(images)), start, labels)
+        sigma = self.network.sigma(draws.between(*s.judged, len(images)))
 
         def verdict(images: Tensor) -> Tensor:
-            x = images + stretched(sigma, images) * draws.noise(images)
+            x = noised(images, sigma, draws.noise(images))
             found: Tensor = self.discriminator(x, sigma, labels)
             return found
 
@@ -195,19 +191,13 @@ class Adversarial(Task):
 
     def distillation(self, made: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """α·|x0 - D_ψ^w(x0 + s m)|², the mean over all values."""
-        sigma = self.network.sigma(draws.uniform(len(made)) * (TIMESTEPS - 1))
+        sigma = self.network.sigma(draws.timesteps(len(made)))
         with torch.no_grad():
-            x = made + stretched(sigma, made) * draws.noise(made)
-            target = guided(self.teacher, labels, self.settings.guidance)(x, sigma)
+            x = noised(made, sigma, draws.noise(made))
+            target = self.teacher.with_cfg(labels, self.settings.guidance)(x, sigma)
         alpha = (1 + sigma**2).rsqrt()
         return (stretched(alpha, made) * (made - target) ** 2).mean()
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        s = self.settings
-        return self.average, {
-            "sampler": "lcm",
-            "levels": list(self.levels),
-            "conditions": {},
-            "guidance": s.guidance,
-            "evaluations": (1 + 3 + 2) * s.iterations * s.batch,
-        }
+    def result(self) -> tuple[VNetwork, Usage]:
+        guidance = self.settings.guidance
+        return self.average, Usage(sampler="lcm", levels=self.levels, guidance=guidance)

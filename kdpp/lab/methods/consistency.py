@@ -9,32 +9,61 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdpp.digits.networks import VNetwork, guided_denoise
-from kdpp.digits.schedules import TIMESTEPS
+from kdpp.lab.diffusion import cfg, noised, stretched
 from kdpp.lab.methods import (
     Draws,
-    Job,
-    Task,
-    check_rising,
+    Method,
+    Training,
+    check_range,
     cosine,
     descend,
     frozen,
     method,
     plain_teacher,
     seeded,
-    stretched,
     student_network,
     update_average,
 )
-from kdpp.lab.networks import SMALL
+from kdpp.lab.models import Usage
+from kdpp.lab.networks import CFG_MINUS_ONE, SMALL, VNetwork
 from kdpp.lab.settings import setting
+
+__all__ = ["Consistency", "LoRAConsistency", "consistency_target"]
+
+
+def consistency_target(
+    teacher: VNetwork,
+    average: VNetwork,
+    x: Tensor,
+    t: Tensor,
+    labels: Tensor,
+    scale: Tensor | float,
+    skip: float,
+    **conditions: Tensor,
+) -> Tensor:
+    """``D_ema(x_s, s)``, x_s the end of the teacher's guided DDIM step from (x, t) to s = t - skip.
+
+    Where s < 0 the step ends at σ = 0, and the teacher's estimate itself is the target.
+
+    Args:
+        x: (B, *shape), at the timesteps t (B,).
+        scale: the CFG scale, one for all or one for each sample (B,).
+        conditions: the average's further inputs.
+    """
+    estimate = cfg(teacher.denoise, labels, teacher.classes, scale, as_written=True)(x, t)
+    s = t - skip
+    ended = stretched(s < 0, x)
+    s = s.clamp(min=0)
+    ratio = stretched(average.sigma(s) / average.sigma(t), x)
+    x_s = estimate + ratio * (x - estimate)  # `ddim` rounds otherwise, see `cfg_mix`
+    return torch.where(ended, estimate, average.denoise(x_s, s, labels, **conditions))
 
 
 @dataclass(frozen=True)
 class Distillation:
     """What both methods have."""
 
-    guidance: float = setting(2.0, "the CFG scale w baked into the student")
+    guidance: float = setting(2.0, "the CFG scale that the student has built in")
     skip: float = setting(20.0, "timesteps between the two ends of the teacher's step", low=0)
     loss: Literal["squared", "huber"] = setting("squared", "how the two ends are compared")
     huber: float = setting(1e-3, "c of the pseudo-Huber loss, sqrt(d² + c²) - c", low=1e-8)
@@ -50,13 +79,13 @@ class Distillation:
     summary="one function from every point of the teacher's trajectories to their end (LCM)",
     source="Song et al. 2023; Luo et al. 2023 (LCM), Algorithm 1",
 )
-class Consistency(Task):
+class Consistency(Method):
     """From x = x0 + σ_t n the teacher, under CFG, takes one DDIM step to s = t - skip::
 
-        D_θ(x, t, w) = D_ema(x_s, s, w),   D_θ(x, 0) = x
+        D_θ(x, t) = D_ema(x_s, s),   D_θ(x, 0) = x
 
     Where s < 0 the step ends at σ = 0, and the teacher's estimate itself is the target. The CFG
-    scale is `guidance`, or 1 + w with w drawn from `w_range` and then an input of the student.
+    scale is ``guidance``, or drawn from ``guidance_range``; it is an input of the student then.
     Timesteps lie off any grid, and the network meets the boundary condition as it stands.
 
     Raises ValueError for a teacher that has its guidance inside it.
@@ -67,18 +96,18 @@ class Consistency(Task):
         network: dict[str, Any] | None = setting(
             SMALL, "the student's network; none: the teacher's, from its weights"
         )
-        w_range: tuple[float, ...] = setting(
-            (), "least and most w (the CFG scale minus 1), an input then; empty: `guidance`", low=-1
+        guidance_range: tuple[float, float] | None = setting(
+            None, "least and most CFG scale, an input then; none: `guidance` is built in", low=0
         )
 
         def __post_init__(self) -> None:
-            if self.w_range:
-                check_rising("w_range", self.w_range)
+            if self.guidance_range:
+                check_range("guidance_range", self.guidance_range)
 
-    def __init__(self, job: Job) -> None:
-        self.settings = job.settings
-        self.teacher = plain_teacher(job).network
-        self.network = self.student(job)
+    def __init__(self, training: Training) -> None:
+        self.settings = training.settings
+        self.teacher = plain_teacher(training).network
+        self.network = self.student(training)
         self.average = frozen(self.network)
         self.iterations = self.settings.iterations
         self.modules = {"network": self.network, "average": self.average}
@@ -86,53 +115,42 @@ class Consistency(Task):
         self.optimisers = {"network": torch.optim.Adam(trained)}
 
     @property
-    def w_range(self) -> tuple[float, ...]:
-        """The least and the most of w, empty where it is no input."""
-        return tuple(self.settings.w_range)
+    def conditions(self) -> dict[str, tuple[float, float]]:
+        """The least and most of the student's further input, if it has one."""
+        scales = getattr(self.settings, "guidance_range", None)
+        return {CFG_MINUS_ONE: (scales[0] - 1.0, scales[1] - 1.0)} if scales else {}
 
-    def student(self, job: Job) -> VNetwork:
+    def student(self, training: Training) -> VNetwork:
         """The network to be trained."""
-        return student_network(job, self.settings.network, ("w",) if self.w_range else ())
+        return student_network(training, self.settings.network, list(self.conditions))
 
     def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
         s = self.settings
         images, labels = draws.batch(s.batch)
         labels = draws.dropped(labels, s.dropout)
-        t = draws.uniform(len(images)) * (TIMESTEPS - 1)
-        x = images + stretched(self.network.sigma(t), images) * draws.noise(images)
-        conditions = {}
-        if self.w_range:
-            low, high = self.w_range
-            conditions["w"] = low + (high - low) * draws.uniform(len(images))
+        t = draws.timesteps(len(images))
+        x = noised(images, self.network.sigma(t), draws.noise(images))
+        drawn = {
+            name: draws.between(*bounds, len(images)) for name, bounds in self.conditions.items()
+        }
+        scale = 1 + drawn[CFG_MINUS_ONE] if drawn else s.guidance
         with torch.no_grad():
-            target = self._target(x, t, labels, conditions)
-        loss = self._distance(self.network.denoise(x, t, labels, **conditions), target)
-        descend(self.optimisers["network"], loss, cosine(i, s.iterations, s.rate))
-        update_average(self.average, self.network, s.average)
+            target = consistency_target(
+                self.teacher, self.average, x, t, labels, scale, s.skip, **drawn
+            )
+        loss = self._distance(self.network.denoise(x, t, labels, **drawn), target)
+        self.learn(i, loss)
         return {"loss": loss.detach()}
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
+    def learn(self, i: int, loss: Tensor) -> None:
+        """Step i of the optimiser, and of the average."""
         s = self.settings
-        return self.average, {
-            "sampler": "lcm",
-            "levels": None,
-            "conditions": {"w": list(self.w_range)} if self.w_range else {},
-            "guidance": None if self.w_range else s.guidance,
-            "evaluations": 4 * s.iterations * s.batch,
-        }
+        descend(self.optimisers["network"], loss, cosine(i, s.iterations, s.rate))
+        update_average(self.average, self.network, s.average)
 
-    def _target(
-        self, x: Tensor, t: Tensor, labels: Tensor, conditions: dict[str, Tensor]
-    ) -> Tensor:
-        """D_ema at the end of the teacher's step from (x, t)."""
-        scale = stretched(1 + conditions["w"], x) if conditions else self.settings.guidance
-        estimate = guided_denoise(self.teacher, x, t, labels, scale)
-        s = t - self.settings.skip
-        ended = stretched(s < 0, x)
-        s = s.clamp(min=0)
-        ratio = stretched(self.network.sigma(s) / self.network.sigma(t), x)
-        x_s = estimate + ratio * (x - estimate)
-        return torch.where(ended, estimate, self.average.denoise(x_s, s, labels, **conditions))
+    def result(self) -> tuple[VNetwork, Usage]:
+        built_in = None if self.conditions else self.settings.guidance
+        return self.average, Usage(sampler="lcm", conditions=self.conditions, guidance=built_in)
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
         if self.settings.loss == "squared":
@@ -162,9 +180,7 @@ class LoRAConsistency(Consistency):
         rank: int = setting(16, "of the change of each layer", low=1)
         alpha: float = setting(16.0, "the change is scaled by alpha / rank")
 
-    w_range = ()
-
-    def student(self, job: Job) -> VNetwork:
+    def student(self, training: Training) -> VNetwork:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
@@ -178,11 +194,11 @@ class LoRAConsistency(Consistency):
             r=self.settings.rank, lora_alpha=self.settings.alpha, target_modules=layers
         )
         student = frozen(self.teacher)
-        with seeded(job.seed):
+        with seeded(training.seed):
             inject_adapter_in_model(config, student)  # in place
         return student
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
+    def result(self) -> tuple[VNetwork, Usage]:
         from peft.tuners.lora import LoraLayer
 
         merged = frozen(self.teacher)

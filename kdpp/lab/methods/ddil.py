@@ -11,29 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kdpp.digits.schedules import TIMESTEPS
-from kdpp.lab.methods import (
-    Draws,
-    Job,
-    Task,
-    cosine,
-    descend,
-    method,
-    plain_teacher,
-    stretched,
-    update_average,
-)
+from kdpp.kinds import Denoiser
+from kdpp.lab.diffusion import ddim, jump_target, noised, stretched
+from kdpp.lab.methods import Draws, Method, Training, method, plain_teacher
 from kdpp.lab.methods.consistency import Consistency
-from kdpp.lab.methods.progressive import (
-    Grid,
-    Progressive,
-    ddim,
-    deterministic_counts,
-    grid,
-    guided,
-    jump_target,
-)
-from kdpp.lab.networks import VEDenoiser
+from kdpp.lab.methods.progressive import Progressive, deterministic_counts
+from kdpp.lab.models import Usage
+from kdpp.lab.networks import VEDenoiser, VNetwork
+from kdpp.lab.schedules import Grid, grid
 from kdpp.lab.settings import setting
 from kdpp.rollouts import mixed_rollout
 
@@ -99,12 +84,27 @@ class Collected(nn.Module):
         return self.x[rows], self.labels[rows], self.places[rows]
 
 
+@dataclass(frozen=True)
+class States:
+    """What a step learns from.
+
+    Attributes:
+        x: (B, *shape).
+        labels: int64 (B,).
+        where: the base's own account of the levels, tensors of B rows.
+    """
+
+    x: Tensor
+    labels: Tensor
+    where: Tensor
+
+
 @method(
     "ddil",
     summary="progressive or consistency distillation on states of mixed rollouts, too (DDIL)",
     source="Garrepalli et al. 2024, DDIL, Algorithms 1 and 2",
 )
-class DDIL(Task):
+class DDIL(Method):
     """The base's loss at two kinds of states: noised images, and those that sampling comes by.
 
     Now and then student and teacher take turns on the way down from pure noise
@@ -131,10 +131,10 @@ class DDIL(Task):
         substeps: int = setting(8, "consistency: the teacher's steps in a transition", low=1)
         grid: Grid = setting("divided", "the levels: trailing, or with the tail divided by 2.5")
         guidance: float = setting(2.0, "the CFG scale built in (1: none)")
-        shares: tuple[float, ...] = setting(
+        shares: tuple[float, float] = setting(
             (0.25, 0.5), "p: of collected states, early and late", low=0, high=1
         )
-        turns: tuple[float, ...] = setting(
+        turns: tuple[float, float] = setting(
             (0.15, 0.8), "β: of the student's turns, early and late", low=0, high=1
         )
         change: float = setting(0.6, "the share of a phase that is early", low=0, high=1)
@@ -146,64 +146,61 @@ class DDIL(Task):
         batch: int = setting(256, "images in a step", low=1)
         rate: float = setting(1e-3, "the first learning rate (Adam); it falls to 0", low=0)
 
-        def __post_init__(self) -> None:
-            for name in ("shares", "turns"):
-                values = getattr(self, name)
-                if len(values) != 2:
-                    raise ValueError(f"{name} is {values}; it must be two, early and late")
+    def __init__(self, training: Training) -> None:
+        s: DDIL.Settings = training.settings
+        self.settings = s
+        self.bounds = float(training.data.images.min()), float(training.data.images.max())
+        self.base: Base = BASES[s.base](training, self.reflect)
+        self.collected = Collected(s.capacity, training.data.shape).to(training.device)
+        self.iterations = self.base.method.iterations
+        self.modules = {**self.base.method.modules, "collected": self.collected}
+        self.optimisers = self.base.method.optimisers
 
-    own: Settings
-    collected: Collected
-
-    def __new__(cls, job: Job) -> DDIL:
-        return super().__new__(BASES[job.settings.base] if cls is DDIL else cls)
-
-    def prepare(self, job: Job) -> None:
-        """Make room for the states; the base is ready."""
-        self.own = job.settings
-        self.bounds = float(job.data.images.min()), float(job.data.images.max())
-        self.collected = Collected(self.own.capacity, job.data.shape).to(job.device)
-        self.modules = {**self.modules, "collected": self.collected}
-
-    def reflect(self, denoise: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def reflect(self, denoise: Denoiser) -> Denoiser:
         """The denoiser, reflected if the settings say so."""
-        return Reflected(denoise, *self.bounds) if self.own.reflected else denoise
+        return Reflected(denoise, *self.bounds) if self.settings.reflected else denoise
 
-    def late(self, done: int, iterations: int) -> int:
-        """0 in the early part of a phase, 1 in the late one: an index of ``shares``, ``turns``."""
-        return int(done >= self.own.change * iterations)
+    def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
+        s = self.settings
+        phase, done = divmod(i, self.base.phase_length)
+        late = int(done >= s.change * self.base.phase_length)
+        if done == 0:
+            self.collected.clear()
+        self.base.begin(phase, done)
+        states = self.mixed(self.base.noised(phase, draws), phase, s.shares[late], draws)
+        loss = self.base.learn(phase, done, states)
+        if done % s.every == 0:
+            self.collect(phase, s.turns[late], draws)
+        return {"loss": loss.detach()}
 
-    def recall(
-        self, share: float, draws: Draws, n: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """Collected states, labels and places, and whose turn it is to take them (n,), if any."""
+    def mixed(self, states: States, phase: int, share: float, draws: Draws) -> States:
+        """The states, about this share of them replaced by collected ones, once there are some."""
         if not len(self.collected):
-            return None
+            return states
+        n = len(states.x)
         chosen = draws.uniform(n) < share
-        return chosen, *self.collected.pick(draws.uniform(n))
+        x, labels, places = self.collected.pick(draws.uniform(n))
+        where = self.base.at(phase, places)
+        return States(
+            torch.where(stretched(chosen, x), x, states.x),
+            torch.where(chosen, labels, states.labels),
+            torch.where(stretched(chosen, where), where, states.where),
+        )
 
-    def collect(
-        self,
-        student: Callable[..., Tensor],
-        teacher: Callable[..., Tensor],
-        levels: Sequence[float],
-        substeps: int,
-        late: int,
-        draws: Draws,
-    ) -> None:
+    def collect(self, phase: int, turns: float, draws: Draws) -> None:
         """Roll out from pure noise, and keep the states at all levels but the last."""
-        steps, known = len(levels) - 1, draws.data.labels
-        count = -(-self.own.fresh // steps)
+        levels, known = self.base.levels(phase), draws.data.labels
+        count = -(-self.settings.fresh // (len(levels) - 1))
         labels = known[draws.integers(len(known), count)]
         x = levels[0] * draws.noise(draws.data.images[:1].expand(count, *draws.data.shape))
         coins = torch.Generator().manual_seed(int(draws.integers(2**62, 1)))
         rollout = mixed_rollout(
-            self.reflect(student),
-            self.reflect(teacher),
+            self.reflect(self.base.student),
+            self.reflect(partial(self.base.transition, phase)),
             x,
             torch.tensor(levels, dtype=torch.float64),
-            teacher_substeps=substeps,
-            teacher_probability=1.0 - self.own.turns[late],
+            teacher_substeps=self.base.substeps,
+            teacher_probability=1.0 - turns,
             extra_args={"cond": labels},
             generator=coins,
             disable=True,
@@ -211,136 +208,134 @@ class DDIL(Task):
         for place, state in enumerate(rollout.states[:-1]):
             self.collected.add(state, labels, torch.full_like(labels, place))
 
-    def collecting(self, steps: int, iterations: int, teachers: int) -> int:
-        """Evaluations expected of a phase's rollouts; a teacher's transition takes ``teachers``."""
-        o = self.own
-        early = [not self.late(i, iterations) for i in range(0, iterations, o.every)]
-        turns = [o.turns[0] if is_early else o.turns[1] for is_early in early]
-        trajectories = -(-o.fresh // steps)
-        return round(sum(trajectories * steps * (b + (1 - b) * teachers) for b in turns))
+    def result(self) -> tuple[VNetwork, Usage]:
+        return self.base.result()
 
 
-class OnProgressive(DDIL, Progressive):  # type: ignore[misc]  # their Settings differ
-    """`DDIL` where the base is progressive distillation."""
+class OnProgressive:
+    """Progressive distillation as `DDIL` uses it; states are at jumps (B, 3), see `Halving`."""
 
-    def __init__(self, job: Job) -> None:
-        s: DDIL.Settings = job.settings
-        plain_teacher(job)
-        base = Progressive.Settings(
+    substeps = 1
+
+    def __init__(self, training: Training, reflect: Callable[[Denoiser], Denoiser]) -> None:
+        s: DDIL.Settings = training.settings
+        plain_teacher(training)
+        settings = Progressive.Settings(
             steps=s.steps, start_steps=s.start_steps, grid=s.grid, guidance=s.guidance,
             batch=s.batch, rate=s.rate,
         )  # fmt: skip
-        phases = len(deterministic_counts(base))
+        phases = len(deterministic_counts(settings))
         if s.iterations < phases:
             raise ValueError(f"iterations is {s.iterations}; there are {phases} phases")
-        base = replace(base, iterations=s.iterations // phases)
-        Progressive.__init__(self, replace(job, settings=base))
-        self.prepare(job)
-        self.stage = 0  # of the iteration that is under way: early or late in its phase
+        self.phase_length = s.iterations // phases
+        settings = replace(settings, iterations=self.phase_length)
+        self.method, self.reflect = Progressive(replace(training, settings=settings)), reflect
+        self.student = self.method.student
 
-    def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
-        phase, done = divmod(i, self.settings.iterations)
-        if done == 0:
-            self.collected.clear()
-        self.stage = self.late(done, self.settings.iterations)
-        losses = Progressive.step(self, i, draws)
-        if done % self.own.every == 0:
-            table = self.jumps[phase]
-            levels = [*table[:, 0].tolist(), float(table[-1, 2])]
-            two_steps = partial(self.two_steps, phase)
-            self.collect(self.student, two_steps, levels, 1, self.stage, draws)
-        return losses
+    def begin(self, phase: int, done: int) -> None:
+        """A phase's first step makes the student its teacher."""
+        self.method.begin(done)
 
-    def loss(
-        self, phase: int, x: Tensor, jump: Sequence[Tensor], labels: Tensor, draws: Draws
-    ) -> Tensor:
-        recalled = self.recall(self.own.shares[self.stage], draws, len(x))
-        if recalled:
-            chosen, states, their_labels, places = recalled
-            x = torch.where(stretched(chosen, x), states, x)
-            labels = torch.where(chosen, their_labels, labels)
-            theirs = self.jumps[phase][places].unbind(1)
-            jump = [torch.where(chosen, a, b) for a, b in zip(theirs, jump)]
+    def noised(self, phase: int, draws: Draws) -> States:
+        """Images, noised to where jumps begin."""
+        x, jump, labels = self.method.noised(phase, draws)
+        return States(x, labels, torch.stack(tuple(jump), 1))
+
+    def at(self, phase: int, places: Tensor) -> Tensor:
+        """The jumps from the levels of these places."""
+        return self.method.jumps[phase][places]
+
+    def levels(self, phase: int) -> list[float]:
+        """What the phase's student is sampled on."""
+        table = self.method.jumps[phase]
+        return [*table[:, 0].tolist(), float(table[-1, 2])]
+
+    def learn(self, phase: int, done: int, states: States) -> Tensor:
+        """Take the step, and return its loss."""
+        jump = states.where.unbind(1)
         with torch.no_grad():
-            target = jump_target(self.expert(phase, labels), x, *jump)
-        estimate = self.reflect(self.student)(x, jump[0], cond=labels)
-        return self.error(estimate, target, jump[0])
+            target = jump_target(self.teacher(phase, states.labels), states.x, *jump)
+        estimate = self.reflect(self.student)(states.x, jump[0], cond=states.labels)
+        loss = self.method.error(estimate, target, jump[0])
+        self.method.learn(done, loss)
+        return loss
 
-    def expert(self, phase: int, labels: Tensor) -> Callable[..., Tensor]:
+    def teacher(self, phase: int, labels: Tensor) -> Denoiser:
         """The phase's teacher, under CFG in the first, reflected."""
-        if phase == 0 and self.halves == 2:
-            return self.reflect(guided(self.source, labels, self.own.guidance))
-        return self.reflect(partial(self.teacher, cond=labels))
+        if phase == 0 and self.method.first_is_guided:
+            return self.reflect(self.method.guided_first_teacher(labels))
+        return self.reflect(partial(self.method.teacher, cond=labels))
 
-    def two_steps(self, phase: int, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+    def transition(self, phase: int, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         """Two of the teacher's steps from σ as the estimate of one: `jump_target`."""
-        table = self.jumps[phase]
+        table = self.method.jumps[phase]
         row = table[(table[:, 0] - sigma[0]).abs().argmin()]
-        return jump_target(self.expert(phase, cond), x, *row.expand(len(x), 3).unbind(1))
+        return jump_target(self.teacher(phase, cond), x, *row.expand(len(x), 3).unbind(1))
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        network, about = Progressive.result(self)
-        for phase, table in enumerate(self.jumps):
-            teachers = 2 * (self.halves if phase == 0 else 1)
-            about["evaluations"] += self.collecting(len(table), self.settings.iterations, teachers)
-        return network, about
+    def result(self) -> tuple[VNetwork, Usage]:
+        return self.method.result()
 
 
-class OnConsistency(DDIL, Consistency):  # type: ignore[misc]  # their Settings differ
-    """`DDIL` where the base is consistency distillation; the student has the teacher's network."""
+class OnConsistency:
+    """Consistency distillation as `DDIL` uses it: the student has the teacher's network, states are
+    at levels σ (B,)."""
 
-    def __init__(self, job: Job) -> None:
-        s: DDIL.Settings = job.settings
-        base = Consistency.Settings(
+    def __init__(self, training: Training, reflect: Callable[[Denoiser], Denoiser]) -> None:
+        s: DDIL.Settings = training.settings
+        settings = Consistency.Settings(
             network=None, guidance=s.guidance, iterations=s.iterations, batch=s.batch, rate=s.rate
         )
-        Consistency.__init__(self, replace(job, settings=base))
-        self.prepare(job)
-        self.source = plain_teacher(job)
-        self.levels = grid(s.grid, s.steps)
-        self.learner, self.roller = VEDenoiser(self.network), VEDenoiser(self.average)
+        self.method, self.reflect = Consistency(replace(training, settings=settings)), reflect
+        self.phase_length, self.substeps = s.iterations, s.substeps
+        self.source, self.guidance = plain_teacher(training), s.guidance
+        self.grid = grid(s.grid, s.steps)
+        self.learner = VEDenoiser(self.method.network)
+        self.student = VEDenoiser(self.method.average)
 
-    def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
-        s = self.settings
-        late = self.late(i, s.iterations)
+    def begin(self, phase: int, done: int) -> None:
+        """There is one phase."""
+
+    def noised(self, phase: int, draws: Draws) -> States:
+        """Images, noised to levels all over the schedule."""
+        s = self.method.settings
         images, labels = draws.batch(s.batch)
         labels = draws.dropped(labels, s.dropout)
-        sigma = self.network.sigma(draws.uniform(len(images)) * (TIMESTEPS - 1))
-        x = images + stretched(sigma, images) * draws.noise(images)
-        recalled = self.recall(self.own.shares[late], draws, len(x))
-        if recalled:
-            chosen, states, their_labels, places = recalled
-            x = torch.where(stretched(chosen, x), states, x)
-            labels = torch.where(chosen, their_labels, labels)
-            sigma = torch.where(chosen, x.new_tensor(self.levels)[places], sigma)
+        sigma = self.method.network.sigma(draws.timesteps(len(images)))
+        return States(noised(images, sigma, draws.noise(images)), labels, sigma)
+
+    def at(self, phase: int, places: Tensor) -> Tensor:
+        """The levels of these places."""
+        return torch.tensor(self.grid, device=places.device)[places]
+
+    def levels(self, phase: int) -> tuple[float, ...]:
+        """What the student will be sampled on."""
+        return self.grid
+
+    def learn(self, phase: int, done: int, states: States) -> Tensor:
+        """Take the step, and return its loss."""
         with torch.no_grad():
-            target = self.target(x, sigma, labels)
-        loss = F.mse_loss(self.reflect(self.learner)(x, sigma, cond=labels), target)
-        descend(self.optimisers["network"], loss, cosine(i, s.iterations, s.rate))
-        update_average(self.average, self.network, s.average)
-        if i % self.own.every == 0:
-            self.collect(self.roller, self.expert, self.levels, self.own.substeps, late, draws)
-        return {"loss": loss.detach()}
+            target = self.target(states.x, states.where, states.labels)
+        estimate = self.reflect(self.learner)(states.x, states.where, cond=states.labels)
+        loss = F.mse_loss(estimate, target)
+        self.method.learn(done, loss)
+        return loss
 
     def target(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
         """The average's estimate at the end of the teacher's step from (x, σ), reflected."""
-        t = self.roller.sigma_to_t(sigma) - self.settings.skip
-        end = self.roller.t_to_sigma(t.clamp(min=0))
-        estimate = self.reflect(self.expert)(x, sigma, cond=labels)
-        reached = self.reflect(self.roller)(ddim(estimate, x, sigma, end), end, cond=labels)
+        t = self.student.sigma_to_t(sigma) - self.method.settings.skip
+        end = self.student.t_to_sigma(t.clamp(min=0))
+        estimate = self.reflect(self.source.with_cfg(labels, self.guidance))(x, sigma)
+        reached = self.reflect(self.student)(ddim(estimate, x, sigma, end), end, cond=labels)
         return torch.where(stretched(t < 0, x), estimate, reached)
 
-    def expert(self, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
+    def transition(self, phase: int, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         """The guided teacher."""
-        return guided(self.source, cond, self.own.guidance)(x, sigma)
+        return self.source.with_cfg(cond, self.guidance)(x, sigma)
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        network, about = Consistency.result(self)
-        about["levels"] = list(self.levels)
-        about["evaluations"] += self.collecting(
-            self.own.steps, self.settings.iterations, 2 * self.own.substeps
-        )
-        return network, about
+    def result(self) -> tuple[VNetwork, Usage]:
+        network, usage = self.method.result()
+        return network, replace(usage, levels=self.grid)
 
 
-BASES: dict[str, type[DDIL]] = {"progressive": OnProgressive, "consistency": OnConsistency}
+Base = OnProgressive | OnConsistency
+BASES: dict[str, type[Base]] = {"progressive": OnProgressive, "consistency": OnConsistency}

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdpp.digits.schedules import TIMESTEPS
+from kdpp.kinds import Denoiser
+from kdpp.lab.diffusion import noised, stretched, v_target
 from kdpp.lab.methods import (
     Draws,
-    Job,
-    Task,
-    check_rising,
+    Method,
+    Training,
+    check_range,
     cosine,
     descend,
     frozen,
     method,
     plain_teacher,
-    stretched,
     student_network,
     update_average,
 )
-from kdpp.lab.methods.progressive import Estimate, Grid, grid, guided
-from kdpp.lab.networks import VEDenoiser
+from kdpp.lab.models import Usage
+from kdpp.lab.networks import VEDenoiser, VNetwork
+from kdpp.lab.schedules import TIMESTEPS, Grid, grid
 from kdpp.lab.settings import setting
 
 __all__ = ["Matching", "matching_gradient"]
 
 
 def matching_gradient(
-    real: Estimate, fake: Estimate, made: Tensor, x: Tensor, sigma: Tensor
+    real: Denoiser, fake: Denoiser, made: Tensor, x: Tensor, sigma: Tensor
 ) -> Tensor:
     """How the student's images are to move: ``(D_fake(x, σ) - D_real(x, σ)) / mean|x0 - D_real|``.
 
@@ -58,7 +58,7 @@ def matching_gradient(
     summary="distribution matching with a second network for the student's own score (DMD2)",
     source="Yin et al. 2024, Improved Distribution Matching Distillation (DMD2)",
 )
-class Matching(Task):
+class Matching(Method):
     """The student's images, noised, are to be as likely under the teacher as under themselves::
 
         x_k  = the state at a random one of the student's levels, from its own sampling
@@ -79,7 +79,7 @@ class Matching(Task):
         grid: Grid = setting("divided", "the levels: trailing, or with the tail divided by 2.5")
         guidance: float = setting(1.5, "the teacher's CFG scale (1: none)")
         ratio: int = setting(5, "steps of the fake denoiser for one of the student's", low=1)
-        compared: tuple[float, ...] = setting(
+        compared: tuple[float, float] = setting(
             (20.0, 980.0), "timesteps at which both are compared", low=0, high=TIMESTEPS - 1
         )
         iterations: int = setting(1000, "optimisation steps of the fake denoiser", low=1)
@@ -93,15 +93,15 @@ class Matching(Task):
         )
 
         def __post_init__(self) -> None:
-            check_rising("compared", self.compared)
+            check_range("compared", self.compared)
 
-    def __init__(self, job: Job) -> None:
-        s: Matching.Settings = job.settings
-        self.settings, self.teacher = s, plain_teacher(job)
+    def __init__(self, training: Training) -> None:
+        s: Matching.Settings = training.settings
+        self.settings, self.teacher = s, plain_teacher(training)
         self.levels = grid(s.grid, s.steps)
-        self.network = student_network(job, None)
+        self.network = student_network(training, None)
         self.average = frozen(self.network)
-        self.fake = student_network(job, None)
+        self.fake = student_network(training, None)
         self.student = VEDenoiser(self.network)
         self.iterations = s.iterations
         self.modules = {"network": self.network, "average": self.average, "fake": self.fake}
@@ -115,10 +115,9 @@ class Matching(Task):
         losses = {}
         if i % s.ratio == 0:
             made, labels = self.make(draws)
-            low, high = s.compared
-            sigma = self.network.sigma(low + (high - low) * draws.uniform(len(made)))
-            x = made.detach() + stretched(sigma, made) * draws.noise(made)
-            real = guided(self.teacher, labels, s.guidance)
+            sigma = self.network.sigma(draws.between(*s.compared, len(made)))
+            x = noised(made.detach(), sigma, draws.noise(made))
+            real = self.teacher.with_cfg(labels, s.guidance)
             fake = partial(VEDenoiser(self.fake), cond=labels)
             with torch.no_grad():
                 gradient = matching_gradient(real, fake, made, x, sigma)
@@ -128,11 +127,9 @@ class Matching(Task):
             losses["matching"] = gradient.square().mean()
         with torch.no_grad():
             made, labels = self.make(draws)
-        t = draws.uniform(len(made)) * (TIMESTEPS - 1)
-        noise, sigma = draws.noise(made), stretched(self.fake.sigma(t), made)
-        root = (1 + sigma**2).sqrt()
-        v = self.fake((made + sigma * noise) / root, t, labels)
-        loss = F.mse_loss(v, (noise - sigma * made) / root)
+        t = draws.timesteps(len(made))
+        x_vp, v = v_target(made, draws.noise(made), self.fake.sigma(t))
+        loss = F.mse_loss(self.fake(x_vp, t, labels), v)
         descend(self.optimisers["fake"], loss, s.fake_rate)
         return losses | {"fake": loss.detach()}
 
@@ -149,14 +146,6 @@ class Matching(Task):
                 state = torch.where(stretched(place == k + 1, x), x, state)
         return self.student(state, x.new_tensor(self.levels)[place], labels), labels
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        s = self.settings
-        students = -(-s.iterations // s.ratio)
-        each = students * (s.steps + 3) + s.iterations * (s.steps + 1)
-        return self.average, {
-            "sampler": "lcm",
-            "levels": list(self.levels),
-            "conditions": {},
-            "guidance": s.guidance,
-            "evaluations": each * s.batch,
-        }
+    def result(self) -> tuple[VNetwork, Usage]:
+        guidance = self.settings.guidance
+        return self.average, Usage(sampler="lcm", levels=self.levels, guidance=guidance)

@@ -9,23 +9,25 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import kdpp
 from kdpp.kinds import Denoiser
+from kdpp.lab.diffusion import ddim
 from kdpp.lab.methods import (
     Draws,
-    Job,
-    Task,
+    Method,
+    Training,
     cosine,
     descend,
     method,
     plain_teacher,
     student_network,
 )
-from kdpp.lab.methods.progressive import Grid, ddim, grid
-from kdpp.lab.networks import VEDenoiser
+from kdpp.lab.models import Usage
+from kdpp.lab.networks import VEDenoiser, VNetwork
+from kdpp.lab.schedules import Grid, grid
 from kdpp.lab.settings import setting
 from kdpp.rollouts import between
 
@@ -37,8 +39,6 @@ SOLVERS: dict[Solver, Callable[..., Tensor]] = {
     "heun": kdpp.sample_heun_tg,
     "euler": kdpp.sample_euler_tg,
 }
-CALLS: dict[Solver, int] = {"dpmpp_3m": 1, "heun": 2, "euler": 1}
-"""Evaluations that a solver makes in a step."""
 
 
 def trajectory(
@@ -70,7 +70,7 @@ def trajectory(
     summary="the teacher's trajectory, learnt at the sampling levels alone (SFD)",
     source="Zhou et al. 2024, Simple and Fast Distillation of Diffusion Models, Algorithm 2",
 )
-class SFD(Task):
+class SFD(Method):
     """From x_N = x̃_N = σ_N n the teacher goes its way, K solver's steps between two levels, and the
     student, which starts from its weights, goes its own, learning at every step::
 
@@ -108,33 +108,34 @@ class SFD(Task):
             0.12, "share of labels that are dropped, with guidance 1", low=0, high=1
         )
 
-    def __init__(self, job: Job) -> None:
-        s: SFD.Settings = job.settings
-        self.settings, self.teacher = s, plain_teacher(job)
+    def __init__(self, training: Training) -> None:
+        s: SFD.Settings = training.settings
+        self.settings, self.teacher = s, plain_teacher(training)
         if not s.steps:
             raise ValueError("steps is empty; give the numbers of steps to be trained for")
         self.schedules = {n: schedule_to(s.grid, n, s.t_min) for n in s.steps}
-        self.network = student_network(job, None, ["steps"] if self.counted else [])
+        self.network = student_network(training, None, list(self.conditions))
         self.student = VEDenoiser(self.network)
         self.iterations = s.iterations
         self.modules = {"network": self.network}
         self.optimisers = {"network": torch.optim.Adam(self.network.parameters())}
 
     @property
-    def counted(self) -> bool:
-        """Whether the network is told the number of steps."""
-        return len(self.schedules) > 1
+    def conditions(self) -> dict[str, tuple[float, float]]:
+        """The network is told the number of steps, where there are several."""
+        numbers = self.settings.steps
+        return {"steps": (min(numbers), max(numbers))} if len(self.schedules) > 1 else {}
 
     @property
-    def guided(self) -> bool:
-        """Whether a CFG scale is built in."""
-        return self.settings.guidance != 1.0
+    def built_in(self) -> float | None:
+        """The CFG scale that the student has built in, if any."""
+        return None if self.settings.guidance == 1.0 else self.settings.guidance
 
     def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
         s = self.settings
         levels = self.schedules[s.steps[i % len(s.steps)]]
         images, labels = draws.batch(s.batch)
-        if not self.guided:
+        if self.built_in is None:
             labels = draws.dropped(labels, s.dropout)
         x = levels[0] * draws.noise(images)
         path = trajectory(s.solver, self.teacher.denoiser, x, levels, s.substeps, {
@@ -142,7 +143,7 @@ class SFD(Task):
             "uncond": torch.full_like(labels, self.teacher.classes),
             "cond_scale": s.guidance,
         })  # fmt: skip
-        given = {"steps": x.new_full(x.shape[:1], len(path))} if self.counted else {}
+        given = {name: x.new_full(x.shape[:1], len(path)) for name in self.conditions}
         rate, losses = cosine(i, s.iterations, s.rate), []
         for (sigma, sigma_next), target in zip(pairwise(levels), path):
             start, end = x.new_full(x.shape[:1], sigma), x.new_full(x.shape[:1], sigma_next)
@@ -153,19 +154,13 @@ class SFD(Task):
             x = moved.detach()
         return {"loss": torch.stack(losses).mean(), "last": losses[-1]}
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        s = self.settings
-        halves, saved = (2 if self.guided else 1), (s.solver == "heun" and s.t_min == 0.0)
-        counts = [s.steps[i % len(s.steps)] for i in range(s.iterations)]
-        # Heun's step to 0 is Euler's.
-        teachers = halves * sum(CALLS[s.solver] * s.substeps * count - saved for count in counts)
-        return self.network, {
-            "sampler": "euler",
-            "levels": list(self.schedules[s.steps[-1]]),
-            "conditions": {"steps": [min(s.steps), max(s.steps)]} if self.counted else {},
-            "guidance": s.guidance if self.guided else None,
-            "evaluations": (teachers + sum(counts)) * s.batch,
-        }
+    def result(self) -> tuple[VNetwork, Usage]:
+        return self.network, Usage(
+            sampler="euler",
+            levels=self.schedules[self.settings.steps[-1]],
+            conditions=self.conditions,
+            guidance=self.built_in,
+        )
 
 
 def schedule_to(kind: Grid, steps: int, t_min: float) -> tuple[float, ...]:

@@ -6,23 +6,23 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from kdpp.digits.schedules import TIMESTEPS
+from kdpp.lab.diffusion import v_target
 from kdpp.lab.methods import (
     Draws,
-    Job,
-    Task,
+    Method,
+    Training,
     cosine,
     descend,
     frozen,
     method,
     new_network,
-    stretched,
     update_average,
 )
-from kdpp.lab.networks import TEACHER
+from kdpp.lab.models import Usage
+from kdpp.lab.networks import TEACHER, VNetwork
 from kdpp.lab.settings import setting
 
 
@@ -32,7 +32,7 @@ from kdpp.lab.settings import setting
     source="Ho et al. 2020; Ho and Salimans 2022 (label dropout); Salimans and Ho 2022 (v)",
     teacher=False,
 )
-class Teacher(Task):
+class Teacher(Method):
     """At x = x0 + σ n, t uniform over the schedule and the label dropped now and then::
 
         loss = |v_θ - v|²,   v = (n - σ x0) / sqrt(1 + σ²)
@@ -51,9 +51,9 @@ class Teacher(Task):
         average: float = setting(0.998, "decay of the running average (EMA)", low=0, high=1)
         dropout: float = setting(0.12, "share of labels that are dropped", low=0, high=1)
 
-    def __init__(self, job: Job) -> None:
-        self.settings: Teacher.Settings = job.settings
-        self.network = new_network(self.settings.network, job)
+    def __init__(self, training: Training) -> None:
+        self.settings: Teacher.Settings = training.settings
+        self.network = new_network(self.settings.network, training)
         self.average = frozen(self.network)
         self.iterations = self.settings.iterations
         self.modules = {"network": self.network, "average": self.average}
@@ -63,26 +63,16 @@ class Teacher(Task):
         s = self.settings
         images, labels = draws.batch(s.batch)
         labels = draws.dropped(labels, s.dropout)
-        t = draws.uniform(len(images)) * (TIMESTEPS - 1)
+        t = draws.timesteps(len(images))
         noise = draws.noise(images)
-        sigma = stretched(self.network.sigma(t), images)
-        root = (1 + sigma**2).sqrt()
-        x_vp = (images + sigma * noise) / root
+        x_vp, v = v_target(images, noise, self.network.sigma(t))
         if s.loss == "v":
-            predicted, wanted = self.network(x_vp, t, labels), (noise - sigma * images) / root
+            loss = F.mse_loss(self.network(x_vp, t, labels), v)
         else:
-            predicted, wanted = self.network.apply_model(x_vp, t, labels), noise
-        loss = F.mse_loss(predicted, wanted)
+            loss = F.mse_loss(self.network.apply_model(x_vp, t, labels), noise)
         descend(self.optimisers["network"], loss, cosine(i, s.iterations, s.rate))
         update_average(self.average, self.network, s.average)
         return {"loss": loss.detach()}
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        s = self.settings
-        return self.average, {
-            "sampler": "euler",
-            "levels": None,
-            "conditions": {},
-            "guidance": None,
-            "evaluations": s.iterations * s.batch,
-        }
+    def result(self) -> tuple[VNetwork, Usage]:
+        return self.average, Usage(sampler="euler")

@@ -1,46 +1,50 @@
-"""Guided distillation (Meng et al. 2023): one network for D^w at every w, then in few steps.
+"""Guided distillation (Meng et al. 2023): one network for every CFG scale, then in few steps.
 
-w is Meng et al.'s here: ``D^w = (1+w)·D_c - w·D_∅``, the CFG scale minus 1, 0 for no guidance.
-`kdpp.GuidanceConditioned` with its offset -1 makes it from a sampler's ``cond_scale``.
+The scale is an input of the network. Settings and messages speak of the CFG scale (1: no guidance),
+as everywhere; the network takes it minus one, which is the paper's w.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdpp.digits.schedules import TIMESTEPS
+from kdpp.lab.diffusion import (
+    Weighting,
+    cfg_mix,
+    ddim,
+    noised,
+    second_share,
+    stretched,
+    weighted_error,
+)
 from kdpp.lab.methods import (
     Draws,
-    Job,
-    Task,
+    Method,
+    Training,
+    check_range,
     cosine,
     descend,
     frozen,
     method,
     plain_teacher,
-    stretched,
     student_network,
     update_average,
 )
 from kdpp.lab.methods.progressive import (
-    Grid,
     Halving,
     HalvingSettings,
-    ddim,
     deterministic_counts,
-    grid,
-    guided,
     halved,
     pairs,
-    share,
-    weighted_error,
 )
-from kdpp.lab.networks import VEDenoiser
+from kdpp.lab.models import Usage
+from kdpp.lab.networks import CFG_MINUS_ONE, VEDenoiser, VNetwork
+from kdpp.lab.schedules import Grid, grid
 from kdpp.lab.settings import setting
 
 PAPER = 'Meng et al. 2023, "On Distillation of Guided Diffusion Models"'
@@ -48,22 +52,22 @@ PAPER = 'Meng et al. 2023, "On Distillation of Guided Diffusion Models"'
 
 @method(
     "guided-stage-one",
-    summary="one network for the guided teacher at every w, which it takes as an input",
+    summary="one network for the guided teacher at every CFG scale, which it takes as an input",
     source=f"{PAPER}, Algorithm 1 (in the appendix: 2)",
 )
-class StageOne(Task):
-    """At x = x0 + σ n, t uniform over the schedule and w over [w_min, w_max]::
+class StageOne(Method):
+    """At x = x0 + σ n, t uniform over the schedule and the CFG scale over ``guidance_range``::
 
-        loss = ω(SNR)·|D_θ(x, σ, c, w) - ((1+w)·D_c - w·D_∅)|²
+        loss = ω(SNR)·|D_θ(x, σ, c, scale - 1) - (D_∅ + scale·(D_c - D_∅))|²
 
-    The student starts as the teacher's conditional half: its embedding of w starts without effect.
+    The student starts as the teacher's conditional half: its embedding of the scale starts without
+    effect.
     """
 
     @dataclass(frozen=True)
     class Settings:
-        w_min: float = setting(0.0, "the smallest w, the CFG scale minus 1", low=-1)
-        w_max: float = setting(4.0, "the largest w", low=-1)
-        weighting: Literal["truncated", "snr+1", "snr", "constant"] = setting(
+        guidance_range: tuple[float, float] = setting((1.0, 5.0), "least and most CFG scale", low=0)
+        weighting: Weighting = setting(
             "truncated", "of the squared error of x0: max(SNR, 1), SNR + 1, SNR or 1"
         )
         iterations: int = setting(1500, "optimisation steps", low=1)
@@ -71,12 +75,14 @@ class StageOne(Task):
         rate: float = setting(1e-3, "the first learning rate (Adam); it falls as a cosine", low=0)
         average: float = setting(0.99, "decay of the running average (EMA)", low=0, high=1)
 
-    def __init__(self, job: Job) -> None:
-        s: StageOne.Settings = job.settings
-        if s.w_min > s.w_max:
-            raise ValueError(f"w_min is {s.w_min!r} and w_max {s.w_max!r}; w_max must not be less")
-        self.settings, self.teacher = s, plain_teacher(job)
-        self.network = student_network(job, None, ["w"])
+        def __post_init__(self) -> None:
+            check_range("guidance_range", self.guidance_range)
+
+    def __init__(self, training: Training) -> None:
+        s: StageOne.Settings = training.settings
+        self.settings, self.teacher = s, plain_teacher(training)
+        self.cfg_minus_one = s.guidance_range[0] - 1.0, s.guidance_range[1] - 1.0
+        self.network = student_network(training, None, [CFG_MINUS_ONE])
         self.average = frozen(self.network)
         self.student = VEDenoiser(self.network)
         self.iterations = s.iterations
@@ -86,25 +92,20 @@ class StageOne(Task):
     def step(self, i: int, draws: Draws) -> dict[str, Tensor]:
         s = self.settings
         images, labels = draws.batch(s.batch)
-        sigma = self.network.sigma(draws.uniform(len(images)) * (TIMESTEPS - 1))
-        w = s.w_min + (s.w_max - s.w_min) * draws.uniform(len(images))
-        x = images + stretched(sigma, images) * draws.noise(images)
+        sigma = self.network.sigma(draws.timesteps(len(images)))
+        cfg_minus_one = draws.between(*self.cfg_minus_one, len(images))
+        x = noised(images, sigma, draws.noise(images))
         with torch.no_grad():
-            target = guided(self.teacher, labels, 1.0 + w)(x, sigma)
-        loss = weighted_error(self.student(x, sigma, labels, w=w), target, sigma, s.weighting)
+            target = self.teacher.with_cfg(labels, 1.0 + cfg_minus_one)(x, sigma)
+        estimate = self.student(x, sigma, labels, **{CFG_MINUS_ONE: cfg_minus_one})
+        loss = weighted_error(estimate, target, sigma, s.weighting)
         descend(self.optimisers["network"], loss, cosine(i, s.iterations, s.rate))
         update_average(self.average, self.network, s.average)
         return {"loss": loss.detach()}
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        s = self.settings
-        return self.average, {
-            "sampler": "euler",
-            "levels": None,
-            "conditions": {"w": [s.w_min, s.w_max]},
-            "guidance": None,
-            "evaluations": 3 * s.iterations * s.batch,
-        }
+    def result(self) -> tuple[VNetwork, Usage]:
+        taken = {CFG_MINUS_ONE: self.cfg_minus_one}
+        return self.average, Usage(sampler="euler", conditions=taken)
 
 
 def stochastic_jumps(levels: Sequence[float]) -> Tensor:
@@ -118,11 +119,12 @@ def stochastic_jumps(levels: Sequence[float]) -> Tensor:
 
 @method(
     "guided-stage-two",
-    summary="progressive distillation of the w-conditioned model, for plain or stochastic DDIM",
+    summary="progressive distillation of a model that takes its guidance, for DDIM, plain or noisy",
     source=f"{PAPER}, Algorithms 3 (deterministic) and 4 (stochastic), eqs. (4) to (7)",
 )
 class StageTwo(Halving):
-    """From the w-conditioned teacher's DDIM steps to half as many, and so on; see `Halving`.
+    """From DDIM steps of a teacher that takes its guidance to half as many, and so on; see
+    `Halving`.
 
     deterministic: a student of N steps makes one of two teacher's steps of length 1/2N. It is
     sampled by Euler, which is DDIM.
@@ -138,25 +140,25 @@ class StageTwo(Halving):
         kind: Literal["deterministic", "stochastic"] = setting(
             "deterministic", "the sampling that the student is made for"
         )
-        w: float | None = setting(
-            None, "a single w (the CFG scale minus 1); none: all that the teacher knows", low=-1
+        guidance: float | None = setting(
+            None, "a single CFG scale; none: all that the teacher was trained for", low=0
         )
 
     settings: Settings
 
-    def __init__(self, job: Job) -> None:
-        s: StageTwo.Settings = job.settings
+    def __init__(self, training: Training) -> None:
+        s: StageTwo.Settings = training.settings
         if s.kind == "deterministic":
             jumps = [pairs(grid(s.grid, 2 * count)) for count in deterministic_counts(s)]
         else:
             counts = halved(s.start_steps, s.steps)
             jumps = [stochastic_jumps(grid(s.grid, count)) for count in counts]
-        super().__init__(job, jumps, s.w)
+        super().__init__(training, jumps, s.guidance)
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
+    def result(self) -> tuple[VNetwork, Usage]:
         s = self.settings
         sampler = "euler" if s.kind == "deterministic" else "ddim_stochastic"
-        return self.network, self.about(sampler, grid(s.grid, s.steps))
+        return self.network, self.usage(sampler, grid(s.grid, s.steps))
 
 
 def rising(kind: Grid, steps: int, lowest: float) -> list[float]:
@@ -187,22 +189,23 @@ class Encoder(Halving):
 
     @dataclass(frozen=True)
     class Settings(HalvingSettings):
-        w: float | None = setting(
-            None, "a single w (the CFG scale minus 1); none: all that the teacher knows", low=-1
+        guidance: float | None = setting(
+            None, "a single CFG scale; none: all that the teacher was trained for", low=0
         )
 
     settings: Settings
 
-    def __init__(self, job: Job) -> None:
-        s: Encoder.Settings = job.settings
-        assert job.teacher is not None
-        self.lowest = float(job.teacher.network.log_sigmas[0].exp())
+    def __init__(self, training: Training) -> None:
+        s: Encoder.Settings = training.settings
+        assert training.teacher is not None
+        self.lowest = float(training.teacher.network.log_sigmas[0].exp())
         counts = deterministic_counts(s)
-        super().__init__(job, [pairs(rising(s.grid, 2 * n, self.lowest)) for n in counts], s.w)
+        jumps = [pairs(rising(s.grid, 2 * count, self.lowest)) for count in counts]
+        super().__init__(training, jumps, s.guidance)
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
+    def result(self) -> tuple[VNetwork, Usage]:
         s = self.settings
-        return self.network, self.about("encode", rising(s.grid, s.steps, self.lowest))
+        return self.network, self.usage("encode", rising(s.grid, s.steps, self.lowest))
 
 
 @method(
@@ -213,49 +216,51 @@ class Encoder(Halving):
 class Naive(Halving):
     """Conditional and unconditional student in one network, distilled side by side::
 
-        x'  = D^w(x, σ) + (x - D^w(x, σ))·σ'/σ         the step of both, guided
-        x̃_c = (1-s)·D^w(x, σ) + s·D_c(x', σ')          with s of `share`; x̃_∅ the same with D_∅
+        x'  = D(x, σ) + (x - D(x, σ))·σ'/σ             the step of both, D guided
+        x̃_c = (1-s)·D(x, σ) + s·D_c(x', σ')            with s of `second_share`; x̃_∅ with D_∅
 
-    For one label, x̃_c and x̃_∅ guided by w are the target of two guided steps. But x̃_∅ depends on
-    the label that guided the first of them, and the unconditional student is not told it: it learns
-    a mean over labels, and guidance multiplies what is missing, phase after phase.
+    For one label, x̃_c and x̃_∅ under the same guidance are the target of two guided steps. But x̃_∅
+    depends on the label that guided the first of them, and the unconditional student is not told
+    it: it learns a mean over labels, and guidance multiplies what is missing, phase after phase.
 
-    Without w each half takes both steps alone, and the student can be guided by any. It is sampled
-    as its teacher is, with classifier-free guidance (CFG scale 1 + w) and two evaluations a step.
+    Without ``guidance`` each half takes both steps alone, and the student can be guided by any CFG
+    scale. It is sampled as its teacher is, with classifier-free guidance and two evaluations a
+    step.
 
-    The paper draws w and makes it an input of the network; here there is one, as in its "single-w".
+    The paper draws the scale and makes it an input of the network; here there is one, as in its
+    "single-w".
     """
 
     @dataclass(frozen=True)
     class Settings(HalvingSettings):
-        w: float | None = setting(
-            1.0, "w of the guided steps (the CFG scale minus 1); none: each half goes alone", low=-1
+        guidance: float | None = setting(
+            2.0, "the CFG scale of the guided steps; none: each half goes alone", low=0
         )
 
     settings: Settings
 
-    def __init__(self, job: Job) -> None:
-        s: Naive.Settings = job.settings
-        plain_teacher(job)
+    def __init__(self, training: Training) -> None:
+        s: Naive.Settings = training.settings
+        plain_teacher(training)
         jumps = [pairs(grid(s.grid, 2 * count)) for count in deterministic_counts(s)]
-        super().__init__(job, jumps, 0.0)
+        super().__init__(training, jumps, 1.0)
 
     def loss(
         self, phase: int, x: Tensor, jump: Sequence[Tensor], labels: Tensor, draws: Draws
     ) -> Tensor:
-        cond = torch.cat((torch.full_like(labels, self.source.classes), labels))
+        cond = torch.cat((torch.full_like(labels, self.first_teacher.classes), labels))
         x = torch.cat((x, x))
         sigma, middle, end = (torch.cat((level, level)) for level in jump)
         with torch.no_grad():
             first = self.teacher(x, sigma, cond)
-            if self.settings.w is not None:
+            if self.settings.guidance is not None:
                 uncond, of_label = first.chunk(2)
-                both = torch.lerp(uncond, of_label, 1.0 + self.settings.w)
-                first = torch.cat((both, both))
+                guided = cfg_mix(uncond, of_label, self.settings.guidance)
+                first = torch.cat((guided, guided))
             second = self.teacher(ddim(first, x, sigma, middle), middle, cond)
-            target = torch.lerp(first, second, stretched(share(sigma, middle, end), x))
+            target = torch.lerp(first, second, stretched(second_share(sigma, middle, end), x))
         return self.error(self.student(x, sigma, cond), target, sigma)
 
-    def result(self) -> tuple[nn.Module, dict[str, Any]]:
-        about = self.about("euler", grid(self.settings.grid, self.settings.steps))
-        return self.network, about | {"guidance": None, "evaluations": 2 * about["evaluations"]}
+    def result(self) -> tuple[VNetwork, Usage]:
+        s = self.settings
+        return self.network, Usage(sampler="euler", levels=grid(s.grid, s.steps))
