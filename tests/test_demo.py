@@ -1,7 +1,10 @@
 """The demo, small: its table, its pictures, its sentence; the figures' signs at full size."""
 
 import dataclasses
+import errno
+import os
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -93,6 +96,38 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("kdpp: ") and "file" in said.err
     assert "sampling" not in said.err
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    """It is there, and no file can be made in it: said before any sampling."""
+
+    def refuse(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(demo, "tqdm", lambda **_: pytest.fail("it began to sample"))
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    said = f"kdpp: the folder {tmp_path} cannot be written to (Permission denied); name another"
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_it_says_at_once_what_it_will_do(tmp_path, monkeypatch, capsys):
+    """Before anything is loaded: how much work it is, the folder by default, every file."""
+    monkeypatch.setattr(demo, "load_student", lambda: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        main(["demo"])
+    said = capsys.readouterr().out
+    assert "5 seeds of 1000 digits" in said and "about a minute" in said
+    assert "go to kdpp-demo: table.txt, grids.png, guided_step.png" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_writes_what_it_says(small):
+    """These files, and nothing else."""
+    assert {path.name for path in small[1].iterdir()} == {
+        "table.txt", "grids.png", "guided_step.png",
+    }  # fmt: skip
 
 
 def test_missing_matplotlib(tmp_path, monkeypatch, capsys):

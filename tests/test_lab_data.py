@@ -1,5 +1,6 @@
 """The lab's data: the digits, folders of images, arrays; and what is refused in a sentence."""
 
+import os
 import sys
 
 import numpy as np
@@ -83,6 +84,26 @@ def animated_nothing(folder):
     (folder / "b_cats" / "notes.txt").write_text("not an image")
 
 
+def animated(folder):
+    frames = [Image.fromarray(pixels(i, 4, 5)) for i in range(3)]
+    frames[0].save(folder / "b_cats" / "0.gif", save_all=True, append_images=frames[1:])
+
+
+def enormous(folder):
+    """A picture of 144 megapixels takes 17 KB as PNG."""
+    Image.new("1", (12_000, 12_000)).save(folder / "b_cats" / "9.png")
+
+
+def pipe(folder):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(folder / "b_cats" / "9.png")
+
+
+def broken_link(folder):
+    (folder / "b_cats" / "9.png").symlink_to(folder / "nowhere.png")
+
+
 def loose(folder):
     Image.fromarray(pixels(0, 4, 5)).save(folder / "0.png")
 
@@ -95,6 +116,10 @@ def loose(folder):
         (deep, r"a_dogs.0\.png has pixels of mode 'I;16'; convert it to 8 bits"),
         (larger, r"9\.png is 5 x 6 pixels, and .*1\.png is 5 x 4 pixels; resize all"),
         (lambda f: (f / "c_birds").mkdir(), r"c_birds holds no images; add some, or remove"),
+        (animated, r"0\.gif has 3 frames; put each into a file of its own"),
+        (enormous, r"9\.png has more than 89,478,485 pixels; resize it"),
+        (pipe, r"9\.png is not a file; take it out of the folder"),
+        (broken_link, r"9\.png is not a file; take it out of the folder"),
         (loose, r"holds both sub-folders and images such as 0\.png; a class is a sub-folder"),
     ],
 )
@@ -102,6 +127,33 @@ def test_a_folder_that_is_not_in_order_is_refused_by_the_file(folder, spoil, sen
     spoil(folder)
     with pytest.raises(ValueError, match=sentence):
         load_data(folder)
+
+
+def test_images_are_turned_as_their_camera_says(tmp_path):
+    """Lying on its side in the file (EXIF orientation 6), 5 x 4 as shown: pixel by pixel."""
+    upright = pixels(3, 4, 5)
+    Image.fromarray(upright).save(tmp_path / "a.png")
+    lying = Image.fromarray(np.rot90(upright))
+    exif = lying.getexif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "b.png", exif=exif)
+    data = load_data(tmp_path)
+    assert torch.equal(data.images[0], data.images[1])
+
+
+def test_folders_inside_a_class_belong_to_it(folder):
+    (folder / "a_dogs" / "deep" / "deeper").mkdir(parents=True)
+    Image.fromarray(pixels(7, 4, 5)).save(folder / "a_dogs" / "deep" / "deeper" / "9.png")
+    data = load_data(folder)
+    assert data.labels.tolist() == [0, 0, 1, 1] and data.classes == 2
+    np.testing.assert_allclose(data.images[1, 0], pixels(7, 4, 5) / 127.5 - 1, atol=1e-6)
+
+
+def test_a_photograph_with_its_preview_is_one_image(tmp_path):
+    """MPO, as telephones write it: more than one frame, of which the first is the picture."""
+    first, preview = (Image.fromarray(pixels(i, 16, 16)) for i in (0, 1))
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[preview])
+    assert load_data(tmp_path).images.shape == (1, 1, 16, 16)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -162,6 +214,43 @@ def not_finite():
 def test_arrays_that_are_no_data_are_refused(tmp_path, array, sentence):
     np.save(tmp_path / "x.npy", array)
     with pytest.raises(ValueError, match=sentence):
+        load_data(tmp_path / "x.npy")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8])
+def test_labels_of_every_whole_kind(tmp_path, kind):
+    np.save(tmp_path / "x.npy", np.zeros((3, 1, 2, 2), np.float32))
+    np.save(tmp_path / "x.labels.npy", np.array([2, 0, 1], kind))
+    data = load_data(tmp_path / "x.npy")
+    assert data.labels.tolist() == [2, 0, 1] and data.labels.dtype == torch.int64
+
+
+def test_a_label_that_is_no_class_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2, 1, 2, 2), np.float32))
+    np.save(tmp_path / "x.labels.npy", np.array([0, 10**11]))
+    with pytest.raises(ValueError, match=r"of \S+x\.npy go up to 100000000000; .* 100000 of them"):
+        load_data(tmp_path / "x.npy")
+    np.save(tmp_path / "x.labels.npy", np.array([0, 2**64 - 1], np.uint64))
+    with pytest.raises(ValueError, match="they must be 2 whole numbers ≥ 0"):
+        load_data(tmp_path / "x.npy")
+
+
+def test_an_array_that_is_shorter_than_it_says_is_refused(tmp_path):
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**12, 8)}
+    with open(tmp_path / "x.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(b"\0" * 64)
+    with pytest.raises(
+        ValueError, match=r"x\.npy is no array of numbers: .*greater than file size"
+    ):
+        load_data(tmp_path / "x.npy")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "x.npy")
+    with pytest.raises(ValueError, match=r"x\.npy is neither a file nor a folder"):
         load_data(tmp_path / "x.npy")
 
 

@@ -8,8 +8,11 @@ import csv
 import dataclasses
 import errno
 import importlib
+import io
+import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,18 +24,23 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
 
 from kdpp.digits import NULL_CLASS, load_student, load_teacher
-from kdpp.lab import files, processes
+from kdpp.lab import files, plugins, processes
 from kdpp.lab import train as command
+from kdpp.lab.console import say
 from kdpp.lab.data import Data, load_data
 from kdpp.lab.methods import METHODS, Draws, Method, Training, cosine, load_methods, method
 from kdpp.lab.methods.consistency import Consistency, consistency_target
 from kdpp.lab.methods.teacher import Teacher
 from kdpp.lab.models import DataOrigin, ModelCard, Usage, load_model, save_model
 from kdpp.lab.networks import VEDenoiser, VNetwork, build
+from kdpp.lab.plugins import import_file
 from kdpp.lab.settings import as_dict, fill, read_toml, read_value, setting, to_toml
 from kdpp.lab.trainer import Loop, train
 from trainings import check_samples, draws, small, spots, teacher, trained, training_of
@@ -367,6 +375,110 @@ def test_damaged_checkpoints_are_refused_in_a_sentence(tmp_path):
             load_model(tmp_path)
 
 
+OLD = {
+    "network": {"kind": "resmlp", "width": 4, "hidden": 4, "blocks": 1},
+    "method": "consistency",
+    "settings": {"w_range": [0.0, 3.0]},
+    "seed": 0,
+    "data": {"source": "digits", "shape": [1, 8, 8], "classes": 10, "bounded": True, "digest": "0"},
+    "teacher": {"name": "digits:teacher", "digest": "1"},
+    "kdpp": "0.1.0",
+    "sampler": "lcm",
+    "levels": None,
+    "conditions": {"w": [0.0, 3.0]},
+    "guidance": None,
+    "evaluations": 4096,
+    "iterations": 2,
+}
+"""The metadata of a file as kdpp 0.1.0 wrote it; what the digits' networks have is left out."""
+
+
+def written(path: Path, about: Any, **more: torch.Tensor) -> Path:
+    """A file of these metadata, and a network's weights or others in their place."""
+    network = build({**OLD["network"], **DIGITS, "conditions": ["w"]})
+    save_file({**network.state_dict(), **more}, path, {"kdpp.lab": json.dumps(about)})
+    return path
+
+
+def test_a_file_that_was_written_before_is_loaded(tmp_path):
+    model = load_model(written(tmp_path / "old.safetensors", OLD))
+    assert (model.shape, model.classes, model.levels) == ((1, 8, 8), 10, None)
+    assert (model.sampler, model.guidance_range, model.card.guidance) == ("lcm", (1.0, 4.0), None)
+    assert model.card.evaluations == 4096 and model.card.teacher.name == "digits:teacher"
+    x, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 10])
+    made = model.denoiser(x, torch.ones(2), cond=labels, w=torch.zeros(2))
+    assert made.shape == x.shape and made.isfinite().all()
+
+
+def without(*path: str) -> dict[str, Any]:
+    about = json.loads(json.dumps(OLD))
+    inside = about
+    for name in path[:-1]:
+        inside = inside[name]
+    del inside[path[-1]]
+    return about
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        *((without(name), f"{name} is missing") for name in
+          ("network", "data", "method", "sampler", "conditions", "levels", "guidance")),
+        *((without("data", name), f"data.{name} is missing") for name in ("shape", "classes")),
+        (OLD | {"data": 3}, "data is 3; it must be a table"),
+        (OLD | {"data": OLD["data"] | {"shape": "8"}}, r"data\.shape is '8'; it must be a list"),
+        (OLD | {"data": OLD["data"] | {"classes": 2.5}}, r"data\.classes is 2.5; it must be a who"),
+        (OLD | {"method": None}, "method is None; it must be text"),
+        (OLD | {"sampler": ["lcm"]}, r"sampler is \['lcm'\]; it must be text"),
+        (OLD | {"levels": [1.0, "a"]}, r"levels is \[1.0, 'a'\]; it must be a list"),
+        (OLD | {"levels": [1.0, float("inf")]}, "levels is .*it must be a list"),
+        (OLD | {"conditions": ["w"]}, r"conditions is \['w'\]; it must be a table"),
+        (OLD | {"conditions": {"w": [0]}}, "conditions is .*each entry 2 numbers"),
+        (OLD | {"guidance": "2"}, "guidance is '2'; it must be a finite number or none"),
+        (OLD | {"guidance": 10**400}, "guidance is 1000+; it must be a finite number or none"),
+        (OLD | {"network": {"kind": []}}, "unhashable"),
+        (OLD | {"network": {"kind": "resmlp"}}, "cannot be built: .*width"),
+        (OLD | {"network": OLD["network"] | {"width": 8}}, "size mismatch"),
+        ([], "not a table"),
+        (3, "not a table"),
+    ],
+)  # fmt: skip
+def test_a_card_that_is_not_in_order_is_refused_by_file_and_entry(tmp_path, about, said):
+    path = written(tmp_path / "m.safetensors", about)
+    with pytest.raises(ValueError, match=rf"(?s)m\.safetensors is not a checkpoint of .*{said}"):
+        load_model(path)
+
+
+@given(data=st.data())
+def test_no_card_is_a_traceback(tmp_path_factory, data):
+    """Any entry replaced by anything that JSON has: a model, or a sentence that names the file."""
+    junk = st.recursive(
+        st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats() | st.text(max_size=3),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+        max_leaves=5,
+    )
+    about = json.loads(json.dumps(OLD))
+    inside = data.draw(st.sampled_from([about, about["data"], about["network"], about["teacher"]]))
+    inside[data.draw(st.sampled_from(sorted(inside)))] = data.draw(junk)
+    path = written(tmp_path_factory.mktemp("card") / "m.safetensors", about)
+    try:
+        load_model(path)
+    except ValueError as error:
+        assert "m.safetensors" in str(error)
+
+
+def test_weights_that_are_no_finite_floats_are_refused_by_name(tmp_path):
+    bias = build(OLD["network"] | DIGITS).leave.bias.detach()
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(ValueError, match=r"m\.safetensors is not .*leave\.bias is int8; weights"):
+        load_model(written(path, OLD, **{"leave.bias": bias.to(torch.int8)}))
+    for wrong in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=r"m\.safetensors is damaged: leave\.bias holds val"):
+            load_model(written(path, OLD, **{"leave.bias": torch.full_like(bias, wrong)}))
+    half = load_model(written(path, OLD, **{"leave.bias": bias.half() + 1}))
+    assert half.network.leave.bias.dtype == torch.float32 and half.network.leave.bias[0] == 1
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     network = build(TINY | DIGITS)
     network.leave.bias.data[0] = torch.nan
@@ -513,6 +625,58 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_good_state(tmp_path, setti
         loop = Loop(toy(**settings), tmp_path, 4, main=True)
         assert loop._load_state() in (4, 8)
         assert all(p.isfinite().all() for p in loop.method.network.parameters())
+
+
+def interrupt(training: Training, times: dict[int, int], patch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in these steps, so many times."""
+    step = training.method.step
+
+    def interrupted(self, i, draws):
+        for _ in range(times.pop(i, 0)):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0)  # here Python looks for signals
+        return step(self, i, draws)
+
+    patch.setattr(training.method, "step", interrupted)
+
+
+def test_ctrl_c_saves_what_is_done_and_says_how_to_go_on(tmp_path, monkeypatch):
+    train(toy(), tmp_path / "whole")
+    out, handler = tmp_path / "parts", signal.getsignal(signal.SIGINT)
+    interrupt(toy(), {3: 1, 6: 1, 9: 1}, monkeypatch)
+    for done in (4, 7):
+        said = rf"^stopped after {done} of 10 iterations, .* in \S+parts; give the same command"
+        with pytest.raises(KeyboardInterrupt, match=said):
+            train(toy(), out)  # a state is due after 200
+        assert set(contents(out)) == {"state.safetensors", "log.csv", "settings.toml"}
+        assert signal.getsignal(signal.SIGINT) is handler
+    assert train(toy(), out)  # in the last step there is nothing left to stop
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
+    train(toy(), tmp_path / "whole")
+    out = tmp_path / "parts"
+    interrupt(toy(), {5: 2}, monkeypatch)
+    with pytest.raises(KeyboardInterrupt, match="at once; the same command goes on from the last"):
+        train(toy(), out, save_every=2)
+    assert train(toy(), out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_what_does_not_fit_into_memory_is_said(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="batch is 1000000000000; it must be at most 65536"):
+        trained(tmp_path, "teacher", {"batch": 10**12})
+    assert contents(tmp_path) == {}
+    with pytest.raises(ValueError, match=r"the network needs more memory than .*smaller"):
+        trained(tmp_path, "ddil", {"capacity": 10**14})
+
+    def hungry(self, i, draws):
+        return draws.noise(torch.zeros(1).expand(10**7, 10**7))
+
+    monkeypatch.setattr(Toy, "step", hungry)
+    with pytest.raises(ValueError, match=r"iteration 0 needs more memory than .*smaller b"):
+        train(toy(), tmp_path)
 
 
 def test_a_rate_too_high_is_said_where_it_shows(tmp_path):
@@ -718,8 +882,6 @@ def run_command(*arguments: Any) -> None:
 @pytest.fixture(scope="session")
 def spots_file(tmp_path_factory) -> Path:
     """The spots as a file."""
-    from safetensors.torch import save_file
-
     path = tmp_path_factory.mktemp("data") / "spots.safetensors"
     data = spots()
     save_file({"images": data.images, "labels": data.labels}, path)
@@ -754,7 +916,120 @@ def test_the_command_lists_and_explains_the_methods(capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command("consistency", "--help")
     assert stopped.value.code == 0
-    assert "share of labels that are dropped (default: 0.12)" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "share of labels that are dropped (default: 0.12)" in said
+    assert '(default: {kind = "resmlp", width = 64, hidden = 128, blocks = 1})' in said
+    assert "`guidance` is built in (default: none)" in said
+
+
+def test_a_list_may_be_cut_off_by_its_reader():
+    """As in a shell: `kdpp train --list | head -1`, whose reader has gone."""
+    code = "import sys; from kdpp.cli import main; sys.exit(main(['train', '--list']))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(120) == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_what_stdout_cannot_show_is_a_question_mark(monkeypatch, encoding):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    say("λ = 0.1")
+    assert shown.getvalue().decode(encoding).strip() in ("? = 0.1", "λ = 0.1")
+
+
+def test_large_images_get_a_hint_towards_a_network_that_can(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    data = {"images": torch.rand(6, 3, 32, 32), "labels": torch.tensor([0, 0, 0, 1, 1, 1])}
+    save_file(data, tmp_path / "images.safetensors")
+    few = ("--data", tmp_path / "images.safetensors", "--iterations", 1, "--batch", 2)
+    run_command("teacher", "--out", tmp_path / "a", *few)
+    said = capsys.readouterr().err
+    assert "of images 3 x 32 x 32 it will give little but noise. Take a U-Net" in said
+    network = re.search(r"--network '(.*)'$", said, re.M)[1]
+    run_command("teacher", "--out", tmp_path / "b", *few, "--network", network)
+    assert "little but noise" not in capsys.readouterr().err
+    assert load_model(tmp_path / "b").card.network["kind"] == "unet"
+    run_command("consistency", "--teacher", tmp_path / "b", "--out", tmp_path / "c", *few)
+    assert "Take the teacher's network, from its weights: --network none" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_command_with_one_line(tmp_path, monkeypatch, capsys):
+    interrupt(tiny("teacher"), {1: 1}, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        run_command("teacher", "--out", tmp_path / "a", "--batch", 8, "--iterations", 5)
+    assert stopped.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("kdpp: stopped after 2 of 5 iterations, which are saved in ")
+    assert last.endswith("; give the same command again to go on")
+
+
+MINE = """
+from kdpp.lab.methods import method
+from kdpp.lab.methods.teacher import Teacher
+
+@method("mine", summary="a teacher of one's own", source="none", teacher=False)
+class Mine(Teacher):
+    pass
+"""
+
+
+@pytest.fixture
+def registry():
+    """What is entered during the test is not there after it."""
+    before = dict(load_methods())
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def test_a_method_of_ones_own_is_imported_from_a_file(tmp_path, spots_file, registry, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    few = ("--data", spots_file, "--iterations", 2, "--batch", 4)
+    run_command("mine", "--import", path, "--out", tmp_path / "a", *few)
+    assert load_model(tmp_path / "a").card.method == "mine"
+    run_command("mine", "--import", path, "--out", tmp_path / "b", *few)  # once in a process
+    assert "mine" in load_methods()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import kdpp.nothing", r"mine\.py, line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\n\ndef f():\n    raise KeyError('a')\nf()", r"mine\.py, line 4: KeyError: 'a'"),
+        ("x = = 1", r"mine\.py, line 1: SyntaxError"),
+        (
+            MINE.replace('"mine"', '"teacher"'),
+            "line 5: ValueError: there is a method named",
+        ),
+    ],
+)
+def test_a_file_that_fails_is_said_with_its_line(tmp_path, text, said, registry):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ImportError, match=said):
+        import_file(tmp_path / "mine.py")
+    with pytest.raises(FileNotFoundError, match="no Python file at"):
+        import_file(tmp_path / "none.py")
+
+
+def test_methods_of_installed_packages_are_found(tmp_path, monkeypatch, registry):
+    """By entry points, as a package's metadata name them."""
+    (tmp_path / "some_package.py").write_text(MINE)
+    info = tmp_path / "some_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-package\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[kdpp.methods]\nmine = some_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugins.load_entry_points.cache_clear()
+    assert load_methods()["mine"].summary == "a teacher of one's own"
+    (info / "entry_points.txt").write_text("[kdpp.methods]\nmine = some_packag\n")
+    plugins.load_entry_points.cache_clear()
+    with pytest.raises(ImportError, match=r"^some-package, installed here, .* 'mine' \(some_p"):
+        load_methods()
+    monkeypatch.undo()
+    plugins.load_entry_points.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ except ImportError as error:
 
 LINES = 5
 """Images of each digit in a grid."""
-ACROSS = 4
+ACROSS = 2
 """Grids in a line."""
 
 

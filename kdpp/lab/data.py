@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from kdpp.lab.settings import unknown
 
 __all__ = ["Data", "load_data"]
 
+MOST_CLASSES = 100_000
 GREY, COLOUR = frozenset({"1", "L"}), frozenset({"RGB", "RGBA", "LA", "P", "PA", "CMYK", "YCbCr"})
 
 
@@ -55,8 +56,9 @@ def load_data(source: str | Path) -> Data:
 
     - ``digits``: scikit-learn's, all 1,797, ``(1, 8, 8)``.
     - A folder: every image in it that Pillow reads, all of one size; sub-folders, by name, are
-      the classes. Grey images give one channel, others three (transparency is dropped); pixels
-      0..255 become -1..1. Hidden files are passed over.
+      the classes, with whatever folders they hold. Images are turned as their EXIF data say. Grey
+      ones give one channel, others three (transparency is dropped); pixels 0..255 become -1..1.
+      Hidden files are passed over.
     - ``.npy``: one array ``(N, …)``; ``NAME.labels.npy`` beside ``NAME.npy`` holds its labels.
     - ``.safetensors``: a tensor ``images`` or ``latents``, and ``labels`` if there are any.
 
@@ -66,7 +68,8 @@ def load_data(source: str | Path) -> Data:
     Raises:
         ImportError: scikit-learn or Pillow is missing.
         OSError: there is nothing at ``source``, or it cannot be read.
-        ValueError: an unknown name; an empty folder or class; a file that is no whole image or of
+        ValueError: an unknown name; an empty folder or class; a file that is no whole image, has
+            several frames or more pixels than Pillow takes for an image (89 million), or is of
             another size or depth; an array of another kind, or with values that are not finite.
             It names the file and says what to do.
     """
@@ -83,6 +86,8 @@ def load_data(source: str | Path) -> Data:
             known = ["digits"]
             raise ValueError(f"{unknown('data', str(source), known)}, a folder, or an array file")
         raise FileNotFoundError(f"no data at {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is neither a file nor a folder")
     if path.suffix == ".npy":
         images = _npy(path)
         beside = path.with_suffix(".labels.npy")
@@ -94,7 +99,7 @@ def load_data(source: str | Path) -> Data:
 
 def _folder(folder: Path, source: str) -> Data:
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    loose = _files(folder)
+    loose = [p for p in _files(folder) if p.parent == folder]
     if classes and loose:
         raise ValueError(
             f"{folder} holds both sub-folders and images such as {loose[0].name}; a class is a "
@@ -122,24 +127,42 @@ def _folder(folder: Path, source: str) -> Data:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if not p.is_dir() and not p.name.startswith("."))
+    """What is in the folder and in those inside it, by name."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith("."):
+            found += _files(path) if path.is_dir() else [path]
+    return found
 
 
 def _pixels(path: Path) -> NDArray[np.uint8]:
     """The image's pixels, ``(H, W)`` or ``(H, W, 3)``."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError('image folders need Pillow: pip install "kdpp[lab]"') from error
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; take it out of the folder")
     try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode in GREY | COLOUR:
-                return np.array(image.convert("L" if mode in GREY else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Any = Image.open(path)
+        with image:
+            mode, frames = image.mode, getattr(image, "n_frames", 1)
+            still = frames == 1 or image.format == "MPO"  # a photograph and its preview
+            if still and mode in GREY | COLOUR:
+                upright = ImageOps.exif_transpose(image)
+                return np.array(upright.convert("L" if mode in GREY else "RGB"))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; resize it"
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"{path} is not a whole image ({error}); replace it, or take it out of the folder"
         ) from error
+    if not still:
+        raise ValueError(f"{path} has {frames} frames; put each into a file of its own")
     raise ValueError(f"{path} has pixels of mode {mode!r}; convert it to 8 bits grey or colour")
 
 
@@ -154,7 +177,8 @@ def _unit(images: Tensor) -> Tensor:
 
 def _npy(path: Path) -> Tensor:
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        # Mapped first: that fails where the file is shorter than it says.
+        return torch.from_numpy(np.array(np.load(path, mmap_mode="r", allow_pickle=False)))
     except OSError as error:
         raise type(error)(f"{path} could not be read ({error.strerror})") from error
     except (EOFError, TypeError, ValueError) as error:
@@ -191,18 +215,21 @@ def _array(path: Path, images: Tensor, labels: Tensor | None) -> Data:
         images = images.unsqueeze(1)
     if labels is None:
         labels = torch.zeros(len(images), dtype=torch.int64)
-    return Data(images, _labels(path, labels, len(images)), int(labels.max()) + 1, str(path))
+    labels = _labels(path, labels, len(images))
+    return Data(images, labels, int(labels.max()) + 1, str(path))
 
 
 def _labels(path: Path, labels: Tensor, count: int) -> Tensor:
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if not whole or _shape(labels) != [count] or labels.min() < 0:
+    numbers = labels.long()  # what int64 cannot hold becomes negative
+    if not whole or list(labels.shape) != [count] or numbers.min() < 0:
         raise ValueError(
-            f"the labels of {path} are {labels.dtype} of shape {_shape(labels)}; they must be "
+            f"the labels of {path} are {labels.dtype} of shape {list(labels.shape)}; they must be "
             f"{count} whole numbers ≥ 0, one for each image"
         )
-    return labels.long()
-
-
-def _shape(tensor: Tensor) -> Sequence[int]:
-    return list(tensor.shape)
+    if numbers.max() >= MOST_CLASSES:
+        raise ValueError(
+            f"the labels of {path} go up to {int(numbers.max())}; they number the classes from 0, "
+            f"and there may be {MOST_CLASSES} of them at most"
+        )
+    return numbers

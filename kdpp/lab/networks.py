@@ -33,6 +33,7 @@ __all__ = [
     "CFG_MINUS_ONE",
     "SMALL",
     "TEACHER",
+    "UNET",
     "ResMLP",
     "VEDenoiser",
     "VNetwork",
@@ -46,6 +47,14 @@ TEACHER = {"kind": "resmlp", "width": 192, "hidden": 384, "blocks": 3}
 """The teacher that ships with kdpp: 953 k parameters for the digits."""
 SMALL = {"kind": "resmlp", "width": 64, "hidden": 128, "blocks": 1}
 """The student that ships with kdpp: 55 k parameters for the digits."""
+UNET = {
+    "kind": "unet",
+    "block_out_channels": [64, 128],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "layers_per_block": 2,
+}
+"""A small U-Net, for images of 16 x 16 pixels and more."""
 LARGEST = 4096
 PER_UNIT = 100.0  # a further condition's unit, in timesteps, for the sines that embed both
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdpp.lab.settings import fill, read_toml, read_value, setting, unknown
+from kdpp.lab.console import say
+from kdpp.lab.settings import fill, read_toml, read_value, setting, to_flag, unknown
 
 __all__ = ["add_arguments", "run"]
+
+LARGEST = 16 * 16
+"""Numbers in an image up to which the residual MLP does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +51,14 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError: an unknown method, setting or value; data or teacher that do not fit; a folder
             with another run.
         FloatingPointError: a loss or a weight is not finite.
+        SystemExit: it was stopped by Ctrl-C, and said how to go on; the status is 130.
     """
     from kdpp.lab.methods import load_methods
 
+    _import_files(arguments)
     methods = load_methods()
     if arguments.list:
-        print(listing(methods))
+        say(listing(methods))
         return
     if arguments.method is None:
         raise ValueError("which METHOD? `kdpp train --list` names them")
@@ -65,7 +73,22 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(unknown("argument", others[0], flags))
     if found.out is None:
         raise ValueError("train into which folder? --out DIR")
-    _train(chosen, found)
+    try:
+        _train(chosen, found)
+    except KeyboardInterrupt as stop:
+        print(f"kdpp: {stop or 'stopped; give the same command again'}", file=sys.stderr)
+        raise SystemExit(130) from stop
+
+
+def _import_files(arguments: argparse.Namespace) -> None:
+    """Import the files that ``--import`` names among the method's settings."""
+    from kdpp.lab.plugins import import_file
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="files", action="append", default=[], metavar="FILE.py")
+    found, arguments.rest = parser.parse_known_args(arguments.rest)
+    for path in found.files:
+        import_file(path)
 
 
 def listing(methods: Mapping[str, Any]) -> str:
@@ -89,10 +112,28 @@ def _train(chosen: Any, arguments: argparse.Namespace) -> None:
         name = common.teacher if chosen.needs_teacher else None
         teacher = load_model(name, device) if name else None
         data = load_data(common.data).to(device)
+        if processes.rank() == 0 and (hint := _hint(settings, data.shape, name)):
+            print(f"kdpp: {hint}", file=sys.stderr)
         training = Training(chosen, settings, data, teacher, name, common.seed)
         trained = train(training, arguments.out, save_every=arguments.save_every)
         if processes.rank() == 0:
-            print(f"{'wrote' if trained else 'finished before:'} {arguments.out / FILE}")
+            say(f"{'wrote' if trained else 'finished before:'} {arguments.out / FILE}")
+
+
+def _hint(settings: Any, shape: tuple[int, ...], teacher: str | None) -> str:
+    """What to take for images that the residual MLP is too simple for; empty where it does."""
+    from kdpp.lab.networks import UNET
+
+    network = getattr(settings, "network", None) or {"kind": "unet"}
+    if network.get("kind", "resmlp") != "resmlp" or math.prod(shape) <= LARGEST or len(shape) != 3:
+        return ""
+    size = " x ".join(map(str, shape))
+    instead = "none" if teacher else f"'{to_flag(UNET)}'"
+    which = "the teacher's network, from its weights" if teacher else "a U-Net (kdpp[diffusers])"
+    return (
+        f"the network is a residual MLP, made for 8 x 8 digits; of images {size} it will give "
+        f"little but noise. Take {which}: --network {instead}"
+    )
 
 
 def _settings(chosen: Any, arguments: argparse.Namespace) -> tuple[Common, Any]:
@@ -137,7 +178,7 @@ def _add_settings(group: Any, kind: type) -> None:
         default = field.default
         if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
-        about = f"{field.metadata.get('help', '')} (default: {default})".strip().replace("%", "%%")
+        about = f"{field.metadata['help']} (default: {to_flag(default)})".replace("%", "%%")
         flags = {f"--{field.name.replace('_', '-')}", f"--{field.name}"}
         group.add_argument(*sorted(flags), dest=field.name, metavar="VALUE", help=about)
 

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from kdpp.lab.settings import as_dict, to_toml
 __all__ = ["train"]
 
 STATE, LOG, SETTINGS = "state.safetensors", "log.csv", "settings.toml"
+MOST_IMAGES = 65_536
+"""In a batch: more would fill the memory before anything can be said."""
 KEY = "kdpp.lab.state"
 
 
@@ -87,7 +89,9 @@ class Loop:
     """The iterations of a training, with its log and its states in a folder."""
 
     def __init__(self, training: Training, out: Path, save_every: int, main: bool) -> None:
-        self.training, self.method = training, training.method(training)
+        with _memory("the network"):
+            self.method = training.method(training)
+        self.training = training
         self.out, self.save_every, self.main = out, save_every, main
         self.names: tuple[str, ...] = ()
         self.rows: list[str] = []
@@ -111,7 +115,7 @@ class Loop:
         )
         with bar, torch.random.fork_rng(devices=[]), self._counting(), _interrupts() as asked:
             for i in range(start, total):
-                losses, stop = self._step(i, bool(asked))
+                losses, stop = self._step(i, asked)
                 bar.set_postfix_str(_said(losses), refresh=False)
                 bar.update()
                 done = i + 1
@@ -123,23 +127,15 @@ class Loop:
         self._check_weights(total)
         self._finish()
 
-    def _step(self, i: int, asked: bool) -> tuple[dict[str, float], bool]:
-        """The losses of iteration i, and whether any process was asked to stop."""
+    def _step(self, i: int, asked: Sequence[int]) -> tuple[dict[str, float], bool]:
+        """The losses of iteration i, and whether by its end any process was asked to stop."""
         self._seed_layers(i)
-        try:
+        with _memory(f"iteration {i}"):
             found = self.method.step(i, Draws(self.training.data, self.training.seed, i))
-        except (MemoryError, RuntimeError) as error:
-            if _is_out_of_memory(error):
-                said = str(error).splitlines()[0]
-                raise ValueError(
-                    f"iteration {i} needs more memory than there is ({said}); take a smaller "
-                    "batch or network"
-                ) from error
-            raise
         if not found:
             raise ValueError(f"{self.training.method.name} has no loss at iteration {i}")
         values = [value.detach() for value in found.values()]
-        together = torch.stack([*values, values[0].new_full((), float(asked))])
+        together = torch.stack([*values, values[0].new_full((), len(asked))])
         processes.average([together])
         *means, stop = together.tolist()
         losses = dict(zip(found, means))
@@ -324,14 +320,26 @@ def _interrupts() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it is numpy's, CUDA's or torch's way to say so."""
-    known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-    return known or "DefaultCPUAllocator" in str(error)
+@contextmanager
+def _memory(what: str) -> Iterator[None]:
+    """Say in a sentence what does not fit into memory, in numpy's way, CUDA's or torch's."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        said = str(error).splitlines()[0]
+        raise ValueError(
+            f"{what} needs more memory than there is ({said}); take a smaller batch or network"
+        ) from error
 
 
 def _check_fit(training: Training) -> None:
     teacher, data = training.teacher, training.data
+    batch = getattr(training.settings, "batch", 1)
+    if batch > MOST_IMAGES:
+        raise ValueError(f"batch is {batch}; it must be at most {MOST_IMAGES}")
     if training.method.needs_teacher and teacher is None:
         name = training.method.name
         raise ValueError(f"{name} needs a teacher: --teacher FILE, or digits:teacher")
