@@ -28,7 +28,7 @@ STAGE_TWO = ("guided-stage-two", "encoder")
 MORE = {
     "consistency, the teacher's network": ("consistency", "--network", "none"),
     "guided-stage-two, stochastic": ("guided-stage-two", "--kind", "stochastic"),
-    "guided-stage-two, a single w": ("guided-stage-two", "--guidance", "2.0"),
+    "guided-stage-two, one CFG scale": ("guided-stage-two", "--guidance", "2.0"),
     "ddil, of consistency": ("ddil", "--base", "consistency"),
 }
 

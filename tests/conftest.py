@@ -1,4 +1,4 @@
-"""One thread a worker, a reproducible hypothesis profile, a page's solver among the others."""
+"""One thread a worker, a reproducible hypothesis profile, what a page or a file enters."""
 
 import os
 import re
@@ -7,9 +7,15 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 
+from kdpp.lab.plugins import import_file
+
 torch.set_num_threads(1)
 settings.register_profile("kdpp", derandomize=True, deadline=None, max_examples=15)
 settings.load_profile("kdpp")
+
+# docs/adding_a_method.md: what the file enters is tested with the rest.
+if path := os.environ.get("KDPP_IMPORT"):
+    import_file(path)
 
 # docs/adding_a_solver.md: its code enters a solver, and the property tests then run over it.
 if page := os.environ.get("KDPP_SOLVER_PAGE"):

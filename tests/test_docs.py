@@ -15,6 +15,7 @@ import torch
 
 import kdpp
 from kdpp.cli import main
+from kdpp.lab.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -117,6 +118,29 @@ def test_names_in_backticks_lead_to_the_reference(tmp_path):
         assert re.search(
             rf'<a class="reference internal" href="[^"]*#[^"]*{name}"[^>]*><code', html
         )
+
+
+def test_the_page_on_adding_a_method(tmp_path, monkeypatch):
+    """Its code, under 45 lines, trains from a file, and the tests of every method pass over it."""
+    page = ROOT / "docs" / "adding_a_method.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) < 45
+    file = tmp_path / "denoising_student.py"
+    file.write_text(code, encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider",
+         "tests/test_lab_methods.py", "-k", "denoising-student"],
+        cwd=ROOT, env={**os.environ, "KDPP_IMPORT": str(file)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) == 7
+    methods = dict(METHODS)
+    monkeypatch.chdir(tmp_path)
+    train, evaluate = commands("docs/adding_a_method.md")
+    assert main([*shlex.split(train)[1:], *SHORT["train"]]) == 0
+    assert main([*shlex.split(evaluate)[1:], *SHORT["evaluate"], "--out", "measured"]) == 0
+    METHODS.clear()
+    METHODS.update(methods)
 
 
 SHORT = {

@@ -3,14 +3,16 @@
 `kdpp train`, `kdpp evaluate`, `kdpp compare` and `kdpp tune` are its commands, each with a file of
 its name. In the order that data flows:
 
-- data, networks: what is learnt, and by what
-- settings, methods, trainer: a method is a task and its settings; the trainer runs and saves it
-- models: a checkpoint, with how it was made inside, as a denoiser
+- data, networks, schedules: what is learnt, by what, at which noise levels
+- models, weights: a checkpoint as a denoiser, with a card that says how it was made
+- diffusion: the formulas that methods of training share
+- settings, methods, trainer: a method is a class and its settings; the trainer runs and saves it
+- plugins: methods and solvers of one's own
 - sampling: a recipe and seeds become images, whoever shares the work
 - metrics: images become figures, figures of several seeds an estimate
 - spec, report: the grid of `kdpp compare`, and its page
 - looks: what `kdpp tune` measures
-- files, processes: writing whole or not at all; several processes as one
+- files, processes, console: writing whole or not at all; several processes as one; what is said
 
 Everything heavier than torch is imported when it is used; the extra `lab` installs it.
 """

@@ -261,10 +261,8 @@ class OnProgressive:
         return loss
 
     def teacher(self, phase: int, labels: Tensor) -> Denoiser:
-        """The phase's teacher, under CFG in the first, reflected."""
-        if phase == 0 and self.method.first_is_guided:
-            return self.reflect(self.method.guided_first_teacher(labels))
-        return self.reflect(partial(self.method.teacher, cond=labels))
+        """The phase's teacher, reflected."""
+        return self.reflect(self.method.phase_teacher(phase, cond=labels))
 
     def transition(self, phase: int, x: Tensor, sigma: Tensor, cond: Tensor) -> Tensor:
         """Two of the teacher's steps from σ as the estimate of one: `jump_target`."""

@@ -135,32 +135,22 @@ class Halving(Method):
         self, phase: int, x: Tensor, jump: Sequence[Tensor], labels: Tensor, draws: Draws
     ) -> Tensor:
         """The weighted error of the student's estimate at x (B, *shape), jump 3 × (B,)."""
-        given = {"cond": labels, **self.conditions(draws, len(labels))}
-        teacher: Denoiser = partial(self.teacher, **given)
-        if phase == 0 and self.first_is_guided:
-            teacher = self.guided_first_teacher(labels)
+        given = {"cond": labels}
+        if self.takes_guidance:
+            given[CFG_MINUS_ONE] = draws.between(*self.cfg_minus_one, len(labels))
         with torch.no_grad():
-            target = jump_target(teacher, x, *jump)
+            target = jump_target(self.phase_teacher(phase, **given), x, *jump)
         return self.error(self.student(x, jump[0], **given), target, jump[0])
 
     def error(self, estimate: Tensor, target: Tensor, sigma: Tensor) -> Tensor:
         """`weighted_error` as the settings have it."""
         return weighted_error(estimate, target, sigma, self.settings.weighting)
 
-    def conditions(self, draws: Draws, n: int) -> dict[str, Tensor]:
-        """The network's further inputs, (n,)."""
-        if not self.takes_guidance:
-            return {}
-        return {CFG_MINUS_ONE: draws.between(*self.cfg_minus_one, n)}
-
-    @property
-    def first_is_guided(self) -> bool:
-        """Whether the first phase's teacher is guided by CFG, at two evaluations an estimate."""
-        return not self.takes_guidance and self.cfg_minus_one != (0.0, 0.0)
-
-    def guided_first_teacher(self, labels: Tensor) -> Denoiser:
-        """The first teacher under CFG."""
-        return self.first_teacher.with_cfg(labels, 1.0 + self.cfg_minus_one[0])
+    def phase_teacher(self, phase: int, **given: Tensor) -> Denoiser:
+        """The phase's teacher for these labels (cond) and conditions; the first one under CFG."""
+        if phase == 0 and not self.takes_guidance and self.cfg_minus_one != (0.0, 0.0):
+            return self.first_teacher.with_cfg(given["cond"], 1.0 + self.cfg_minus_one[0])
+        return partial(self.teacher, **given)
 
     def usage(self, sampler: str, levels: Sequence[float]) -> Usage:
         """How the result is sampled."""
