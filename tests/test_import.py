@@ -136,6 +136,31 @@ def test_data_flows_one_way(module, allowed):
     assert module not in ("plan", "solver") or "torch" not in packages
 
 
+def imported_files(path, names):
+    """The files of kdpp that a file imports, at its head or later."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):  # a name of the package may be a file in it
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [node.module, *inside] if names.isdisjoint(inside) else inside
+        found |= names.intersection(modules)
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Taken away file by file that imports none of the others, none is left."""
+    paths = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p
+             for p in PACKAGE.rglob("*.py")}  # fmt: skip
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    left = {name: imported_files(path, set(paths)) for name, path in paths.items()}
+    while ends := {name for name, needed in left.items() if needed.isdisjoint(left)}:
+        left = {name: needed for name, needed in left.items() if name not in ends}
+    assert not left
+
+
 def test_what_needs_k_diffusion_says_so():
     """Without it an SDE solver asks for it by name, and runs with a noise sampler instead."""
     code = (

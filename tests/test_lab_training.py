@@ -26,10 +26,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 pytest.importorskip("sklearn")
 
+import kdpp
 from kdpp.digits import NULL_CLASS, load_student, load_teacher
 from kdpp.lab import files, plugins, processes
 from kdpp.lab import train as command
@@ -604,6 +606,28 @@ def test_a_damaged_state_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda about: about.pop("training"),  # as kdpp 0.1.0 wrote it
+        lambda about: about.pop("evaluations"),
+        lambda about: about.update(training=3),
+        lambda about: about.update(numbers=[]),
+        lambda about: about.update(iteration="four"),
+    ],
+)
+def test_a_state_whose_metadata_are_not_in_order_is_refused(tmp_path, spoil):
+    stop(toy(), tmp_path, 5)
+    path = tmp_path / "state.safetensors"
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["kdpp.lab.state"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    spoil(about)
+    save_file(tensors, path, {"kdpp.lab.state": json.dumps(about)})
+    with pytest.raises(ValueError, match=r"state\.safetensors is damaged, or of an earlier kdpp"):
+        train(toy(), tmp_path)
+
+
+@pytest.mark.parametrize(
     ("settings", "sentence"),
     [
         ({"nan_loss": 6}, "other is nan at iteration 6; the state after 4 iterations is kept in"),
@@ -662,6 +686,21 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch):
         train(toy(), out, save_every=2)
     assert train(toy(), out)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_all_processes_stop_where_one_is_asked_to(tmp_path, monkeypatch):
+    """The flags are averaged with the losses, so that all save the same iteration."""
+    calls = []
+
+    def average(tensors):
+        calls.append(tensors := list(tensors))
+        if len(calls) == 4:  # as if one of two had been pressed in iteration 3
+            tensors[0][-1] = 0.5
+
+    monkeypatch.setattr(processes, "average", average)
+    monkeypatch.setattr("kdpp.lab.trainer._average_gradients", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt, match="stopped after 4 of 10 iterations"):
+        train(toy(), tmp_path)
 
 
 def test_what_does_not_fit_into_memory_is_said(tmp_path, monkeypatch):
@@ -860,7 +899,9 @@ def test_a_teacher_with_guidance_inside_is_refused(tmp_path):
 
 
 def test_the_registry_names_what_there_is():
-    assert {"teacher", "consistency", "lora-consistency"} <= set(load_methods())
+    found = {kind.__module__.removeprefix("kdpp.lab.methods.") for kind in load_methods().values()}
+    files = {path.stem for path in Path(next(iter(kdpp.lab.methods.__path__))).glob("*.py")}
+    assert files - {"__init__"} <= found and len(load_methods()) >= 12
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     taken = set(vars(parser.parse_args([])))
@@ -1045,6 +1086,10 @@ def test_methods_of_installed_packages_are_found(tmp_path, monkeypatch, registry
         (
             ("teacher", "--out", "x", "--rank", "3"),
             "unknown argument '--rank'; did you mean '--rate",
+        ),
+        (
+            ("teacher", "--out", "x", "--teacher", "a"),
+            "teacher has no teacher; leave --teacher out",
         ),
         (("teacher", "--out", "x", "--batch", "0"), "batch is 0; it must be at least 1"),
         (("teacher", "--out", "x", "--seed", "-1"), r"seed is -1; it must be in \[0, 4294967295\]"),

@@ -149,6 +149,8 @@ def _settings(chosen: Any, arguments: argparse.Namespace) -> tuple[Common, Any]:
             if text is not None:
                 given[name] = read_value(kind, name, text)
     common = {name: given.pop(name) for name in _names(Common) if name in given}
+    if "teacher" in common and not chosen.needs_teacher:
+        raise ValueError(f"{chosen.name} has no teacher; leave --teacher out")
     return fill(Common, common), fill(chosen.Settings, given, f"of {chosen.name}")
 
 

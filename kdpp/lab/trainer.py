@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from kdpp.lab.files import locked, make_folder, remove_leftovers, write_atomical
 from kdpp.lab.methods import Draws, Method, Training
 from kdpp.lab.models import FILE, DataOrigin, ModelCard, TeacherOrigin, load_model, save_model
 from kdpp.lab.networks import VNetwork
-from kdpp.lab.settings import as_dict, to_toml
+from kdpp.lab.settings import as_dict, from_json, to_toml
 
 __all__ = ["train"]
 
@@ -83,6 +84,16 @@ def train(
             return False
         Loop(training, out, save_every, main).go(disable)
     return True
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a state says beside its tensors: whose it is, how far, and an optimiser's numbers."""
+
+    training: dict[str, Any]
+    iteration: int
+    evaluations: int
+    numbers: dict[str, Any]
 
 
 class Loop:
@@ -258,17 +269,16 @@ class Loop:
             return 0
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()[KEY])
-                _check_same(self.training, about["training"], self.out)
+                progress = from_json(Progress, json.loads((file.metadata() or {})[KEY]))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            iteration, evaluations = int(about["iteration"]), int(about["evaluations"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is damaged, or of an earlier kdpp ({error}); remove it to start anew"
             ) from error
-        _restore(self.method, tensors, about["numbers"])
-        self.evaluated = evaluations if self.main else 0
-        return iteration
+        _check_same(self.training, progress.training, self.out)
+        _restore(self.method, tensors, progress.numbers)
+        self.evaluated = progress.evaluations if self.main else 0
+        return progress.iteration
 
     def _finish(self) -> None:
         self._write_log()
@@ -388,8 +398,7 @@ def _state(training: Training, method: Method, done: int, evaluations: int) -> b
             for key, value in values.items():
                 place = tensors if isinstance(value, Tensor) else numbers
                 place[f"optimiser/{name}/{index}/{key}"] = value
-    about = {"iteration": done, "evaluations": evaluations, "numbers": numbers}
-    about["training"] = training.identity
+    about = asdict(Progress(training.identity, done, evaluations, numbers))
     # Each a copy of its own: modules may share tensors, which a safetensors file cannot.
     copies = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
