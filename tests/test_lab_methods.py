@@ -257,7 +257,7 @@ def test_the_model_samples_as_its_card_says(case, whole):
     if card.sampler == "encode":
         images = kdpp.encode(denoiser, x, sigmas, extra_args, disable=True)
     else:
-        sample = kdpp.SOLVERS[f"sample_{model.sampler}_tg"].sample
+        sample = kdpp.SOLVERS[model.sampler].sample
         alone = kdpp.TeacherGuidedDenoiser(denoiser, denoiser, teacher_steps=0)
         images = sample(alone, x, sigmas, extra_args, disable=True)
     assert images.shape == x.shape and images.isfinite().all()

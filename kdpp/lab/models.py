@@ -41,8 +41,8 @@ class Usage:
     """How a network is sampled.
 
     Attributes:
-        sampler: the kdpp solver that it was made for, without ``sample_`` and ``_tg``; "encode"
-            for an encoder, which goes from images to noise (`kdpp.encode`).
+        sampler: the solver that it was made for, by its name in `kdpp.SOLVERS`; "encode" for an
+            encoder, which goes from images to noise (`kdpp.encode`).
         levels: the sigmas that it was trained on, the last one 0 as a rule; None: any.
         conditions: its further scalar inputs (`kdpp.lab.networks`), and the least and most of each
             that it was trained for.
@@ -140,7 +140,7 @@ class Model:
 
     @property
     def sampler(self) -> str:
-        """The kdpp solver that it was made for, without ``sample_`` and ``_tg``.
+        """The solver that it was made for, by its name in `kdpp.SOLVERS`.
 
         Raises ValueError for an encoder, which samples nothing.
         """

@@ -15,7 +15,7 @@ __all__ = ["import_file", "load_entry_points"]
 def import_file(path: str | Path) -> ModuleType:
     """Run a Python file, once in a process, so that what it enters is there by its name.
 
-    Methods are entered by `kdpp.lab.methods.method`, solvers by `kdpp.solvers.solver`.
+    Methods are entered by `kdpp.lab.methods.method`, solvers by `kdpp.solver`.
 
     Raises FileNotFoundError where there is no file, ImportError, with the line, where it fails.
     """
