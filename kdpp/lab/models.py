@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kdpp import _version
-from kdpp.kinds import Denoiser
 from kdpp.digits import checkpoints
+from kdpp.kinds import Denoiser
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.networks import CFG_MINUS_ONE, VEDenoiser, VNetwork, build
 from kdpp.lab.settings import from_json, unknown
