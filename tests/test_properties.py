@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import kdpp
@@ -246,6 +246,8 @@ def test_moving_the_data_moves_the_images(solver, sigmas, guidance, options, off
 @given(sigmas=schedules(), guidance=guidances(), factor=st.floats(0.1, 10.0))
 def test_scaling_the_data_scales_the_images(solver, sigmas, guidance, factor):
     """Data, levels and latent times s give s times the result: no level is absolute."""
+    # A schedule from exactly 1 to 0 is refused: it may be meant for a flow model.
+    assume(float(factor * sigmas[0]) != 1.0)
     if isinstance(guidance["renoise"], float):
         guidance = {**guidance, "renoise": "next"}
     problem = Problem(cond_scale=1.0, teacher_cfg_scale=1.0)
