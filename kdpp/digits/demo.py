@@ -110,8 +110,8 @@ def build_rows(student: Counted, teacher: Counted) -> list[Row]:
 def run_demo(seed: int, out: Path, seeds: int = SEEDS, images: int = IMAGES) -> list[Row]:
     """Measure every row over ``seeds`` seeds of ``images`` images; write the table and pictures.
 
-    Raises ImportError where k-diffusion, scikit-learn or matplotlib is missing, OSError where
-    ``out`` cannot be written: both before any sampling.
+    Raises ImportError where scikit-learn or matplotlib is missing, OSError where ``out`` cannot be
+    written: both before any sampling.
     """
     student, teacher = Counted(load_student()), Counted(load_teacher())
     classifier = load_classifier()
