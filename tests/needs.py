@@ -47,4 +47,4 @@ def case(*values):
 
 def namesake(solver):
     """k-diffusion's sampler of the same name, None if there is none."""
-    return getattr(k_sampling, solver.name.removesuffix("_tg"), None)
+    return getattr(k_sampling, f"sample_{solver.name}", None)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import kdpp
+import needs
 from kdpp.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ def run(name, capsys):
     return variables, capsys.readouterr().out
 
 
+@needs.k_diffusion
 def test_two_lines_make_a_stock_script_a_guided_one(capsys):
     """The scripts differ in two lines; both run; the teacher changes the images and no more."""
     texts = [(EXAMPLES / name).read_text().splitlines() for name in ("stock.py", "guided.py")]
