@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdpp import kdiffusion
 from kdpp.checks import check_count, check_latent, check_number
 
 __all__ = [
@@ -46,13 +47,20 @@ def host_noise(x: Tensor) -> NoiseSampler:
 def brownian_noise(x: Tensor, sigmas: Tensor) -> NoiseSampler:
     """k-diffusion's Brownian tree over the schedule: increments of one path, normalised.
 
-    Takes one integer from torch's stream for its seed, as k-diffusion does. Raises ImportError
-    without a working k-diffusion.
+    Without k-diffusion it is `BrownianNoise`, and a warning says so once. Either takes one integer
+    from torch's stream for its seed.
     """
-    from kdpp.kdiffusion import sampling
-
-    tree = sampling.BrownianTreeNoiseSampler
-    sampler: NoiseSampler = tree(x, sigmas[sigmas > 0].min(), sigmas.max())
+    low, high = sigmas[sigmas > 0].min(), sigmas.max()
+    try:
+        tree = kdiffusion.sampling.BrownianTreeNoiseSampler
+    except (ImportError, AttributeError):  # AttributeError: a host's k-diffusion from before it
+        kdiffusion.say_once(
+            "k-diffusion's Brownian tree is not there: the default noise of SDE samplers is "
+            "kdpp.BrownianNoise, of the same law but not the same numbers, so a seed gives other "
+            "images than with k-diffusion (give noise_sampler to choose it yourself)"
+        )
+        return BrownianNoise(x, low, high)
+    sampler: NoiseSampler = tree(x, low, high)
     return sampler
 
 

@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kdpp
+import needs
 from problems import SHAPE, conditions, karras, mixture, per_sample, seeded, shift
 
 FILE = Path(__file__).with_name("golden.safetensors")
+TREE = "other: the tree"
 SIGMAS = torch.tensor([14.6, 5.0, 2.0, 0.9, 0.4, 0.1, 0.0], dtype=torch.float64)
 TAUS = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.3, 0.1, 0.0], dtype=torch.float64)
 BATCH = 2
@@ -149,7 +151,7 @@ def runs_of(
 
 
 def other_runs() -> Iterator[tuple[str, Tensor]]:
-    """Rollouts, encoding, editing, and the sources of noise."""
+    """Rollouts, encoding, editing, and kdpp's own sources of noise."""
     student, teacher = mixture(0), mixture(1)
     x = seeded(BATCH, *SHAPE, seed=9) * SIGMAS[0]
     cond, uncond = conditions(BATCH)
@@ -181,18 +183,29 @@ def other_runs() -> Iterator[tuple[str, Tensor]]:
     path = kdpp.BrownianNoise(x, 0.1, 14.6, [7, 8])
     pairs = [(14.6, 3.0), (3.0, 0.1), (14.6, 7.0), (5.0, 4.0)]
     yield "BrownianNoise", torch.stack([path(*pair) for pair in pairs])
+
+
+def tree_run() -> Tensor:
+    """A solver whose default noise is k-diffusion's Brownian tree; it needs k-diffusion."""
+    cond, uncond = conditions(BATCH)
+    model = kdpp.TeacherGuidedDenoiser(
+        mixture(0), mixture(1), teacher_scale=0.3, teacher_cfg_scale=4.0
+    )
+    x = seeded(BATCH, *SHAPE, seed=9) * SIGMAS[0]
+    extra_args = {"cond": cond, "uncond": uncond, "cond_scale": 2.5}
     torch.manual_seed(23)
-    yield "the tree", kdpp.sample_dpmpp_2m_sde_tg(model, x, karras(5), extra_args, disable=True)
+    return kdpp.sample_dpmpp_2m_sde_tg(model, x, karras(5), extra_args, disable=True)
 
 
 def make() -> dict[str, Tensor]:
-    """Every run's result, by name."""
+    """Every run's result, by name; without k-diffusion all but `TREE`."""
     runs = {
         f"{solver}: {name}": found
         for solver, sample, parameters in solvers()
         for name, found in runs_of(solver, sample, parameters)
     }
-    return {**runs, **{f"other: {name}": found for name, found in other_runs()}}
+    tree = {} if needs.k_sampling is None else {TREE: tree_run()}
+    return {**runs, **{f"other: {name}": found for name, found in other_runs()}, **tree}
 
 
 def main() -> None:
@@ -201,11 +214,16 @@ def main() -> None:
     write = parser.parse_args().write
     torch.set_num_threads(1)
     made = make()
+    if write and TREE not in made:
+        raise SystemExit(f"not written: {TREE} {needs.absent}")
     if write:
         save_file({name: tensor.contiguous() for name, tensor in made.items()}, FILE)
         print(f"wrote {len(made)} runs, {FILE.stat().st_size / 1024:.0f} kB")
         return
     kept = load_file(FILE)
+    if TREE not in made:
+        print(f"left out: {TREE} {needs.absent}")
+        del kept[TREE]
     for name in sorted(kept.keys() - made.keys()):
         print(f"gone: {name}")
     for name in sorted(made.keys() - kept.keys()):

@@ -9,6 +9,7 @@ import torch
 
 import four_plus_one
 import measure
+import needs
 import precision
 import size_cost
 import step_cost
@@ -32,6 +33,7 @@ def test_kernels_reads_and_memory_are_counted():
     assert counted.alive == 0
 
 
+@needs.k_diffusion
 def test_step_cost():
     """One row: kdpp's kernels fewer than k-diffusion's, no reads against some, ratios of times."""
     shape = (1, 1, 2, 2)
@@ -42,6 +44,7 @@ def test_step_cost():
     assert 0 < row["time_ratio"]["k-diffusion"] < 10
 
 
+@needs.k_diffusion
 def test_precision():
     """A state in float32 is nearer to float64 than one in 16 bits, and than k-diffusion's."""
     row = precision.errors("euler", torch.bfloat16, 20)

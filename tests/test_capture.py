@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kdpp
+import needs
 import problems
 from kdpp import capture
 from problems import karras, run, seeded
@@ -14,7 +15,6 @@ from test_calls import Net
 SOLVERS = problems.on_schedules(kdpp.SOLVERS)
 over_solvers = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
 BATCH, STEPS = 3, 3
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def test_the_loop_is_one_trace_and_gives_the_sampler_s_images(solver, traced):
     assert not torch.allclose(images[0], images[1], atol=1e-3)
 
 
+@needs.compiler
 def test_the_default_compiler_makes_the_same_images():
     """Inductor's code for a guided, ancestral run."""
     torch._dynamo.reset()
@@ -186,7 +187,7 @@ def test_a_graph_needs_cuda():
         capture(kdpp.sample_euler_tg, guided(), latent(), karras(2), conditions(), mode="graph")
 
 
-@on_cuda
+@needs.cuda
 @over_solvers
 def test_a_graph_replays_with_new_latents_conditions_and_seeds(solver):
     """One launch a run; the sampler's own images."""
@@ -209,7 +210,7 @@ def test_a_graph_replays_with_new_latents_conditions_and_seeds(solver):
         captured(x[:1], extra)
 
 
-@on_cuda
+@needs.cuda
 def test_a_graph_s_draws_differ_from_replay_to_replay():
     """The same latent twice: other noise."""
     sample, sigmas = kdpp.sample_euler_ancestral_tg, karras(STEPS).float()

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdpp
+import needs
 import problems
 from problems import Counted, Problem, accepts, karras, mixture, run, seeded
 
@@ -193,7 +194,7 @@ def test_a_latent_without_numbers_can_be_sampled(solver):
     assert found.shape == x.shape
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @over_solvers
 def test_no_synchronisation_on_a_gpu(solver):

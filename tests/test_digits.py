@@ -13,6 +13,7 @@ pytest.importorskip("sklearn")
 from kdpp.digits import checkpoints, metrics, training
 from kdpp.digits import data as digits
 from kdpp.digits.networks import Classifier, digits_mlp
+from kdpp.kdiffusion import external
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.metrics import frechet_distance, inception_score
 from kdpp.lab.networks import ResMLP
@@ -113,7 +114,7 @@ def test_eps_and_denoised_are_those_of_the_predicted_v():
 
 
 def test_sigma_between_timesteps_is_k_diffusions():
-    denoiser = external().CompVisDenoiser(small_net())
+    denoiser = external.CompVisDenoiser(small_net())
     t = torch.tensor([0.0, 0.3, 17.5, 500.25, 998.9, 999.0])
     torch.testing.assert_close(denoiser.inner_model.sigma(t), denoiser.t_to_sigma(t))
 
@@ -121,11 +122,11 @@ def test_sigma_between_timesteps_is_k_diffusions():
 def test_compvis_denoiser_gives_the_consistency_function():
     """Also at the smallest sigma, where D must be x itself but for sigma times something."""
     net, (x, cond) = small_net(), batch()
-    denoiser = external().CompVisDenoiser(net)
+    denoiser = external.CompVisDenoiser(net)
     sigma = torch.tensor([0.0292, 0.05, 0.277, 1.63, 5.0, 14.6])
     out = denoiser(x, sigma, cond=cond)
     torch.testing.assert_close(out, net.denoise(x, denoiser.sigma_to_t(sigma), cond))
-    exact = external().CompVisDenoiser(net.double())(x.double(), sigma.double(), cond=cond)
+    exact = external.CompVisDenoiser(net.double())(x.double(), sigma.double(), cond=cond)
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-4)
     assert (out[0] - x[0]).abs().max() < 0.2
 
@@ -385,10 +386,6 @@ def test_the_command_writes_three_checkpoints_and_prints_its_figures(tmp_path, m
 # The shipped weights
 
 
-def external():
-    return pytest.importorskip("k_diffusion", exc_type=ImportError).external
-
-
 def test_the_shipped_weights_are_small_and_described():
     files = {file.name: file.stat().st_size for file in checkpoints.WEIGHTS.iterdir()}
     names = {f"{name}.safetensors" for name in ("teacher", "student", "classifier")}
@@ -423,7 +420,7 @@ def test_the_shipped_student_leaves_a_gap_to_the_shipped_teacher():
 def test_the_teacher_with_guidance_works_behind_compvis_denoiser():
     """Euler by hand through k-diffusion's denoiser gives what `training.sample` gives."""
     teacher, labels = checkpoints.load_teacher(), torch.arange(10)
-    denoiser = external().CompVisDenoiser(teacher)
+    denoiser = external.CompVisDenoiser(teacher)
     x = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(4)) * SCHEDULE[0]
     for sigma, below in pairwise(SCHEDULE):
         levels = torch.full((10,), sigma)

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import kdpp
+import needs
 from kdpp.cli import main
-from kdpp.lab.methods import METHODS
+from kdpp.lab.methods import METHODS, load_methods
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -27,6 +28,7 @@ def run(name, capsys):
     return variables, capsys.readouterr().out
 
 
+@needs.k_diffusion
 def test_two_lines_make_a_stock_script_a_guided_one(capsys):
     """The scripts differ in two lines; both run; the teacher changes the images and no more."""
     texts = [(EXAMPLES / name).read_text().splitlines() for name in ("stock.py", "guided.py")]
@@ -134,7 +136,7 @@ def test_the_page_on_adding_a_method(tmp_path, monkeypatch):
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) == 7
-    methods = dict(METHODS)
+    methods = dict(load_methods())
     monkeypatch.chdir(tmp_path)
     train, evaluate = commands("docs/adding_a_method.md")
     assert main([*shlex.split(train)[1:], *SHORT["train"]]) == 0

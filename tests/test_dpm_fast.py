@@ -2,12 +2,12 @@
 
 import math
 
-import k_diffusion.sampling as k_sampling
 import numpy as np
 import pytest
 import torch
 
 import kdpp
+import needs
 from kdpp import Teacher, TeacherGuidedDenoiser
 from problems import (
     SHAPE,
@@ -61,10 +61,11 @@ def k_diffusions(n, low=LOW, high=HIGH, **options):
     """Its own sampler over a script's CFGDenoiser."""
     options.setdefault("noise_sampler", Tape(X, 5))
     model, extra_args = CFGDenoiser(PROBLEM.student), PROBLEM.extra_args
-    sampler = k_sampling.sample_dpm_fast
+    sampler = needs.k_sampling.sample_dpm_fast
     return sampler(model, X, low, high, n, extra_args, disable=True, **options)
 
 
+@needs.k_diffusion
 @over_n
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("s_noise", [1.0, 0.7])
@@ -75,6 +76,7 @@ def test_it_is_k_diffusions(n, eta, s_noise, float64):
     assert relative(found, k_diffusions(n, **options)) <= 1e-12
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("n", [3, 5])
 @pytest.mark.parametrize(("low", "high"), [(0.0292, 14.6146), (0.9, 1.1), (1e-4, 80.0)])
 def test_it_is_k_diffusions_between_any_levels(n, low, high, float64):
@@ -83,6 +85,7 @@ def test_it_is_k_diffusions_between_any_levels(n, low, high, float64):
     assert relative(found, k_diffusions(n, low, high, eta=0.5)) <= 1e-11
 
 
+@needs.k_diffusion
 @over_n
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_callback_is_k_diffusions(n, eta, float64):
@@ -101,6 +104,7 @@ def test_the_callback_is_k_diffusions(n, eta, float64):
             assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12), name
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("n", [4, 6])
 def test_the_default_noise_is_k_diffusions(n, float64):
     """The same seed gives the same picture, and leaves the stream where k-diffusion leaves it."""

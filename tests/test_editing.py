@@ -4,9 +4,8 @@ import copy
 import inspect
 import math
 import re
-import warnings
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 import kdpp
+import needs
 import problems
 from kdpp.editing import Inpainted, image_to_image, inpaint, truncate
 from kdpp.kinds import trained_range
@@ -48,12 +48,9 @@ MASK = torch.tensor([[0.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
 KNOWN = (MASK == 0).expand(BATCH, *SHAPE)
 
 
-@cache
 def stock(name):
     """k-diffusion's sampler of this name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(kdpp.kdiffusion.sampling, f"sample_{name}")
+    return getattr(needs.k_sampling, f"sample_{name}")
 
 
 def draws(sample):
@@ -93,6 +90,7 @@ def test_inpainting_keeps_the_image_in_every_solver(solver):
             assert torch.equal(call.x[..., 0, 0], at(call.sigma))
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_inpainting_keeps_the_image_in_stock_samplers(name, dtype):
@@ -111,6 +109,7 @@ def test_inpainting_keeps_the_image_in_stock_samplers(name, dtype):
         torch.testing.assert_close(call.x[..., 0, 0], expected, rtol=1e-6, atol=1e-6)
 
 
+@needs.k_diffusion
 def test_a_wrapper_in_a_stock_sampler():
     given = problem()
     model = inpaint(given.guided(), IMAGE, MASK, NOISE)
@@ -222,6 +221,7 @@ def test_marked_models_stay_marked(sigmas):
     assert marked[0].model is networks[0]
 
 
+@needs.k_diffusion
 def test_a_kind_of_its_own_stays_what_it_is():
     """A subclass of OwnCFG, which does things around its network: marked, and called as it is."""
     network = Counted(lambda x, sigma, w, cond: mixture()(x, sigma, cond=cond) + per_sample(w, x))
@@ -323,6 +323,7 @@ def test_dtypes_and_devices_follow_the_latent():
     assert not inpaint(mixture(), IMAGE, MASK, NOISE).state_dict().keys() & {"image", "noise"}
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize(("name", "mean"), [("euler", 0.9), ("euler_ancestral", 1.2)])
 def test_how_much_the_known_region_tells_the_rest(name, mean):
     """Two pixels with correlation 0.9, the first known to be 2: exactly, the other's mean is 1.8.
@@ -404,6 +405,7 @@ def test_image_to_image_is_the_sampler_from_the_noised_image(solver):
     torch.testing.assert_close(found, sample(model(), start, sigmas, given.extra_args))
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("name", STOCK)
 def test_image_to_image_with_stock_samplers(name):
     """The default noise is drawn as k-diffusion draws it; one exact step returns the image."""
@@ -418,6 +420,7 @@ def test_image_to_image_with_stock_samplers(name):
     assert torch.equal(IMAGE, before)
 
 
+@needs.k_diffusion
 def test_little_noise_keeps_the_image_much_noise_forgets_it():
     """The exact Gaussian: the correlation with the image falls with the strength."""
     model, count = gaussian(), 500
@@ -433,7 +436,9 @@ def test_little_noise_keeps_the_image_much_noise_forgets_it():
     assert kept[0] > 0.95 and kept[-1] < 0.3
 
 
-@pytest.mark.parametrize("sample", ["kdpp", "partial", "dpm_fast", "dpm_adaptive"])
+@pytest.mark.parametrize(
+    "sample", ["kdpp", "partial", *map(needs.case, ["dpm_fast", "dpm_adaptive"])]
+)
 def test_image_to_image_with_samplers_that_make_their_own_levels(sample):
     """DPM-Solver fast and adaptive get the first level and the last above 0, in place of sigmas."""
     levels = SIGMAS[1:]

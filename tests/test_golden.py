@@ -4,6 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 import golden
+import needs
 from problems import relative
 
 KEPT = load_file(golden.FILE)
@@ -12,7 +13,7 @@ SOLVERS = {short: (sample, parameters) for short, sample, parameters in golden.s
 
 def check(made, prefix):
     """The runs are those that are kept, to 1e-12: the last bits may differ between processors."""
-    kept = {name: value for name, value in KEPT.items() if name.startswith(prefix)}
+    kept = {name: KEPT[name] for name in KEPT if name.startswith(prefix) and name != golden.TREE}
     made = {f"{prefix}{name}": found for name, found in made}
     assert made.keys() == kept.keys(), "write the golden runs anew, and say why in docs/changes.md"
     for name, found in made.items():
@@ -28,6 +29,12 @@ def test_a_solver_gives_what_it_gave(solver):
 def test_the_rest_gives_what_it_gave():
     """Rollouts, encoding, editing, and the sources of noise."""
     check(golden.other_runs(), "other: ")
+
+
+@needs.k_diffusion
+def test_the_tree_gives_what_it_gave():
+    """k-diffusion's Brownian tree, where no noise sampler is given."""
+    assert relative(golden.tree_run(), KEPT[golden.TREE]) <= 1e-12
 
 
 def test_no_kept_run_is_of_a_solver_that_is_gone():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kdpp
+import needs
 import problems
 import reference
 from kdpp import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
@@ -1050,7 +1051,8 @@ def test_the_examples_of_the_page_run(capsys):
     assert len(examples) >= 8
     variables = {"__name__": "guidance"}
     for example in examples:
-        exec(compile(example, str(PAGE), "exec"), variables)
+        if needs.k_sampling is not None or "kdiffusion.sampling.sample_" not in example:
+            exec(compile(example, str(PAGE), "exec"), variables)
     assert capsys.readouterr().out == ""
 
 

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import kdpp
+from kdpp.lab.settings import read_toml
 
 PACKAGE = Path(kdpp.__file__).parent
 
@@ -16,18 +18,47 @@ import torch, kdpp
 model = kdpp.TeacherGuidedDenoiser(lambda x, sigma: x / 2, lambda x, sigma: x / 3,
                                    teacher_cfg_scale=1)
 for solver in kdpp.SOLVERS.values():
-    if not (solver.cfg_pp or solver.noise == 'brownian' or solver.own_levels):
+    if not (solver.cfg_pp or solver.own_levels):
         x = solver.sample(model, torch.randn(2, 1, 4, 4), torch.tensor([2.0, 1.0, 0.0]))
         assert x.isfinite().all()
 """
 
 
-def python(code, **environment):
+def python(code, *flags, **environment):
     """Run code in a fresh interpreter; what it prints, or its error."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
+        [sys.executable, "-W", "ignore", *flags, "-c", code],
         capture_output=True, text=True, env={"PATH": "", **environment}, timeout=120,
     )  # fmt: skip
+
+
+ABSENT = """
+import sys
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name == "k_diffusion":
+            raise ModuleNotFoundError("No module named 'k_diffusion'", name=name)
+sys.meta_path.insert(0, Absent)
+"""
+BROKEN = "raise AttributeError('torchvision::nms')"
+
+
+@pytest.fixture(params=["absent", "broken"])
+def state(request):
+    """How k-diffusion is missed: there is none, or it does not import."""
+    return request.param
+
+
+@pytest.fixture
+def without_k_diffusion(state, tmp_path):
+    """Runs code in a fresh interpreter that misses k-diffusion."""
+    if state == "broken":
+        (tmp_path / "k_diffusion").mkdir()
+        (tmp_path / "k_diffusion" / "__init__.py").write_text("from . import sampling, clip\n")
+        (tmp_path / "k_diffusion" / "sampling.py").write_text("BrownianTreeNoiseSampler = None\n")
+        (tmp_path / "k_diffusion" / "clip.py").write_text(BROKEN)
+        return lambda code, *flags: python(code, *flags, PYTHONPATH=str(tmp_path))
+    return lambda code, *flags: python(ABSENT + code, *flags)
 
 
 def test_import_is_light():
@@ -38,34 +69,68 @@ def test_import_is_light():
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("body", ["raise AttributeError('torchvision::nms')", None])
-def test_everything_else_works_without_k_diffusion(tmp_path, body):
-    """k-diffusion broken, or absent: the samplers run, and one sentence says what to install."""
-    if body is None:
-        block = "import sys; sys.modules['k_diffusion'] = None\n"
-    else:
-        (tmp_path / "k_diffusion").mkdir()
-        (tmp_path / "k_diffusion" / "__init__.py").write_text(body)
-        block = ""
-    run = python(block + SAMPLE, PYTHONPATH=str(tmp_path))
+def test_every_sampler_works_without_k_diffusion(without_k_diffusion):
+    run = without_k_diffusion(SAMPLE)
     assert run.returncode == 0, run.stderr
-    code = f"{block}import kdpp\ntry: kdpp.kdiffusion.external\nexcept ImportError as e: print(e)"
-    message = python(code, PYTHONPATH=str(tmp_path)).stdout
-    assert "pip install" in message and "k-diffusion" in message and "setuptools<81" in message
-    assert message.count("\n") == 1
 
 
-def test_the_demo_says_what_it_needs(tmp_path):
-    """Without k-diffusion `kdpp demo` ends with the sentence and status 1, and no traceback."""
+def test_kdpps_own_stands_in_for_k_diffusion(without_k_diffusion, state):
+    """Printed, it says that it does and why; a name that it has not is told what to install.
+
+    A broken k-diffusion is named once, and none of it is left: the half that does import would be
+    taken for the whole the next time, with other noise from run to run.
+    """
+    run = without_k_diffusion(
+        "import sys, kdpp\n"
+        "for part in 2 * ['external', 'layers', 'sampling', 'utils']:\n"
+        "    own = getattr(kdpp.kdiffusion, part)\n"
+        "    assert repr(own).startswith(f\"<kdpp's own in place of k_diffusion.{part}: \"), own\n"
+        "    for name in kdpp.kdiffusion.PARTS[part]:\n"
+        "        assert getattr(own, name).__module__ == 'kdpp.standin'\n"
+        "    assert not hasattr(own, '__path__')\n"
+        "assert not [name for name in sys.modules if name.startswith('k_diffusion.')]\n"
+        "try: kdpp.kdiffusion.sampling.sample_euler\n"
+        "except ImportError as error: print(error)\n",
+        "-W", "always",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("sample_euler needs k-diffusion itself")
+    assert "pip install 'k-diffusion==0.1.1.post1' 'setuptools<81'" in run.stdout
+    assert run.stdout.count("\n") == 1
+    message = "UserWarning: k-diffusion does not import (AttributeError: torchvision::nms)"
+    assert run.stderr.count("UserWarning") == run.stderr.count(message) == (state == "broken")
+
+
+def test_the_demo_samples_without_k_diffusion():
+    """The images of all rows but the longest, as they are with it (where it is installed)."""
     code = (
-        "import sys; sys.modules['k_diffusion'] = None\n"
-        f"from kdpp.cli import main; sys.exit(main(['demo', '--out', {str(tmp_path / 'o')!r}]))"
+        "from kdpp.digits.demo import *\n"
+        "torch.set_num_threads(1)\n"
+        "for row in build_rows(Counted(load_student()), Counted(load_teacher()))[:-1]:\n"
+        "    print(row.name, row.run(0, 3)[0].double().sum().item().hex())\n"
     )
-    run = python(code)
-    assert run.returncode == 1
-    assert run.stderr.startswith("kdpp: ") and "pip install" in run.stderr
-    assert "Traceback" not in run.stderr
-    assert not (tmp_path / "o").exists()
+    runs = [python(first + code) for first in ("", ABSENT)]
+    assert runs[0].stdout.count("\n") == 8, runs[0].stderr
+    assert runs[1].stdout == runs[0].stdout, runs[1].stderr
+
+
+def test_sde_samplers_without_the_tree_take_brownian_noise_and_say_so_once(without_k_diffusion):
+    """The noise is that of BrownianNoise over the same levels; one warning for all the runs."""
+    run = without_k_diffusion(
+        "import torch, kdpp\n"
+        "model = kdpp.TeacherGuidedDenoiser(lambda x, s: x / 2, lambda x, s: x, teacher_steps=0)\n"
+        "x, sigmas = torch.ones(1, 1, 2, 2), torch.tensor([2.0, 1.0, 0.5, 0.0])\n"
+        "for sample in (kdpp.sample_dpmpp_sde_tg, kdpp.sample_dpmpp_3m_sde_tg):\n"
+        "    torch.manual_seed(0)\n"
+        "    found, state = sample(model, x, sigmas), torch.get_rng_state()\n"
+        "    torch.manual_seed(0)\n"
+        "    noise = kdpp.BrownianNoise(x, sigmas[-2], sigmas[0])\n"
+        "    assert torch.equal(found, sample(model, x, sigmas, noise_sampler=noise))\n"
+        "    assert torch.equal(state, torch.get_rng_state())\n",
+        "-W", "always::UserWarning",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("k-diffusion's Brownian tree is not there") == 1
 
 
 def test_a_loaded_k_diffusion_is_the_one_used(monkeypatch):
@@ -73,6 +138,21 @@ def test_a_loaded_k_diffusion_is_the_one_used(monkeypatch):
     theirs = object()
     monkeypatch.setitem(sys.modules, "k_diffusion.sampling", theirs)
     assert kdpp.kdiffusion.sampling is theirs
+
+
+@pytest.mark.parametrize(
+    ("python_version", "asked"), [("3.10", True), ("3.12", True), ("3.13", False), ("3.14", False)]
+)
+def test_k_diffusion_is_asked_for_where_numpy_below_2_has_wheels(python_version, asked):
+    """With the bounds that its dependencies need; from 3.13 on without it and without them."""
+    project = read_toml(PACKAGE.parent / "pyproject.toml")["project"]
+    wanted = map(Requirement, project["dependencies"])
+    environment = {"python_version": python_version}
+    found = {one.name: one.specifier for one in wanted
+             if one.marker is None or one.marker.evaluate(environment)}  # fmt: skip
+    assert found["numpy"].contains("2.0.0") == (not asked)
+    its = {"k-diffusion", "setuptools", "tifffile"}
+    assert its & found.keys() == (its if asked else set())
 
 
 def test_unknown_part_of_k_diffusion():
@@ -88,6 +168,7 @@ def imports(module):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            names |= {f"kdpp.{alias.name}" for alias in node.names if node.module == "kdpp"}
             names.add(node.module)
     kdpp_modules = {name.removeprefix("kdpp.") for name in names if name.startswith("kdpp.")}
     return kdpp_modules, {name.split(".")[0] for name in names}
@@ -125,7 +206,8 @@ def imports(module):
         ("memory", {"kinds"}),
         ("editing", {"checks", "denoisers", "guidance", "kinds", "noise", "plan", "solver"}),
         ("rollouts", {"checks", "denoisers", "driver", "guidance", "kinds", "noise", "plan"}),
-        ("kdiffusion", set()),
+        ("kdiffusion", {"standin"}),
+        ("standin", set()),
     ],
 )
 def test_data_flows_one_way(module, allowed):
@@ -159,21 +241,3 @@ def test_no_files_import_each_other_in_a_circle():
     while ends := {name for name, needed in left.items() if needed.isdisjoint(left)}:
         left = {name: needed for name, needed in left.items() if name not in ends}
     assert not left
-
-
-def test_what_needs_k_diffusion_says_so():
-    """Without it an SDE solver asks for it by name, and runs with a noise sampler instead."""
-    code = (
-        "import sys; sys.modules['k_diffusion'] = None\n"
-        "import torch, kdpp\n"
-        "model = kdpp.TeacherGuidedDenoiser(lambda x, s: x / 2, lambda x, s: x, teacher_steps=0)\n"
-        "x, sigmas = torch.ones(1, 1, 2, 2), torch.tensor([2.0, 1.0, 0.0])\n"
-        "try: kdpp.sample_dpmpp_sde_tg(model, x, sigmas)\n"
-        "except ImportError as error: print(error)\n"
-        "noise = lambda sigma, sigma_next: torch.randn_like(x)\n"
-        "print(kdpp.sample_dpmpp_sde_tg(model, x, sigmas, noise_sampler=noise).isfinite().all())\n"
-    )
-    run = python(code)
-    message, result = run.stdout.strip().splitlines()
-    assert "pip install 'k-diffusion" in message
-    assert result == "tensor(True)", run.stderr

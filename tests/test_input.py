@@ -289,11 +289,11 @@ def test_renoise_noise_of_another_shape(solver, shape):
 
 
 @pytest.mark.parametrize("shape", [(1, *SHAPE), (2, 1, 2, 2), (2, 3, 2, 3), ()], ids=str)
-@over_solvers
+@pytest.mark.parametrize(
+    "solver", [s for s in SOLVERS if accepts(s, "noise_sampler")], ids=lambda s: s.name
+)
 def test_solver_noise_of_another_shape(solver, shape):
     """The same for the solver's own noise sampler."""
-    if not accepts(solver, "noise_sampler"):
-        pytest.skip("takes no noise sampler")
     problem = Problem()
     noise = {"noise_sampler": lambda *_: torch.zeros(shape)}
     with pytest.raises(REFUSED) as error:

@@ -245,7 +245,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 
 def test_the_denoiser_is_k_diffusions():
-    external = pytest.importorskip("k_diffusion").external
+    external = kdpp.kdiffusion.external
     network = load_teacher()
     ours, theirs = VEDenoiser(network), external.CompVisDenoiser(network)
     torch.manual_seed(0)

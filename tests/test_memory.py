@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from k_diffusion import external
 from torch import nn
 
 import kdpp
+import needs
 from kdpp.digits import NULL_CLASS, load_student, load_teacher, schedule
+from kdpp.kdiffusion import external
 from kdpp.memory import Borrowed, borrowed_in, without_adapters
 from problems import relative, seeded
 
 SIGMAS = torch.tensor(schedule(4))
 LABELS = torch.arange(6)
 ADAPTED = ["time.0", "time.2", "mlp.0", "mlp.2", "modulation", "enter", "leave"]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def denoiser(network=None):
@@ -700,7 +700,7 @@ def test_the_order_of_work_on_cuda(monkeypatch):
     assert torch.equal(twin(noise(), SIGMAS[[0] * 6], cond=LABELS), expected)
 
 
-@cuda
+@needs.cuda
 def test_cuda_memory_is_the_students_outside_the_guided_steps():
     """Not there before, there for the steps, gone after; the samples are those of two models."""
     student, source = denoiser(load_student()).cuda(), denoiser()
@@ -715,7 +715,7 @@ def test_cuda_memory_is_the_students_outside_the_guided_steps():
     assert torch.cuda.memory_allocated() == before
 
 
-@cuda
+@needs.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_cuda_copies_overlap_and_the_host_does_not_wait():
     """The copy arrives while work queued after `fetch` is still running; nothing synchronises."""
@@ -740,7 +740,7 @@ def test_cuda_copies_overlap_and_the_host_does_not_wait():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@cuda
+@needs.cuda
 def test_cuda_room_given_back_unused_is_not_written_to():
     """Fetched and released without a call: what takes the room next keeps its numbers."""
     teacher = Borrowed(nn.Linear(8192, 8192, bias=False).requires_grad_(False))

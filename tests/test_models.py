@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from k_diffusion import external
 from torch import nn
 
 import kdpp
+from kdpp.kdiffusion import external
 from kdpp.models import (
     FlowDenoiser,
     GuidanceConditioned,

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import k_diffusion.sampling as k_sampling
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +11,7 @@ from scipy import stats
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdpp
+import needs
 import noise_cost
 import problems
 from kdpp.noise import BrownianNoise, SeededNoise, box_muller, philox
@@ -19,6 +19,9 @@ from problems import SIGMA_MAX, SIGMA_MIN, Problem, karras
 
 WORD = 2**32 - 1
 SDE = ("dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")
+SOURCES = [BrownianNoise]
+if needs.k_sampling is not None:
+    SOURCES.append(needs.k_sampling.BrownianTreeNoiseSampler)
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
 
 
@@ -299,7 +302,7 @@ def test_increments_add_up(order):
     levels = torch.tensor(queries, dtype=torch.float64)
     for transform in (lambda s: s, lambda s: -s.log()):
         roots = transform(levels).diff().abs().sqrt()
-        for maker in (BrownianNoise, k_sampling.BrownianTreeNoiseSampler):
+        for maker in SOURCES:
             noise = maker(x, 0.1, 10.0, seed=3, transform=transform)
             found = {i: noise(*levels[i]) * roots[i] for i in order}
             tolerance = 1e-12 if maker is BrownianNoise else 1e-3  # the tree's own
@@ -311,14 +314,13 @@ def test_increments_add_up(order):
 QUESTIONS = [(14.0, 6.0), (14.0, 3.0), (3.0, 1.0), (8.0, 2.0), (0.5, 10.0), (6.0, 14.0)]
 
 
-@pytest.mark.parametrize("source", ["tree", "one seed", "seeds"])
+@pytest.mark.parametrize("source", [needs.case("tree"), "one seed", "seeds"])
 def test_the_law_is_the_trees(source):
     """The measured covariances of k-diffusion's tree, and ours of both kinds of seed."""
     n = 40_000
     x = torch.zeros(4, n // 4, dtype=torch.float64)
     seed = [1, 2, 3, 4] if source == "seeds" else 5
-    maker = k_sampling.BrownianTreeNoiseSampler if source == "tree" else BrownianNoise
-    noise = maker(x, 0.1, 15.0, seed=seed)
+    noise = SOURCES[source == "tree"](x, 0.1, 15.0, seed=seed)
     rows = torch.stack([noise(*map(torch.tensor, q)).flatten() for q in QUESTIONS])
     torch.testing.assert_close(rows @ rows.T / n, covariance(QUESTIONS), rtol=0, atol=5 / n**0.5)
     for row in rows:
@@ -369,15 +371,15 @@ def test_without_a_seed_one_integer_is_taken_from_torchs_stream():
     torch.manual_seed(12)
     number = torch.randint(0, 2**63 - 1, []).item()
     known = BrownianNoise(x, 0.1, 10.0, number).between(4.0, 2.0)
-    states = []
-    for maker in (BrownianNoise, k_sampling.BrownianTreeNoiseSampler):
+    states = [torch.get_rng_state()]
+    for maker in SOURCES:
         torch.manual_seed(12)
         noise = maker(x, 0.1, 10.0)
         found = noise(4.0, 2.0)
         states.append(torch.get_rng_state())
         if maker is BrownianNoise:
             assert torch.equal(found, known)
-    assert torch.equal(*states)
+    assert all(torch.equal(state, states[0]) for state in states)
 
 
 @pytest.mark.parametrize("name", SDE)
@@ -403,6 +405,7 @@ def test_any_query_draws_twice_at_most():
     assert counts == [1, 2, 2, 1, 0]
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("name", SDE)
 def test_kdpp_and_k_diffusion_run_on_the_same_path(name):
     """One image from both libraries, each asking a path of the same seed."""
@@ -417,7 +420,7 @@ def test_kdpp_and_k_diffusion_run_on_the_same_path(name):
     ours = problems.run(
         solver, plain, x, sigmas, extra_args=problem.extra_args, noise_sampler=path()
     )
-    theirs = getattr(k_sampling, f"sample_{name}")(
+    theirs = getattr(needs.k_sampling, f"sample_{name}")(
         plain, x, sigmas, extra_args=problem.extra_args, noise_sampler=path(), disable=True
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -458,6 +461,7 @@ def test_what_is_asked_is_checked():
 # ----------------------------------------------------------------------------------- the figures
 
 
+@needs.k_diffusion
 def test_the_benchmark_counts():
     """One draw a query of kdpp's path, as many as plain noise; k-diffusion's tree takes more."""
     row = noise_cost.measure("dpmpp_sde", (1, 4, 2, 2), pairs=1)

@@ -2,11 +2,11 @@
 
 import inspect
 
-import k_diffusion.sampling as k_sampling
 import pytest
 import torch
 
 import kdpp
+import needs
 import problems
 import reference
 import reference_more
@@ -78,18 +78,13 @@ def name_of(parameter):
     return getattr(parameter, "name", None) or (str(parameter) if parameter != {} else "default")
 
 
-def namesake(solver):
-    """k-diffusion's sampler of the same name, None if there is none."""
-    return getattr(k_sampling, f"sample_{solver.name}", None)
-
-
-IN_K_DIFFUSION = [s for s in SOLVERS if namesake(s) is not None]
+IN_K_DIFFUSION = [s for s in SOLVERS if needs.namesake(s) is not None]
 EVERY_VARIANT = [(solver, options) for solver in SOLVERS for options in variants(solver)]
 K_DIFFUSIONS = [
     (solver, options)
     for solver, options in EVERY_VARIANT
     if solver in IN_K_DIFFUSION
-    and set(options) <= set(inspect.signature(namesake(solver)).parameters)
+    and set(options) <= set(inspect.signature(needs.namesake(solver)).parameters)
 ]
 over_k_diffusion = pytest.mark.parametrize(("solver", "options"), K_DIFFUSIONS, ids=name_of)
 over_everything = pytest.mark.parametrize(("solver", "options"), EVERY_VARIANT, ids=name_of)
@@ -104,19 +99,21 @@ def k_diffusion(solver, problem, x, sigmas, **options):
         free = problem.student(x, sigma, cond=uncond)
         return free + scale * (problem.student(x, sigma, cond=cond) - free)
 
-    sample = namesake(solver)
+    sample = needs.namesake(solver)
     try:
         return sample(model, x, sigmas, extra_args=problem.extra_args, disable=True, **options)
     except UnboundLocalError:
         return pytest.skip("k-diffusion's own sampler fails on a single step to 0")
 
 
+@needs.k_diffusion
 def test_every_solver_has_something_to_be_compared_with():
     """A solver that is added needs a namesake in k-diffusion or a reference of its own."""
-    lonely = [s.name for s in SOLVERS if namesake(s) is None and s.name not in REFERENCES]
+    lonely = [s.name for s in SOLVERS if needs.namesake(s) is None and s.name not in REFERENCES]
     assert not lonely, f"write a reference for {lonely} in tests/reference.py"
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("off", GUIDANCE_OFF.values(), ids=GUIDANCE_OFF)
 @over_schedules
 @over_k_diffusion
@@ -131,6 +128,7 @@ def test_without_guidance_it_is_k_diffusions_sampler(solver, options, sigmas, of
     assert relative(found, expected) <= TOLERANCE[torch.float64]
 
 
+@needs.k_diffusion
 @over_schedules
 @over_k_diffusion
 def test_without_guidance_it_is_k_diffusions_sampler_in_float32(solver, options, sigmas):
@@ -153,6 +151,7 @@ def test_without_guidance_it_is_k_diffusions_sampler_in_float32(solver, options,
     assert relative(found, expected) <= bound
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("solver", IN_K_DIFFUSION, ids=name_of)
 def test_many_steps_in_float32(solver):
     """Rounding does not pile up: 200 float32 steps still agree to 1e-5."""
@@ -173,12 +172,13 @@ def noise_for(solver, x, seed=3):
     return {"noise_sampler": Tape(x, seed)} if accepts(solver, "noise_sampler") else {}
 
 
+@needs.k_diffusion
 @over_schedules
-@pytest.mark.parametrize("solver", IN_K_DIFFUSION, ids=name_of)
+@pytest.mark.parametrize(
+    "solver", [s for s in IN_K_DIFFUSION if accepts(s, "noise_sampler")], ids=name_of
+)
 def test_a_custom_noise_sampler_is_asked_as_by_k_diffusion(solver, sigmas):
     """The host's noise sampler sees the same levels in the same order, and the image agrees."""
-    if not accepts(solver, "noise_sampler"):
-        pytest.skip("takes no noise sampler")
     problem = Problem()
     x = problem.start(sigmas)
     theirs, ours = Tape(x, 4), Tape(x, 4)
@@ -194,13 +194,16 @@ def levels(asked):
     return [float(level) for pair in asked for level in pair]
 
 
-@pytest.mark.parametrize("solver", IN_K_DIFFUSION, ids=name_of)
+@needs.k_diffusion
+@pytest.mark.parametrize(
+    "solver",
+    [s for s in IN_K_DIFFUSION if accepts(s, "s_churn") or accepts(s, "noise_sampler")],
+    ids=name_of,
+)
 def test_the_global_stream_ends_where_k_diffusions_does(solver):
     """A run that uses noise consumes exactly the numbers that k-diffusion's consumes."""
     problem, sigmas = Problem(), karras(5)
     options = {"s_churn": 3.0} if accepts(solver, "s_churn") else {}
-    if not options and not accepts(solver, "noise_sampler"):
-        pytest.skip("uses no noise")
     x = problem.start(sigmas)
     torch.manual_seed(14)
     k_diffusion(solver, problem, x, sigmas, **options)

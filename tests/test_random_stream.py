@@ -1,6 +1,8 @@
 """Teacher guidance and the host's random numbers: neither touches the other."""
 
-import k_diffusion.sampling as k_sampling
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -185,13 +187,21 @@ def test_the_students_own_noise_needs_no_draw(solver):
     assert not tape.asked
 
 
-@over_solvers
+def load(monkeypatch, default_noise_sampler):
+    """A host's k-diffusion, loaded, with a default noise sampler of the host's own."""
+    theirs = SimpleNamespace(
+        default_noise_sampler=default_noise_sampler, BrownianTreeNoiseSampler=kdpp.BrownianNoise
+    )
+    monkeypatch.setitem(sys.modules, "k_diffusion.sampling", theirs)
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [s for s in SOLVERS if accepts(s, "noise_sampler") and s.noise == "plain"],
+    ids=lambda s: s.name,
+)
 def test_a_loaded_k_diffusion_gives_the_default_noise(solver, monkeypatch):
     """A host that replaces k-diffusion's default_noise_sampler is obeyed, at the call."""
-    if not accepts(solver, "noise_sampler"):
-        pytest.skip("takes no noise sampler")
-    if solver.noise == "brownian":
-        pytest.skip("its default is a Brownian tree, as in k-diffusion")
     problem = Problem()
     x = problem.start(SIGMAS)
     asked = []
@@ -200,7 +210,7 @@ def test_a_loaded_k_diffusion_gives_the_default_noise(solver, monkeypatch):
         asked.append(Tape(x, 8))
         return asked[-1]
 
-    monkeypatch.setattr(k_sampling, "default_noise_sampler", replaced)
+    load(monkeypatch, replaced)
     found, _ = record(solver, problem, x, {"teacher_scale": 0.0})
     expected, _ = record(solver, problem, x, {"teacher_scale": 0.0}, noise_sampler=Tape(x, 8))
     assert asked
@@ -217,7 +227,7 @@ def test_the_renoise_draws_do_not_pass_through_the_solvers_sampler(solver, monke
         counts.append(tape)
         return tape
 
-    monkeypatch.setattr(k_sampling, "default_noise_sampler", counting)
+    load(monkeypatch, counting)
     totals = []
     for scale in (0.0, 0.5):
         counts.clear()

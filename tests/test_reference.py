@@ -1,9 +1,9 @@
 """The references are checked before anything is checked against them."""
 
-import k_diffusion.sampling as k_sampling
 import pytest
 import torch
 
+import needs
 import reference
 from problems import SCHEDULES, Problem, Tape, gaussian, karras, log_uniform, relative
 
@@ -27,6 +27,7 @@ def unguided(x):
     return reference.Revision(lambda x, sigma: x, Tape(x, 0), scale=0.0)
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("sigmas", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_references_without_a_teacher_are_k_diffusions(name, options, sigmas):
@@ -39,7 +40,7 @@ def test_references_without_a_teacher_are_k_diffusions(name, options, sigmas):
     )
     torch.manual_seed(1)
     noise = {} if name in VARIANTS else {"noise_sampler": Tape(x, 3)}
-    expected = getattr(k_sampling, name)(
+    expected = getattr(needs.k_sampling, name)(
         lambda x, sigma: problem.estimate(x, float(sigma[0])),
         x,
         sigmas,

@@ -4,15 +4,14 @@ import inspect
 from functools import partial
 from types import SimpleNamespace
 
-import k_diffusion.external as external
-import k_diffusion.layers as layers
-import k_diffusion.sampling as k_sampling
 import pytest
 import torch
 
 import kdpp
+import needs
 import problems
 import reference
+from kdpp.kdiffusion import external, layers
 from kdpp.solver import solver_of
 from problems import (
     SHAPE,
@@ -102,12 +101,13 @@ def test_any_kind_can_be_student_or_teacher(solver, kind):
         assert relative(problem.sample(solver, x, SIGMAS, guidance), expected) <= 1e-10
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("name", STOCK)
 @over_kinds
 def test_in_a_stock_sampler_it_is_the_student(kind, name):
     """k-diffusion's own samplers on the wrapper give what they give on a scripts' CFGDenoiser."""
     problem = Problem(student=kind(1), teacher=kind(2))
-    x, sample = problem.start(SIGMAS), getattr(k_sampling, name)
+    x, sample = problem.start(SIGMAS), getattr(needs.k_sampling, name)
     results = []
     for model in (CFGDenoiser(problem.student), problem.guided()):
         torch.manual_seed(81)
@@ -302,10 +302,11 @@ def test_own_cfg_is_taken_as_it_is(solver):
             assert torch.equal(cond, extra["cond"])
 
 
+@needs.k_diffusion
 def test_own_cfg_in_a_stock_sampler():
     """The wrapper of a marked student is that student."""
     problem = Problem(student=own(mixture(0)))
-    x, sample = problem.start(SIGMAS), k_sampling.sample_dpmpp_2m
+    x, sample = problem.start(SIGMAS), needs.k_sampling.sample_dpmpp_2m
     expected = sample(CFGDenoiser(mixture(0)), x, SIGMAS, problem.extra_args, disable=True)
     found = sample(problem.guided(), x, SIGMAS, problem.extra_args, disable=True)
     assert relative(found, expected) <= 1e-14
@@ -340,12 +341,11 @@ def copied(info):
     return {k: v.clone() if torch.is_tensor(v) else v for k, v in info.items()}
 
 
-@over_solvers
+@needs.k_diffusion
+@pytest.mark.parametrize("solver", [*filter(needs.namesake, SOLVERS)], ids=lambda s: s.name)
 def test_an_unguided_callback_is_k_diffusions(solver):
     """λ = 0: the same keys and the same values, step by step."""
-    theirs = getattr(k_sampling, f"sample_{solver.name}", None)
-    if theirs is None:
-        pytest.skip("k-diffusion has no sampler of this name")
+    theirs = needs.namesake(solver)
     problem, expected = Problem(), []
     x = problem.start(SIGMAS)
     found = watched(solver, problem, SIGMAS, x, teacher_scale=0.0)
@@ -368,6 +368,7 @@ def test_an_unguided_callback_is_k_diffusions(solver):
             assert float(ours[level]) == pytest.approx(float(known[level]), rel=1e-12)
 
 
+@needs.k_diffusion
 @pytest.mark.parametrize("name", [s.name for s in SOLVERS if accepts(s, "s_churn")])
 def test_a_churned_callback_is_k_diffusions(name):
     """With churn, x and sigma_hat are those after the noise was added."""
@@ -378,7 +379,7 @@ def test_a_churned_callback_is_k_diffusions(name):
     for sample, denoiser in (
         (solver.sample, model),
         (
-            getattr(k_sampling, f"sample_{name.removesuffix('_cfg_pp')}"),
+            getattr(needs.k_sampling, f"sample_{name.removesuffix('_cfg_pp')}"),
             CFGDenoiser(problem.student),
         ),
     ):
@@ -469,17 +470,18 @@ def rest(solver, expected):
 
 
 SAME_AS = {
-    "dpmpp_2m_ancestral": k_sampling.sample_euler_ancestral,
+    "dpmpp_2m_ancestral": getattr(needs.k_sampling, "sample_euler_ancestral", None),
     "lcm": lambda model, x, sigmas, extra_args=None, callback=None, disable=None,
     noise_sampler=None: None,
 }  # fmt: skip
 
 
+@needs.k_diffusion
 @over_solvers
 def test_signatures_are_k_diffusions(solver):
     """Names, order and defaults as k-diffusion has them; CFG++ as the solver without it."""
     plain = solver.name.replace("_cfg_pp", "")
-    theirs = getattr(k_sampling, f"sample_{plain}", None) or SAME_AS.get(plain)
+    theirs = getattr(needs.k_sampling, f"sample_{plain}", None) or SAME_AS.get(plain)
     if theirs is None:
         pytest.skip("nothing to compare a new solver with")
     expected = parameters(theirs)

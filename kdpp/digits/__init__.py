@@ -6,7 +6,7 @@ both.  The weights ship with the package (`weights/MODEL_CARD.md` says how they 
 `python -m kdpp.digits.training` makes them anew.  A network of this package serves k-diffusion's
 `CompVisDenoiser` as it is:
 
-    denoiser = k_diffusion.external.CompVisDenoiser(load_teacher())
+    denoiser = kdpp.kdiffusion.external.CompVisDenoiser(load_teacher())
     denoised = denoiser(x, sigma, cond=labels)      # labels: int64 [B], 0-9, or NULL_CLASS
 """
 

@@ -31,8 +31,8 @@ def run_demo(seed: int, out: Path, seeds: int = SEEDS, images: int = IMAGES) -> 
 
     Writes ``table.txt``, ``grids.png`` and ``guided_step.png`` into ``out``.
 
-    Raises ImportError where k-diffusion, scikit-learn or matplotlib is missing, OSError where
-    ``out`` cannot be written: both before any sampling.
+    Raises ImportError where scikit-learn or matplotlib is missing, OSError where ``out`` cannot be
+    written: both before any sampling.
     """
     print(
         f"{seeds} seeds of {images} digits each, sampled with and without a teacher; takes about a "

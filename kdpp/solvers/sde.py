@@ -1,7 +1,7 @@
 """Solvers of the reverse SDE; at η = 0 they solve the ODE.
 
 Their default noise is k-diffusion's Brownian tree, whose increments belong to one path, whatever
-the steps. Any ``noise_sampler`` may take its place.
+the steps; without k-diffusion it is `kdpp.BrownianNoise`. Any ``noise_sampler`` may take its place.
 """
 
 from __future__ import annotations
