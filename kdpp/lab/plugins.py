@@ -1,0 +1,69 @@
+"""Methods and solvers of one's own: from a Python file, or from an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["import_file", "load_entry_points"]
+
+
+def import_file(path: str | Path) -> ModuleType:
+    """Run a Python file, once in a process, so that what it enters is there by its name.
+
+    Methods are entered by `kdpp.lab.methods.method`, solvers by `kdpp.solvers.solver`.
+
+    Raises FileNotFoundError where there is no file, ImportError, with the line, where it fails.
+    """
+    return _import(Path(path).resolve())
+
+
+@cache
+def _import(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"no Python file at {path}")
+    name = str(path)  # as a module's name: no two are the same
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file; its name must end in .py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise ImportError(
+            f"{_place(error, path)}: {type(error).__name__}: {error}", path=str(path)
+        ) from error
+    return module
+
+
+def _place(error: Exception, path: Path) -> str:
+    """The file, and the last of its lines that the error came by."""
+    line = error.lineno if isinstance(error, SyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return str(path) if line is None else f"{path}, line {line}"
+
+
+@cache
+def load_entry_points(group: str) -> None:
+    """Import what installed packages name under this group of entry points, once in a process.
+
+    Raises ImportError, with the package, where one cannot be imported.
+    """
+    for entry in entry_points(group=group):
+        try:
+            entry.load()
+        except Exception as error:
+            package = entry.dist.name if entry.dist else "a package"
+            raise ImportError(
+                f"{package}, installed here, offers {group} {entry.name!r} ({entry.value}), which "
+                f"cannot be imported: {error}; mend or uninstall it"
+            ) from error
