@@ -17,7 +17,10 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from kdpp.lab.bench import Report
 
 __all__ = ["page", "table"]
 
@@ -68,7 +71,7 @@ SHOWN = ("fd", "fd_teacher", "inception_score", "accuracy")
 # Comma-separated values ---------------------------------------------------------------------------
 
 
-def table(results: Results) -> str:
+def table(found: Report) -> str:
     """The cells as comma-separated values: a line each, with every setting, cost and figure.
 
     A figure's columns are its mean over the seeds, ``_sd``, the standard deviation, and ``_low``
@@ -76,7 +79,7 @@ def table(results: Results) -> str:
     against the plain student, with its ``_verdict``; ``_self_change…`` what the self control
     changes. What does not apply is empty.
     """
-    lines = [_record(cell) for cell in results["cells"]]
+    lines = [_record(cell) for cell in found.results["cells"]]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -110,18 +113,19 @@ def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 # The page -----------------------------------------------------------------------------------------
 
 
-def page(results: Results, pictures: Sequence[str | None]) -> str:
+def page(found: Report) -> str:
     """The page; ``pictures`` holds the data URI of every cell's samples, or None.
 
     Every string of the results is escaped.
     """
+    results = found.results
     parts = files("kdpp.lab") / "templates"
     content = {
         "title": escape(results["title"]),
         "summary": _summary(results),
         "table_note": _table_note(results),
         "table": _table(results),
-        "samples": _samples(results, pictures),
+        "samples": _samples(results, found.samples),
         "settings": _settings(results),
         "data": _plot_data(results),
     }
@@ -387,7 +391,7 @@ def _samples(results: Results, pictures: Sequence[str | None]) -> str:
         for cell in members:
             label, number = escape(_label(cell, varied)), cell["cell"]
             parts.append(
-                f'<figure id="cell-{number}"><img src="{pictures[number - 1]}" '
+                f'<figure id="cell-{number}"><img src="data:image/png;base64,{pictures[number - 1]}" '
                 f'alt="Samples of cell {number}: {escape(family)}, {label}">'
                 f"<figcaption><b>{number}</b> {label}</figcaption></figure>"
             )
