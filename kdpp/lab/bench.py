@@ -60,7 +60,7 @@ from kdpp.lab.sampling import (
     weights_digest,
 )
 from kdpp.lab.settings import fill, to_toml
-from kdpp.lab.spec import REFERENCE_RUN, Cell, Guidance, Spec, cells_of
+from kdpp.lab.spec import REFERENCE_SEED, Cell, Guidance, Spec, cells_of
 
 __all__ = ["Bench", "Report", "run"]
 
@@ -255,7 +255,7 @@ class Bench:
         levels = levels_for(self.teacher, wanted.steps)
         recipe = Recipe(self.teacher, None, wanted.sampler, levels, wanted.cond_scale)
         name = digest([self._given, fingerprint(recipe)])
-        return Job(None, recipe, REFERENCE_RUN, self.folder / f"teacher-{name}.safetensors")
+        return Job(None, recipe, REFERENCE_SEED, self.folder / f"teacher-{name}.safetensors")
 
     @cached_property
     def _given(self) -> str:
@@ -287,7 +287,7 @@ class Bench:
         jobs = {
             path: Job(cell, recipe, seed, path)
             for cell, recipe in self.recipes.items()
-            for seed in self.spec.runs
+            for seed in self.spec.seed_list
             for path in [self.path(cell, seed)]
         }
         return [*([self.own] if self.own else []), *(jobs[path] for path in sorted(jobs))]
@@ -361,7 +361,9 @@ class Bench:
 
     def report(self, text: str) -> Report:
         """All results, which must be there; ``text`` is the spec as it was written."""
-        found = {cell: [self._read(cell, seed) for seed in self.spec.runs] for cell in self.cells}
+        found = {
+            cell: [self._read(cell, seed) for seed in self.spec.seed_list] for cell in self.cells
+        }
         records = [record for records in found.values() for record in records]
         names = [name for name in METRICS if all(name in one.scores for one in records)]
         values = {
@@ -410,7 +412,7 @@ class Bench:
             "data": self.data.source,
             "features": self.features.name,
             "images": spec.images,
-            "seeds": list(spec.runs),
+            "seeds": list(spec.seed_list),
             "teacher": spec.teacher,
             "reference": spec.own_samples and asdict(spec.own_samples),
             "self_control": spec.self_control,

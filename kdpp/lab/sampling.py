@@ -54,8 +54,8 @@ GUIDANCE = (
 
 INITIAL, SOLVER, RENOISE = range(3)
 """The streams of a seed."""
-IMAGES, RUNS = 10**6, 10**12
-"""Images that one run may have, and runs that there are: each image of each has its own seed."""
+IMAGES, SEEDS = 10**6, 10**12
+"""How many images a seed may have, and how many seeds there are: every image has its own."""
 CHUNK = 500
 """Images in a batch."""
 PATIENCE = 0.5
@@ -230,16 +230,16 @@ def levels_for(model: Model, steps: int | None = None) -> tuple[float, ...]:
     return schedule(check_count("steps", steps, 1))
 
 
-def image_seeds(run: int, count: int) -> range:
-    """The seeds of a run's images, ``run·10^6 + i``: no two runs share one.
+def image_seeds(seed: int, count: int) -> range:
+    """The images' own seeds under a seed, ``seed·10^6 + i``: no two seeds share one.
 
-    Raises ValueError for a run outside [0, 10^12), or a count outside [1, 10^6].
+    Raises ValueError for a seed outside [0, 10^12), or a count outside [1, 10^6].
     """
-    if check_count("run", run, 0) >= RUNS:
-        raise ValueError(f"run is {run}; it must be below {RUNS:,}")
+    if check_count("seed", seed, 0) >= SEEDS:
+        raise ValueError(f"seed is {seed}; it must be below {SEEDS:,}")
     if check_count("images", count, 1) > IMAGES:
-        raise ValueError(f"images is {count}; a run has {IMAGES:,} at most, take more seeds")
-    return range(run * IMAGES, run * IMAGES + count)
+        raise ValueError(f"images is {count}; it must be {IMAGES:,} at most, take more seeds")
+    return range(seed * IMAGES, seed * IMAGES + count)
 
 
 def draw(

@@ -22,7 +22,7 @@ from kdpp.lab.sampling import image_seeds, levels_for, solver_for
 from kdpp.lab.settings import fill, read_toml, setting, unknown
 
 __all__ = [
-    "REFERENCE_RUN",
+    "REFERENCE_SEED",
     "Cell",
     "Combination",
     "Guidance",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 RENOISE = ("next", "current", "random")
-REFERENCE_RUN = 10**9
+REFERENCE_SEED = 10**9
 """The seed of the teacher's own samples. Those of a spec are lower: no cell is measured against
 samples from its own noise."""
 MOST = 100_000
@@ -61,7 +61,7 @@ class Spec:
     grid: tuple[dict[str, Any], ...] = setting((), "tables of settings of `Combination`")
 
     @property
-    def runs(self) -> tuple[int, ...]:
+    def seed_list(self) -> tuple[int, ...]:
         """The seeds, one by one."""
         return self.seeds if isinstance(self.seeds, tuple) else tuple(range(self.seeds))
 
@@ -188,8 +188,8 @@ def check_spec(spec: Spec) -> None:
             raise ValueError(f"seeds is {spec.seeds}; give at most {MOST:,}")
     elif not spec.seeds or len(set(spec.seeds)) < len(spec.seeds) or min(spec.seeds) < 0:
         raise ValueError(f"seeds is {list(spec.seeds)}; give one or more ≥ 0, each once")
-    elif max(spec.seeds) >= REFERENCE_RUN:
-        raise ValueError(f"seeds holds {max(spec.seeds)}; they must be below {REFERENCE_RUN:,}")
+    elif max(spec.seeds) >= REFERENCE_SEED:
+        raise ValueError(f"seeds holds {max(spec.seeds)}; they must be below {REFERENCE_SEED:,}")
     image_seeds(0, spec.images)
     if not spec.students:
         raise ValueError('no student is named; add [students] with lines name = "checkpoint"')
@@ -240,9 +240,9 @@ def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[
         cells[cell] = None
         if spec.self_control and cell.control is not None:
             cells[cell.control] = None
-    if len(cells) * len(spec.runs) > MOST:
+    if len(cells) * len(spec.seed_list) > MOST:
         raise ValueError(
-            f"{len(cells):,} cells of {len(spec.runs):,} seeds are more than {MOST:,} results; "
+            f"{len(cells):,} cells of {len(spec.seed_list):,} seeds are more than {MOST:,} results; "
             "leave some out"
         )
     counts = {
