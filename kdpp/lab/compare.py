@@ -1,4 +1,4 @@
-"""``kdpp compare SPEC.toml --out DIR``: a grid of ways to sample, measured, as a page and tables."""
+"""``kdpp compare SPEC.toml --out DIR``: a grid of ways to sample, as a page and as tables."""
 
 from __future__ import annotations
 

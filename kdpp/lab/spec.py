@@ -242,7 +242,7 @@ def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[
             cells[cell.control] = None
     if len(cells) * len(spec.seed_list) > MOST:
         raise ValueError(
-            f"{len(cells):,} cells of {len(spec.seed_list):,} seeds are more than {MOST:,} results; "
+            f"{len(cells):,} cells of {len(spec.seed_list):,} seeds are more than {MOST:,} results: "
             "leave some out"
         )
     counts = {

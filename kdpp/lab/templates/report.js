@@ -179,19 +179,63 @@
       const plain = byNumber.get(one.plain);
       if (plain) svg.append(line(plain, one, "pull", one.family));
     }
+    const taken = points.flatMap((one) => { // what a label must not cover: marks and bars
+      const [at, height] = place(one), [mean, half] = value(one);
+      return [[at - 7, height - 7, at + 7, height + 7],
+        [at - 4, y.place(mean + half), at + 4, y.place(mean - half)]];
+    });
     for (const one of points) {
       const [mean, half] = value(one), [at, height] = place(one);
       const paint = `stroke:${paintOf(one.family)}`;
       const [top, low] = [y.place(mean + half), y.place(mean - half)];
       const bars = [[at, at, top, low], [at - 4, at + 4, top, top], [at - 4, at + 4, low, low]];
       const group = element("g", { class: "point", "data-cell": one.cell },
-        element("title", {}, `${one.label}\n${metric.title}: ${one.figures[metric.name][2]}\n` +
-          `${across.hint}: ${format(one.costs[across.name])}`),
+        element("title", {}, tell(one, metric)),
         ...bars.map(([x1, x2, y1, y2]) => element("line", { class: "bar", x1, x2, y1, y2, style: paint })),
         mark(one.guide, one.family, at, height));
       svg.append(group);
     }
+    for (const guide of ["teacher", "self"]) {
+      for (const one of points.filter((one) => one.guide === guide)) {
+        svg.append(...tag(one, place(one), taken, bottom));
+      }
+    }
+    const detail = element("p", { class: "detail", "aria-live": "polite" }, READ);
+    figure.append(detail);
+    svg.addEventListener("pointerdown", (event) => {
+      const box = svg.getBoundingClientRect(), size = width / box.width;
+      const [across, down] = [(event.clientX - box.left) * size, (event.clientY - box.top) * size];
+      const away = (one) => Math.hypot(place(one)[0] - across, place(one)[1] - down);
+      const near = points.reduce((best, one) => (away(one) < away(best) ? one : best));
+      const found = away(near) < 40;
+      detail.textContent = found ? tell(near, metric) : READ;
+      for (const point of svg.querySelectorAll(".point")) {
+        point.classList.toggle("chosen", found && point.dataset.cell === String(near.cell));
+      }
+    });
     return figure;
+  }
+
+  const READ = "Tap a mark to read what it is.";
+  function tell(one, metric) {
+    return `${one.label}\n${metric.title}: ${one.figures[metric.name][2]}\n` +
+      `${across.hint}: ${format(one.costs[across.name])}`;
+  }
+
+  // A guided point's λ beside it, where there is room: nothing that is drawn already is covered.
+  function tag(one, [at, height], taken, bottom) {
+    const wide = 6 * one.tag.length, places = [
+      [at + 9, height + 4], [at - 9 - wide, height + 4],
+      [at - wide / 2, height - 11], [at - wide / 2, height + 20],
+    ];
+    const free = ([left, base]) => left > LEFT && left + wide < width && base > TOP + 8 &&
+      base < bottom && !taken.some(([a, b, c, d]) =>
+        left < c && left + wide > a && base - 9 < d && base + 2 > b);
+    const found = one.tag ? places.find(free) : undefined;
+    if (!found) return [];
+    const [left, base] = found;
+    taken.push([left, base - 9, left + wide, base + 2]);
+    return [element("text", { class: "tag", x: left, y: base }, one.tag)];
   }
 
   function draw() {
