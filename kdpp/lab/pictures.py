@@ -23,8 +23,8 @@ COLUMNS, LINES = 10, 5
 """The most of a grid."""
 SMALL, LARGE, HEIGHT = 24, 96, 200
 """Pixels: smaller images are enlarged, larger ones shrunk; a grid is about so high at most."""
-GAP = 2
-"""Pixels between two images."""
+GAP, GREY = 2, 40
+"""Between two images: how many pixels, and their colour."""
 WIDTH, MARGIN, TITLE = 1200, 16, 24
 """Of a picture of several grids: its width at most, and what is around each grid and above it."""
 
@@ -59,7 +59,7 @@ def grid(images: Tensor, classes: int) -> str:
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     columns = min(COLUMNS // classes * classes or COLUMNS, len(pixels))
     lines = min(LINES, max(HEIGHT // pixels.shape[2], 1), len(pixels) // columns)
-    pixels = pad(pixels[: lines * columns], (0, GAP, 0, GAP))
+    pixels = pad(pixels[: lines * columns], (0, GAP, 0, GAP), value=GREY)
     pixels = pixels.view(lines, columns, *pixels.shape[1:]).permute(0, 3, 1, 4, 2)
     whole = pixels.flatten(2, 3).flatten(0, 1)[:-GAP, :-GAP].numpy()
     return b64encode(_png(_pillow().fromarray(whole.squeeze(-1)))).decode()

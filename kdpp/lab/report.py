@@ -174,7 +174,7 @@ def _table_note(results: Results) -> str:
             "looking twice. Only what is the teacher's own needs the teacher."
         )
     usual = _usual(results)
-    fixed = [f"{SETTINGS[name].title} {_plain(value)}" for name, value in usual.items()]
+    fixed = [_said(name, value) for name, value in usual.items()]
     if fixed:
         text += f" Where a cell says nothing else: {', '.join(fixed)}."
     return f'<p class="note">{escape(text)}</p>'
@@ -372,16 +372,16 @@ def _table(results: Results) -> str:
 
 def _families(results: Results) -> dict[str, list[CellResults]]:
     """The cells of each student, sampler and CFG scale: what is drawn in one colour."""
-    found: dict[str, dict[str, set[Any]]] = {
-        name: {} for name in ("sampler", "cond_scale")
-    }  # the values for each student
-    for cell in results["cells"]:
-        for name, values in found.items():
-            values.setdefault(cell["student"], set()).add(cell[name])
-    several = [n for n, values in found.items() if any(len(one) > 1 for one in values.values())]
+    cells = results["cells"]
+    students = {cell["student"] for cell in cells}
+    names = [  # of which a student has several
+        name
+        for name in ("sampler", "cond_scale")
+        if len({(cell["student"], cell[name]) for cell in cells}) > len(students)
+    ]
     families: dict[str, list[CellResults]] = {}
-    for cell in results["cells"]:
-        words = [f"CFG {cell[n]:g}" if n == "cond_scale" else cell[n] for n in several]
+    for cell in cells:
+        words = [f"CFG {cell[n]:g}" if n == "cond_scale" else cell[n] for n in names]
         families.setdefault(", ".join([cell["student"], *words]), []).append(cell)
     return families
 
@@ -403,7 +403,14 @@ def _guidance(cell: CellResults, usual: Mapping[str, Any]) -> list[str]:
     names = [n for n in GUIDANCE if n not in usual or cell[n] != usual[n]]
     if cell["guide"] == "self":  # its CFG scale is the student's own
         names = [name for name in names if name != "teacher_cfg_scale"]
-    return [f"{SETTINGS[name].title} {_plain(cell[name])}" for name in names]
+    return [_said(name, cell[name]) for name in names]
+
+
+def _said(name: str, value: Any) -> str:
+    """A setting in a label."""
+    if name == "teacher_steps" and isinstance(value, list | tuple):
+        return f"step{'s' * (len(value) > 1)} {', '.join(map(str, value))}"
+    return f"{SETTINGS[name].title}\u00a0{_plain(value)}"
 
 
 def _labels(results: Results) -> dict[int, str]:
@@ -465,7 +472,7 @@ def _plot_data(results: Results) -> str:
             "family": index,
             "guide": cell["guide"],
             "label": f"{cell['cell']}. {told[cell['cell']]}",
-            "tag": ", ".join(_guidance(cell, usual)),
+            "tags": [", ".join(words), *words[:1]] if words else [],
             "costs": {axis: _in_unit(axis, cell["costs"][axis]) for axis in AXES},
             "figures": {
                 name: (
@@ -478,6 +485,7 @@ def _plot_data(results: Results) -> str:
         }
         for index, members in enumerate(families.values())
         for cell in members
+        for words in [_guidance(cell, usual)]
     ]
     data = {
         "families": list(families),

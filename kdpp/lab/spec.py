@@ -157,7 +157,7 @@ class Cell:
         words += [f"{name} {value}" for name, value in self.options]
         if self.guidance is not None:
             words.append(f"guided by {'the teacher' if self.guide == 'teacher' else 'itself'}")
-            words += [f"{name} {value}" for name, value in self.keywords.items()]
+            words += [f"{n} {value}" for n, value in self.keywords.items() if n != "extrapolate"]
         return ", ".join(words)
 
 
@@ -240,11 +240,9 @@ def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[
         cells[cell] = None
         if spec.self_control and cell.control is not None:
             cells[cell.control] = None
-    if len(cells) * len(spec.seed_list) > MOST:
-        raise ValueError(
-            f"{len(cells):,} cells of {len(spec.seed_list):,} seeds are more than {MOST:,} results: "
-            "leave some out"
-        )
+    results = len(cells) * len(spec.seed_list)
+    if results > MOST:
+        raise ValueError(f"{results:,} results are to be had, cells × seeds; at most {MOST:,}")
     counts = {
         "of steps that are not there, left out": len(asked) - len(kept),
         "alike (λ or k is 0, or k reaches the last step), run once": len(kept) - len(set(kept)),

@@ -222,20 +222,23 @@
       `${across.hint}: ${format(one.costs[across.name])}`;
   }
 
-  // A guided point's λ beside it, where there is room: nothing that is drawn already is covered.
+  // A guided point's settings beside it, or its λ alone, where there is room: they cover nothing.
   function tag(one, [at, height], taken, bottom) {
-    const wide = 6 * one.tag.length, places = [
-      [at + 9, height + 4], [at - 9 - wide, height + 4],
-      [at - wide / 2, height - 11], [at - wide / 2, height + 20],
-    ];
-    const free = ([left, base]) => left > LEFT && left + wide < width && base > TOP + 8 &&
-      base < bottom && !taken.some(([a, b, c, d]) =>
-        left < c && left + wide > a && base - 9 < d && base + 2 > b);
-    const found = one.tag ? places.find(free) : undefined;
-    if (!found) return [];
-    const [left, base] = found;
-    taken.push([left, base - 9, left + wide, base + 2]);
-    return [element("text", { class: "tag", x: left, y: base }, one.tag)];
+    for (const text of one.tags) {
+      const wide = 6 * text.length;
+      const found = [
+        [at + 9, height + 4], [at - 9 - wide, height + 4],
+        [at - wide / 2, height - 11], [at - wide / 2, height + 20],
+      ].find(([left, base]) => left > LEFT && left + wide < width && base > TOP + 8 &&
+        base < bottom && !taken.some(([a, b, c, d]) =>
+          left < c && left + wide > a && base - 9 < d && base + 2 > b));
+      if (found) {
+        const [left, base] = found;
+        taken.push([left, base - 9, left + wide, base + 2]);
+        return [element("text", { class: "tag", x: left, y: base }, text)];
+      }
+    }
+    return [];
   }
 
   function draw() {
