@@ -61,8 +61,8 @@ def grid(images: Tensor, classes: int) -> str:
     lines = min(LINES, max(HEIGHT // pixels.shape[2], 1), len(pixels) // columns)
     pixels = pad(pixels[: lines * columns], (0, GAP, 0, GAP), value=GREY)
     pixels = pixels.view(lines, columns, *pixels.shape[1:]).permute(0, 3, 1, 4, 2)
-    whole = pixels.flatten(2, 3).flatten(0, 1)[:-GAP, :-GAP].numpy()
-    return b64encode(_png(_pillow().fromarray(whole.squeeze(-1)))).decode()
+    whole = pixels.flatten(2, 3).flatten(0, 1)[:-GAP, :-GAP].squeeze(-1)
+    return b64encode(_png(_pillow().fromarray(whole.numpy()))).decode()
 
 
 def together(grids: Mapping[str, str]) -> bytes:

@@ -206,11 +206,12 @@
       const box = svg.getBoundingClientRect(), size = width / box.width;
       const [across, down] = [(event.clientX - box.left) * size, (event.clientY - box.top) * size];
       const away = (one) => Math.hypot(place(one)[0] - across, place(one)[1] - down);
-      const near = points.reduce((best, one) => (away(one) < away(best) ? one : best));
-      const found = away(near) < 40;
-      detail.textContent = found ? tell(near, metric) : READ;
+      const reach = Math.min(Math.min(...points.map(away)) + 5, 40); // marks may cover each other
+      const near = points.filter((one) => away(one) < reach);
+      detail.textContent = near.map((one) => tell(one, metric)).join("\n\n") || READ;
+      const cells = new Set(near.map((one) => String(one.cell)));
       for (const point of svg.querySelectorAll(".point")) {
-        point.classList.toggle("chosen", found && point.dataset.cell === String(near.cell));
+        point.classList.toggle("chosen", cells.has(point.dataset.cell));
       }
     });
     return figure;
@@ -223,18 +224,20 @@
   }
 
   // A guided point's settings beside it, or its λ alone, where there is room: they cover nothing.
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = `11px ${getComputedStyle(document.body).fontFamily}`; // as .tag
   function tag(one, [at, height], taken, bottom) {
     for (const text of one.tags) {
-      const wide = 6 * text.length;
+      const wide = pen.measureText(text).width;
       const found = [
         [at + 9, height + 4], [at - 9 - wide, height + 4],
         [at - wide / 2, height - 11], [at - wide / 2, height + 20],
       ].find(([left, base]) => left > LEFT && left + wide < width && base > TOP + 8 &&
         base < bottom && !taken.some(([a, b, c, d]) =>
-          left < c && left + wide > a && base - 9 < d && base + 2 > b));
+          left < c && left + wide > a && base - 11 < d && base + 3 > b));
       if (found) {
         const [left, base] = found;
-        taken.push([left, base - 9, left + wide, base + 2]);
+        taken.push([left, base - 11, left + wide, base + 3]);
         return [element("text", { class: "tag", x: left, y: base }, text)];
       }
     }
