@@ -232,13 +232,13 @@ def test_what_a_point_is_can_be_read(page):
     chart = all_of(page, "#charts figure")[0]
     detail = chart.find_element("css selector", ".detail")
     page.execute_script("arguments[0].scrollIntoView({behavior: 'instant'})", chart)
-    for cell, count in ((10, 1), (1, 3)):  # three students have one checkpoint, and one point
+    for cell, count in ((16, 1), (1, 3)):  # three students have one checkpoint, and one point
         point = chart.find_element("css selector", f"g.point[data-cell='{cell}'] path.mark")
         title = page.execute_script("return arguments[0].parentNode.textContent", point)
         ActionChains(page).move_to_element(point).click().perform()
         assert " ".join(title.split()) in " ".join(detail.text.split())
         assert len(chart.find_elements("css selector", ".chosen")) == count
-        assert detail.text.count("FD:") == count and ("λ 0.1" in detail.text) == (cell == 10)
+        assert detail.text.count("FD:") == count and ("λ 0.5" in detail.text) == (cell == 16)
 
 
 def test_plots_against_other_costs(page):

@@ -53,7 +53,7 @@ from kdpp.lab.sampling import (
     Batches,
     Images,
     Recipe,
-    draw,
+    attempt,
     fingerprint,
     image_seeds,
     levels_for,
@@ -107,7 +107,7 @@ def run(
         _check_folder(out, bench)
         jobs = bench.jobs()
         for job in {job.cell: job for job in jobs if not job.done}.values():
-            job.attempt()
+            attempt(job.recipe, job.cell or job)
         make_folder(out / "cells")
         with locked(out) if rank == 0 else nullcontext():
             for remark in bench.remarks if rank == 0 else ():
@@ -193,13 +193,6 @@ class Job:
     @property
     def done(self) -> bool:
         return (Result.read(self.path) if self.cell else self.features) is not None
-
-    def attempt(self) -> None:
-        """Draw one image, to see that it can be done; ValueError says of what it cannot."""
-        try:
-            draw(self.recipe, [0])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self.cell or self}: {error}") from error
 
 
 # What is computed ---------------------------------------------------------------------------------

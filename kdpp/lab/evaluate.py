@@ -155,9 +155,10 @@ def table(results: Mapping[str, Any]) -> str:
         for line in zip(*columns)
     ]
     settings, first = results["settings"], cells[0]
+    seeds = len(settings["seeds"])
     head = [
-        f"{results['title']}: {first['sampler']}, {first['steps']} steps; "
-        f"{len(settings['seeds'])} seeds of {settings['images']} images; features: "
+        f"{results['title']}: {first['sampler']}, {first['steps']} step{'s' * (first['steps'] > 1)}"
+        f"; {seeds} seed{'s' * (seeds > 1)} of {settings['images']} images; features: "
         f"{settings['features']}",
         "±: half the 95 % confidence interval over seeds; changes are paired; "
         '"none seen": the interval holds 0',

@@ -38,6 +38,7 @@ __all__ = [
     "Batches",
     "Images",
     "Recipe",
+    "attempt",
     "denoiser_for",
     "draw",
     "fingerprint",
@@ -269,6 +270,14 @@ def draw(
     batches = Batches(recipe, seeds, labels, chunk)
     batches.make(range(len(batches)), progress)
     return batches.images()
+
+
+def attempt(recipe: Recipe, name: object) -> None:
+    """Draw one image; ValueError says of ``name`` what it cannot."""
+    try:
+        draw(recipe, [0])
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 class Batch(NamedTuple):

@@ -47,7 +47,7 @@ from kdpp.lab.looks import (
     steps_of,
 )
 from kdpp.lab.models import load_model
-from kdpp.lab.sampling import INITIAL, Recipe, image_seeds, levels_for
+from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, image_seeds, levels_for
 from kdpp.noise import SeededNoise
 
 __all__ = ["Change", "Look", "Price", "Trial", "Tuning", "add_arguments", "run", "tune"]
@@ -485,14 +485,13 @@ def run(arguments: argparse.Namespace) -> None:
     fit together.
     """
     _figure()
-    if arguments.samples < LEAST:
-        raise ValueError(
-            f"--samples is {arguments.samples}; give {LEAST} or more, 50 to 200 suffice"
-        )
+    if not LEAST <= arguments.samples <= IMAGES:
+        raise ValueError(f"--samples is {arguments.samples}; give {LEAST} or more, say 100")
+    seeds = image_seeds(arguments.seed, arguments.samples)
     recipe, scale = _recipe(arguments)
     make_folder(arguments.out)
     with locked(arguments.out), processes.single_thread():
-        tuning = _tuned(recipe, scale, arguments)
+        tuning = _tuned(recipe, scale, seeds, arguments)
         about = {"student": arguments.student, "teacher": arguments.teacher}
         about |= {"kdpp": kdpp.__version__, "torch": torch.__version__}
         about |= {"verdict": tuning.verdict, "code": tuning.code}
@@ -525,13 +524,16 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, float]:
         levels_for(student, arguments.steps),
         cond_scale=scale if baked is None else 1.0,
     )  # fmt: skip
+    attempt(recipe, "the student")
+    attempt(Recipe(teacher, None, "euler", recipe.levels, scale), "the teacher")
     return recipe, scale
 
 
-def _tuned(recipe: Recipe, scale: float, arguments: argparse.Namespace) -> Tuning:
-    """`tune` for the recipe's student and teacher, from the seed."""
+def _tuned(
+    recipe: Recipe, scale: float, seeds: Sequence[int], arguments: argparse.Namespace
+) -> Tuning:
+    """`tune` for the recipe's student and teacher, from the noise of these seeds."""
     student, model = recipe.student, recipe.guided()
-    seeds = image_seeds(arguments.seed, arguments.samples)
     device = next(student.network.parameters()).device
     like = torch.empty(len(seeds), *student.shape, device=device)
     labels = torch.tensor(seeds, device=device) % student.classes
