@@ -1,5 +1,6 @@
 """Images from seeds: in which order and after which accident makes no difference."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -355,14 +356,20 @@ def test_damaged_and_foreign_files_are_passed_over(tmp_path):
 def test_little_work_is_held_back(tmp_path, monkeypatch):
     """Batches are written once they are worth the wait, several in one file."""
     monkeypatch.setattr(sampling, "PATIENCE", 2.5)
-    shelf = sampling.Shelf(tmp_path)
-    for i in range(7):
-        shelf.add(i, sampling.Batch(torch.full((2, 1), float(i)), 1, 2, 1.0, 0))
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["000000.safetensors", "000003.safetensors"]
-    found = sampling.Shelf(tmp_path).read([0, 4, 5, 6])
-    assert sorted(found) == [0, 4, 5]
-    assert found[4].x.tolist() == [[4.0], [4.0]] and found[4][1:] == (1, 2, 1.0, 0)
+    clock = itertools.count()
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: next(clock))  # a second each
+    batches = Batches(recipe(), range(14), chunk=2, folder=tmp_path)
+    batches.make(range(7))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000000.safetensors", "000003.safetensors",
+    ]  # fmt: skip
+    monkeypatch.undo()
+    found = Batches(recipe(), range(14), chunk=2, folder=tmp_path)
+    assert not found.complete() and sorted(found.done) == [*range(6)]
+    assert same_bits(found.done[4].x, batches.done[4].x)
+    assert found.done[4][1:] == batches.done[4][1:] == (8, 4, 1.0, batches.done[4].memory)
+    batches.flush()
+    assert found.complete()
 
 
 # What names it ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from functools import cached_property
@@ -72,13 +72,12 @@ PAUSE = 0.1
 class Report(NamedTuple):
     """What was found: the results as JSON has them, and pictures as PNG files in base64.
 
-    ``real`` shows images of the data, ``samples`` those of every cell; None for data that are not
+    ``pictures`` holds one of real images, then one of every cell's; nothing for data that are not
     pictures.
     """
 
     results: dict[str, Any]
-    real: str | None
-    samples: list[str | None]
+    pictures: list[str]
 
 
 def run(
@@ -157,10 +156,9 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> Result | None:
         """The result in the file; None where there is none that can be read."""
-        try:
+        with suppress(OSError, ValueError, TypeError, AttributeError):
             return fill(cls, json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
+        return None
 
 
 @dataclass(frozen=True)
@@ -177,18 +175,11 @@ class Job:
         return f"{self.cell}, seed {self.seed}" if self.cell else "the teacher's own samples"
 
     @property
-    def name(self) -> str:
-        """A short one."""
-        cell = self.cell
-        return f"{cell.student}, {cell.sampler}, seed {self.seed}" if cell else str(self)
-
-    @property
     def features(self) -> Points | None:
         """Of the teacher's own samples; None where there are none that can be read."""
-        try:
+        with suppress(OSError, SafetensorError, KeyError, ValueError):
             return Points(load_file(self.path)["features"].numpy())
-        except (OSError, SafetensorError, KeyError, ValueError):
-            return None
+        return None
 
     @property
     def done(self) -> bool:
@@ -294,7 +285,7 @@ class Bench:
         with tqdm(total=len(jobs), desc="cells", unit="cell", disable=rank > 0) as bar:
             for number, job in enumerate(jobs):
                 if not job.done:
-                    bar.set_postfix_str(job.name)
+                    bar.set_postfix_str(job.cell.student if job.cell else str(job))
                     self._work(job, number, rank, size)
                 bar.update()
         while rank == 0 and not all(job.done for job in jobs):
@@ -354,9 +345,7 @@ class Bench:
 
     def report(self, text: str) -> Report:
         """All results, which must be there; ``text`` is the spec as it was written."""
-        found = {
-            cell: [self._read(cell, seed) for seed in self.spec.seed_list] for cell in self.cells
-        }
+        found = {cell: self._stored(cell) for cell in self.cells}
         records = [record for records in found.values() for record in records]
         names = [name for name in METRICS if all(name in one.scores for one in records)]
         values = {
@@ -383,7 +372,7 @@ class Bench:
                 {
                     "cell": numbers[cell],
                     "plain": numbers[cell.plain] if cell.guide != "none" else None,
-                    "self": numbers.get(cell.control),
+                    "self": numbers.get(cell.control) if cell.control else None,
                     **_settings(cell),
                     "costs": _costs(found[cell], self.spec.images),
                     "metrics": {name: _metric(cell, name, values) for name in names},
@@ -392,12 +381,13 @@ class Bench:
             ],
             "spec": text,
         }
-        return Report(results, self.real, [found[cell][0].picture for cell in self.cells])
+        shown = [self.real, *(found[cell][0].picture for cell in self.cells)]
+        return Report(results, [picture for picture in shown if picture])
 
-    def _read(self, cell: Cell, seed: int) -> Result:
-        result = Result.read(self.path(cell, seed))
-        assert result is not None
-        return result
+    def _stored(self, cell: Cell) -> list[Result]:
+        """The cell's results, a seed after the other."""
+        read = (Result.read(self.path(cell, seed)) for seed in self.spec.seed_list)
+        return [result for result in read if result is not None]
 
     def _settings(self) -> dict[str, Any]:
         spec = self.spec

@@ -17,14 +17,14 @@ from kdpp.lab import bench, pictures, report
 from kdpp.lab.console import say
 from kdpp.lab.models import load_model
 from kdpp.lab.settings import fill, read_option, read_value
-from kdpp.lab.spec import Combination, Spec, check_spec
+from kdpp.lab.spec import Combination, Guidance, Spec, check_spec
 
 __all__ = ["add_arguments", "run"]
 
 NAMES = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
 """How the cells are called, by their guide."""
-OWN = {"sampler", "steps", "options", "cond_scale"}
-"""The settings of the model; the others are those of the teacher's help."""
+HELP = {field.name for field in fields(Guidance)}
+"""The settings of the teacher's help; the others are the model's own."""
 RENAMED = {
     "--scale": "--teacher-scale",
     "--guided-steps": "--teacher-steps",
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in fields(Combination):
         if field.name in ("student", "options"):
             continue
-        group = sampling if field.name in OWN else guidance
-        about = HELP.get(field.name, f"{field.metadata['help']} (default: {field.default})")
+        group = guidance if field.name in HELP else sampling
+        about = ABOUT.get(field.name, f"{field.metadata['help']} (default: {field.default})")
         group.add_argument(f"--{field.name.replace('_', '-')}", metavar="VALUE", help=about)
     sampling.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE",
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
-HELP = {
+ABOUT = {
     "sampler": "a solver, see `kdpp solvers` (default: the one that the model is made for)",
     "steps": "how many (default: what the model is made for)",
     "teacher_scale": "λ, the share of the teacher's estimate (default: 0.1)",
@@ -84,10 +84,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     def files(found: bench.Report) -> dict[str, bytes]:
         written = {"results.csv": report.table(found).encode()}
-        if found.real is not None:
-            guides = [NAMES[cell["guide"]] for cell in found.results["cells"]]
-            grids = {"real images": found.real, **dict(zip(guides, found.samples))}
-            written["grid.png"] = pictures.together(grids)
+        if found.pictures:
+            titles = ["real images", *(NAMES[cell["guide"]] for cell in found.results["cells"])]
+            written["grid.png"] = pictures.together(dict(zip(titles, found.pictures)))
         return written
 
     found = bench.run(spec_of(arguments), out, arguments.device, files)
@@ -107,7 +106,7 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
     given["options"] = dict(map(read_option, arguments.option))
     reference = {}
     if arguments.teacher is None:
-        for name in given.keys() - OWN:
+        for name in given.keys() & HELP:
             raise ValueError(f"--{name.replace('_', '-')} needs a teacher: --teacher MODEL")
     else:
         given.setdefault("teacher_scale", 0.1)

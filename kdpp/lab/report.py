@@ -439,23 +439,23 @@ def _names(results: Results) -> dict[int, str]:
 def _samples(found: Report) -> str:
     """The cells' pictures, family by family, each family beside real images."""
     results = found.results
-    if found.real is None:
+    if not found.pictures:
         return '<p class="note">None are shown: the data are no pictures.</p>'
     labels, seed = _labels(results), results["settings"]["seeds"][0]
-    real = _picture(found.real, "Images of the data", "real images")
+    real = _picture(found.pictures[0], "Images of the data", "real images")
     parts = [f'<p class="note">The first images of seed {seed}, all from the same noise.</p>']
     for family, members in _families(results).items():
         parts += [f"<h3>{escape(family)}</h3>", '<div class="tiles">', f"<figure>{real}</figure>"]
         for cell in members:
             number, label = cell["cell"], escape(labels[cell["cell"]])
             about = f"Samples of cell {number}: {escape(family)}, {label}"
-            picture = _picture(found.samples[number - 1], about, f"<b>{number}</b> {label}")
+            picture = _picture(found.pictures[number], about, f"<b>{number}</b> {label}")
             parts.append(f'<figure id="cell-{number}">{picture}</figure>')
         parts.append("</div>")
     return "\n".join(parts)
 
 
-def _picture(png: str | None, about: str, caption: str) -> str:
+def _picture(png: str, about: str, caption: str) -> str:
     image = f'<img src="data:image/png;base64,{png}" alt="{about}">'
     return f"{image}<figcaption>{caption}</figcaption>"
 

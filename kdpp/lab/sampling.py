@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -296,9 +296,9 @@ class Batch(NamedTuple):
 class Batches:
     """The images of some seeds, batch by batch: what `draw` does, in pieces.
 
-    With a ``folder`` finished batches are kept there, and those that are there are taken. The
-    folder must belong to these images alone, so name it by all that they depend on. At most half a
-    second of finished work is held back, until `flush`.
+    With a ``folder`` finished batches are kept there, whole or not at all, and those that are there
+    are taken. The folder must belong to these images alone, so name it by all that they depend on.
+    At most half a second of finished work is held back, until `flush`.
     """
 
     def __init__(
@@ -310,99 +310,72 @@ class Batches:
         folder: Path | None = None,
     ) -> None:
         check_count("chunk", chunk, 1)
-        self.recipe = recipe
+        self.recipe, self.folder = recipe, folder
         self.seeds, self.labels = _read(recipe, seeds, labels)
         self.rows = torch.split(torch.arange(len(self.seeds)), chunk)
-        self.shelf = None if folder is None else Shelf(folder)
         self.done: dict[int, Batch] = {}
+        self.waiting: dict[int, Batch] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def make(self, wanted: Iterable[int], progress: bool = False) -> None:
+    def make(self, wanted: Collection[int], progress: bool = False) -> None:
         """Have these batches, by their numbers: those that are not there are sampled."""
-        wanted = list(wanted)
         self._take(wanted)
         device = next(self.recipe.student.network.parameters()).device
         threads = processes.single_thread() if device.type == "cpu" else nullcontext()
+        bar = tqdm(
+            wanted, desc="sampling", unit="batch", leave=False, delay=1, disable=not progress
+        )
         with threads, _counted(self.recipe) as counts:
             peak = _peak_memory(device)
-            for i in tqdm(
-                wanted, desc="sampling", unit="batch", leave=False, delay=1, disable=not progress
-            ):
+            for i in bar:
                 if i in self.done:
                     continue
                 counts[:] = 0, 0
-                start = time.perf_counter()
-                x = _sample(
-                    self.recipe, self.seeds[self.rows[i]], self.labels[self.rows[i]], device
-                )
-                self.done[i] = Batch(x, *counts, time.perf_counter() - start, peak())
-                if self.shelf is not None:
-                    self.shelf.add(i, self.done[i])
+                start, rows = time.perf_counter(), self.rows[i]
+                x = _sample(self.recipe, self.seeds[rows], self.labels[rows], device)
+                batch = Batch(x, counts[0], counts[1], time.perf_counter() - start, peak())
+                self.done[i] = self.waiting[i] = batch
+                if sum(batch.seconds for batch in self.waiting.values()) >= PATIENCE:
+                    self.flush()
 
     def flush(self) -> None:
-        """Write what is held back."""
-        if self.shelf is not None:
-            self.shelf.write()
-
-    def complete(self) -> bool:
-        """Whether all batches are there, with those that others have put into the folder."""
-        self._take([i for i in range(len(self)) if i not in self.done])
-        return len(self.done) == len(self)
-
-    def _take(self, wanted: Collection[int]) -> None:
-        if self.shelf is not None and wanted:
-            self.done |= self.shelf.read(wanted)
-
-    def images(self) -> Images:
-        """All images; every batch must be there."""
-        batches = [self.done[i] for i in range(len(self))]
-        x = torch.cat([batch.x for batch in batches])
-        student, teacher = (
-            sum(counts) / len(x) for counts in zip(*((one.student, one.teacher) for one in batches))
-        )
-        recipe = self.recipe
-        compute = recipe.student.parameters * student
-        if recipe.teacher is not None:
-            compute += recipe.teacher.parameters * teacher
-        seconds = sum(batch.seconds for batch in batches)
-        memory = max(batch.memory for batch in batches)
-        return Images(x, self.labels, (student, teacher), compute, seconds, memory)
-
-
-class Shelf:
-    """Finished batches in a folder; a file holds some of them, whole or not at all."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.waiting: dict[int, Batch] = {}
-
-    def read(self, wanted: Collection[int]) -> dict[int, Batch]:
-        """Those of the wanted batches that are there; a damaged file is passed over."""
-        found: dict[int, Batch] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            broken = (SafetensorError, OSError, ValueError, KeyError, TypeError)
-            with suppress(*broken), safe_open(path, "pt") as file:
-                for i, costs in json.loads(file.metadata()["costs"]).items():
-                    if int(i) in wanted:
-                        found[int(i)] = Batch(file.get_tensor(i), *costs)
-        return found
-
-    def add(self, i: int, batch: Batch) -> None:
-        """Keep a batch; write what waits once it is worth `PATIENCE` seconds."""
-        self.waiting[i] = batch
-        if sum(batch.seconds for batch in self.waiting.values()) >= PATIENCE:
-            self.write()
-
-    def write(self) -> None:
-        if self.waiting:
+        """Write what is held back: one file of all that waits."""
+        if self.folder is not None and self.waiting:
             make_folder(self.folder)
             tensors = {str(i): batch.x for i, batch in self.waiting.items()}
             costs = json.dumps({i: batch[1:] for i, batch in self.waiting.items()})
             content = to_bytes(tensors, {"costs": costs})
             write_atomically(self.folder / f"{min(self.waiting):06}.safetensors", content)
-            self.waiting.clear()
+        self.waiting.clear()
+
+    def complete(self) -> bool:
+        """Whether all batches are there, with those that others have put into the folder."""
+        self._take(set(range(len(self))) - self.done.keys())
+        return len(self.done) == len(self)
+
+    def _take(self, wanted: Collection[int]) -> None:
+        """Those of the wanted batches that the folder has; a damaged file is passed over."""
+        broken = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder and wanted else ():
+            with suppress(*broken), safe_open(path, "pt") as file:
+                for i, costs in json.loads(file.metadata()["costs"]).items():
+                    if int(i) in wanted:
+                        self.done[int(i)] = Batch(file.get_tensor(i), *costs)
+
+    def images(self) -> Images:
+        """All images; every batch must be there."""
+        batches = [self.done[i] for i in range(len(self))]
+        x, *counts, seconds, memory = zip(*batches)
+        student, teacher = (sum(count) / len(self.seeds) for count in counts)
+        recipe = self.recipe
+        compute = recipe.student.parameters * student
+        if recipe.teacher is not None:
+            compute += recipe.teacher.parameters * teacher
+        return Images(
+            torch.cat(x), self.labels, (student, teacher), compute, sum(seconds), max(memory)
+        )
 
 
 def _read(recipe: Recipe, seeds: Sequence[int], labels: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -81,37 +81,28 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Combination:
-    """One combination of a grid's settings, as it is written.
+class Guidance:
+    """How a cell is guided: keywords of `kdpp.TeacherGuidedDenoiser`."""
 
-    They are keywords of `kdpp.TeacherGuidedDenoiser` and of the samplers.
-    """
+    teacher_scale: float = setting(0.0, "λ, the share of the teacher's estimate")
+    teacher_steps: int | tuple[int, ...] = setting(1, "k: the first k steps; or a list of steps")
+    renoise: str | float = setting("next", "σ_s: next, current, random, or a level")
+    renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
+    teacher_cfg_scale: float | None = setting(
+        None, "the teacher's CFG scale; default: the reference's cond_scale, or 1"
+    )
+    extrapolate: bool = setting(False, "allow λ outside [0, 1]")
+
+
+@dataclass(frozen=True)
+class Combination(Guidance):
+    """One combination of a grid's settings, as it is written."""
 
     student: str = setting("", "a name of [students]; it must be given")
     sampler: str | None = setting(None, "a name of kdpp.SOLVERS; default: the student's own")
     steps: int | None = setting(None, "default: the student's own")
     options: dict[str, Any] = setting({}, "the sampler's own, such as {eta = 0.5}")
-    cond_scale: float = setting(1.0, "the student's CFG scale w")
-    teacher_scale: float = setting(0.0, "λ, the share of the teacher's estimate")
-    teacher_steps: int | tuple[int, ...] = setting(1, "k: the first k steps; or a list of steps")
-    teacher_cfg_scale: float | None = setting(
-        None, "the teacher's CFG scale; default: the reference's cond_scale, or 1"
-    )
-    renoise: str | float = setting("next", "σ_s: next, current, random, or a level")
-    renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
-    extrapolate: bool = setting(False, "allow λ outside [0, 1]")
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How a cell is guided: keywords of `kdpp.TeacherGuidedDenoiser`."""
-
-    teacher_scale: float
-    teacher_steps: int | tuple[int, ...]
-    renoise: str | float
-    renoise_eta: float
-    teacher_cfg_scale: float
-    extrapolate: bool = False
+    cond_scale: float = setting(1.0, "the student's CFG scale")
 
 
 @dataclass(frozen=True)
@@ -335,15 +326,9 @@ def _guided(combination: Combination, base: Cell, where: str, spec: Spec) -> Cel
     scale = combination.teacher_cfg_scale
     if scale is None:
         scale = spec.own_samples.cond_scale if spec.own_samples else 1.0
-    guidance = Guidance(
-        teacher_scale=combination.teacher_scale,
-        teacher_steps=steps,
-        renoise=combination.renoise,
-        renoise_eta=combination.renoise_eta,
-        teacher_cfg_scale=scale,
-        extrapolate=outside,
-    )
-    return replace(base, guide="teacher", guidance=guidance)
+    given = {field.name: getattr(combination, field.name) for field in fields(Guidance)}
+    given |= {"teacher_steps": steps, "teacher_cfg_scale": scale, "extrapolate": outside}
+    return replace(base, guide="teacher", guidance=Guidance(**given))
 
 
 def _has_steps(steps: int, wanted: int | tuple[int, ...]) -> bool:
