@@ -235,13 +235,15 @@ def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[
     if results > MOST:
         raise ValueError(f"{results:,} results are to be had, cells × seeds; at most {MOST:,}")
     counts = {
-        "of steps that are not there, left out": len(asked) - len(kept),
-        "alike (λ or k is 0, or k reaches the last step), run once": len(kept) - len(set(kept)),
-        "not asked for, added as what changes are measured against": sum(
+        "combinations left out, whose guided steps do not exist": len(asked) - len(kept),
+        "combinations that sample like another one (λ or k is 0, or k reaches the last step)": (
+            len(kept) - len(set(kept))
+        ),
+        "plain students added, against which changes are measured": sum(
             cell.guide == "none" and cell not in kept for cell in cells
         ),
     }
-    return list(cells), [f"combinations {what}: {n}" for what, n in counts.items() if n]
+    return list(cells), [f"{what}: {n}" for what, n in counts.items() if n]
 
 
 def _grid_cells(

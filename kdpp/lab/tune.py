@@ -400,7 +400,7 @@ def draw(tuning: Tuning) -> bytes:
             "o" if by == "teacher" else "x",
             color=f"C{k}" if by == "teacher" else ("grey", "black")[eta == 0.0],
             ms=4,
-            label=f"{by}, CFG scale {scale:g}, {_noise(eta)}",
+            label=f"{by}, CFG {scale:g}, {_noise(eta)}",
         )
     left.axhline(EXPLAINED, color="grey", lw=0.8, ls=":")
     left.set_title("R²: share of the miss that a look explains", fontsize=9)
@@ -421,7 +421,7 @@ def draw(tuning: Tuning) -> bytes:
         _bar(right, step + 0.1, tuning.check.change, "C3", "teacher, fresh samples")
         _bar(right, step + 0.2, tuning.check.itself_change, "black", "student, fresh samples")
     right.axhline(0.0, color="grey", lw=0.8)
-    right.set_title("change of the distance to the teacher's run, %", fontsize=9)
+    right.set_title("change of the distance to the teacher, %", fontsize=9)
     for axes in (left, middle, right):
         axes.set_xticks(range(len(tuning.levels) - 1))
         axes.set_xlim(-0.5, len(tuning.levels) - 1.5)
