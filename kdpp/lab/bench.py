@@ -307,7 +307,7 @@ class Bench:
             self._keep(job, batches.images())
             shutil.rmtree(_batches(job), ignore_errors=True)
         elif not job.done:
-            pass
+            batches.flush()
 
     def _keep(self, job: Job, images: Images) -> None:
         """Measure the images, and write what is found."""
