@@ -28,7 +28,7 @@ from kdpp.lab.data import load_data
 from kdpp.lab.metrics import Points, load_features, measure
 from kdpp.lab.models import load_model
 from kdpp.lab.processes import single_thread
-from kdpp.lab.sampling import SAMPLERS, Recipe, draw, image_seeds, levels_for
+from kdpp.lab.sampling import Batches, Recipe, draw, image_seeds, levels_for
 from kdpp.noise import SeededNoise
 
 CHUNK = 500
@@ -49,8 +49,7 @@ def recipes() -> dict[str, Recipe]:
 def bare(recipe: Recipe, count: int, chunk: int, seeded: bool) -> torch.Tensor:
     """The images by plain calls of the sampler."""
     sigmas = torch.tensor(recipe.levels)
-    sample = SAMPLERS[recipe.sampler].sample
-    stochastic = SAMPLERS[recipe.sampler].stochastic
+    sample, stochastic = recipe.solver.sample, recipe.solver.stochastic
     teacher = recipe.teacher.denoiser if recipe.teacher else None
     images = []
     for start in range(0, count, chunk):
@@ -78,13 +77,17 @@ def bare(recipe: Recipe, count: int, chunk: int, seeded: bool) -> torch.Tensor:
 def harness_cost(recipe: Recipe, count: int, pairs: int) -> dict[str, float]:
     """Extra time of `draw`, as a share of each bare loop's, and seconds of `draw`."""
     with tempfile.TemporaryDirectory() as folder, single_thread():
-        kept = iter(range(pairs + 1))
+        numbers = iter(range(pairs + 1))
         seeds = image_seeds(0, count)
+
+        def kept() -> None:
+            batches = Batches(recipe, seeds, None, CHUNK, Path(folder) / str(next(numbers)))
+            batches.make(range(len(batches)))
+            batches.flush()
+
         runs: dict[str, Callable[[], Any]] = {
             "draw": lambda: draw(recipe, seeds, chunk=CHUNK),
-            "draw, kept": lambda: draw(
-                recipe, seeds, chunk=CHUNK, folder=Path(folder) / str(next(kept))
-            ),
+            "draw, kept": kept,
             "same noise": lambda: bare(recipe, count, CHUNK, seeded=True),
             "torch.randn": lambda: bare(recipe, count, CHUNK, seeded=False),
         }

@@ -1,49 +1,135 @@
-"""The command line: ``kdpp demo``, and the lab's commands."""
+"""The command line: ``kdpp solvers``, ``kdpp demo``, and the lab's commands."""
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-LAB = {
+from kdpp._version import __version__
+from kdpp.lab.console import say
+from kdpp.lab.plugins import import_file, load_entry_points
+from kdpp.solver import SOLVERS, solver_of, unknown
+
+LAB = ("train", "evaluate", "compare", "tune")
+COMMANDS = {
+    "solvers": "name the solvers, or say what one does and takes",
+    "demo": "sample embedded digits, with and without a teacher",
     "train": "train a teacher or a student, by the methods of the papers",
     "evaluate": "measure a model's images",
     "compare": "run a grid of students, samplers and settings, and report it on one page",
     "tune": "say whether a teacher is worth its calls for a student, and where",
 }
+KEEPS = {"train", "evaluate", "compare"}
+"""The commands that keep what is finished, so that the same one goes on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what a user can mend is said in one sentence, with exit status 1."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    with suppress(AttributeError, ValueError):  # a terminal without Greek shows "?" for λ
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        _run(given)
+    except KeyboardInterrupt as stop:
+        kept = "what is finished is kept; give the same command again, and it goes on"
+        said = str(stop) or (kept if given[0] in KEEPS else "nothing was written")
+        print(f"\nkdpp: stopped: {said}", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, ValueError, ArithmeticError, MemoryError) as error:
+        print(f"kdpp: {str(error) or type(error).__name__}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(given: Sequence[str]) -> None:
+    command = given[0] if given else ""
+    # The other commands' modules need not be imported.
+    module = import_module(f"kdpp.lab.{command}") if command in LAB else None
+    parsers: dict[str, argparse.ArgumentParser] = {}
+    settings, others = _parser(parsers, command, module).parse_known_args(given)
+    if others:
+        parsers[command].error(_unknown(others[0], parsers[command], module))
+    if command == "demo":
+        from kdpp.digits.demo import run_demo
+
+        run_demo(settings.seed, settings.out)
+        return
+    load_entry_points("kdpp.solvers")
+    for path in settings.imports:
+        import_file(path)
+    if module is None:
+        say(_solvers() if settings.name is None else _solver(settings.name))
+    else:
+        module.run(settings)
+
+
+def _parser(
+    parsers: dict[str, argparse.ArgumentParser], command: str, module: ModuleType | None
+) -> argparse.ArgumentParser:
+    """The arguments of all commands; ``parsers`` gets theirs. Only one has its module's."""
     parser = argparse.ArgumentParser(
         prog="kdpp", description="k-diffusion samplers in which a teacher helps a few-step student"
     )
+    parser.add_argument("--version", action="version", version=f"kdpp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="sample embedded digits, with and without a teacher")
-    demo.add_argument("--seed", type=_seed, default=0, help="the first of the seeds (default: 0)")
-    demo.add_argument(
-        "--out", type=Path, default=Path("kdpp-demo"), help="folder for table and pictures"
-    )
-    for name, purpose in LAB.items():
-        command = commands.add_parser(name, help=purpose, description=purpose)
-        if given[:1] == [name]:  # the others need not be imported
-            import_module(f"kdpp.lab.{name}").add_arguments(command)
-    settings = parser.parse_args(given)
-    try:
-        if settings.command in LAB:
-            import_module(f"kdpp.lab.{settings.command}").run(settings)
-        else:
-            from kdpp.digits.demo import run_demo
+    for name, purpose in COMMANDS.items():
+        parsers[name] = commands.add_parser(
+            name, help=purpose, description=purpose, allow_abbrev=False
+        )
+        if name != "demo":
+            parsers[name].add_argument(
+                "--import", dest="imports", action="append", default=[], metavar="FILE.py",
+                help="first run a file that makes solvers or methods of your own; may be repeated",
+            )  # fmt: skip
+    parsers["solvers"].add_argument("name", nargs="?", metavar="SOLVER", help="one of them")
+    add = parsers["demo"].add_argument
+    add("--seed", type=_seed, default=0, help="the first of the seeds (default: 0)")
+    add("--out", type=Path, default=Path("kdpp-demo"), help="folder for table and pictures")
+    if module is not None:
+        module.add_arguments(parsers[command])
+    return parser
 
-            run_demo(settings.seed, settings.out)
-    except (ImportError, OSError, ValueError, FloatingPointError) as error:
-        print(f"kdpp: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+def _unknown(flag: str, parser: argparse.ArgumentParser, module: ModuleType | None) -> str:
+    """What to give instead of an argument that is not known."""
+    name = flag.partition("=")[0]
+    renamed = getattr(module, "RENAMED", {})
+    if name in renamed:
+        return f"{name} is {renamed[name]} now"
+    flags = [option for action in parser._actions for option in action.option_strings]
+    return unknown("argument", name, flags)
+
+
+def _solvers() -> str:
+    """All solvers as a table."""
+    lines = [("", "order", "evaluations a step", "", "noise", "options")]
+    for solver in SOLVERS.values():
+        first = f" (+{solver.extra} once)" if solver.extra else ""
+        lines.append((
+            solver.name,
+            "-" if solver.order is None else str(solver.order),
+            f"{solver.evaluations}{first}",
+            "multistep" if solver.multistep else "",
+            "-" if solver.noise == "none" else solver.noise,
+            " ".join(solver.options) or "-",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    table = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join([*table, "", "`kdpp solvers SOLVER` says what one does and takes."])
+
+
+def _solver(name: str) -> str:
+    """What a solver does and takes."""
+    solver, _ = solver_of(name)
+    said = inspect.getdoc(solver.sample or solver.steps) or ""
+    call = f"kdpp.{solver.sample.__name__}" if solver.sample else f'kdpp.sample("{solver.name}", …)'
+    return f"{solver}\n\n{said.replace('``', '')}\n\nIn Python: {call}"
 
 
 def _seed(text: str) -> int:

@@ -143,9 +143,9 @@ def test_a_table_of_the_papers(monkeypatch, tmp_path, capsys):
     assert f"{mean:+.2f} ±" in rows[8][2]
     per_seed = tables.training_table(results)
     assert len(per_seed) == 3 and per_seed[2].startswith("| c | ")
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
     assert len(before) == 5 and tables.table(5, out) == text
-    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
 
 
 def test_every_student_of_the_papers_tables_can_be_trained():

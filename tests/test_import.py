@@ -102,15 +102,16 @@ def test_kdpps_own_stands_in_for_k_diffusion(without_k_diffusion, state):
 
 
 def test_the_demo_samples_without_k_diffusion():
-    """The images of all rows but the longest, as they are with it (where it is installed)."""
+    """The images of all ways but the longest, as they are with it (where it is installed)."""
     code = (
-        "from kdpp.digits.demo import *\n"
+        "from kdpp.digits.ways import *\n"
         "torch.set_num_threads(1)\n"
-        "for row in build_rows(Counted(load_student()), Counted(load_teacher()))[:-1]:\n"
-        "    print(row.name, row.run(0, 3)[0].double().sum().item().hex())\n"
+        "*ways, _ = build_ways(Counted(load_student()), Counted(load_teacher())).values()\n"
+        "for way in ways:\n"
+        "    print(way.name, way.run(0, 3)[0].double().sum().item().hex())\n"
     )
     runs = [python(first + code) for first in ("", ABSENT)]
-    assert runs[0].stdout.count("\n") == 8, runs[0].stderr
+    assert runs[0].stdout.count("\n") == 9, runs[0].stderr
     assert runs[1].stdout == runs[0].stdout, runs[1].stderr
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import kdpp
+from kdpp.lab import bench, report
 from kdpp.lab import compare as command
 from kdpp.lab.compare import compare
 from kdpp.lab.data import load_data
@@ -23,7 +24,7 @@ from kdpp.lab.metrics import Points, load_features, measure
 from kdpp.lab.models import DataOrigin, load_model, save_model
 from kdpp.lab.networks import build
 from kdpp.lab.sampling import Recipe, draw, image_seeds, levels_for
-from kdpp.lab.spec import cells_of, read_spec
+from kdpp.lab.spec import REFERENCE_SEED, cells_of, read_spec
 
 TABLES = {
     "": {
@@ -102,19 +103,19 @@ def test_the_cells_of_a_grid(tmp_path):
     assert guided == [(s, 4, k) for s in ("lcm", "euler") for k in (1, 3)]
     for i, cell in enumerate(found):
         if cell.guide == "teacher":
-            assert found.index(cell.plain) < i and found[i + 1] == cell.itself
+            assert found.index(cell.plain) < i and found[i + 1] == cell.control
             assert cell.guidance.teacher_cfg_scale == 2.0  # the reference's
-            assert cell.itself.guidance.teacher_cfg_scale == 1.0  # the student's own
+            assert cell.control.guidance.teacher_cfg_scale == 1.0  # the student's own
     # At 1 step k = 3 and 4 with λ > 0 are not there, for either sampler.
-    assert "left out: 4" in notes[0]
-    assert "run once: 20" in notes[1]  # 28 combinations are kept, 8 are not alike
+    assert notes[0].endswith("do not exist: 4")
+    assert notes[1].endswith("last step): 20")  # 28 combinations are kept, 8 are not alike
 
 
 def test_a_plain_student_is_added(tmp_path):
     """Changes have something to be measured against, though the spec did not ask for it."""
     found, notes = cells(spec_of(tmp_path, teacher_scale="0.5"))
     assert [cell.guide for cell in found] == ["none", "teacher", "self"]
-    assert notes == ["combinations not asked for, added as what changes are measured against: 1"]
+    assert notes == ["plain students added, against which changes are measured: 1"]
 
 
 def test_late_steps_and_levels(tmp_path):
@@ -150,32 +151,63 @@ def test_paths_are_the_specs(tmp_path):
     save_model(tmp_path / "mine.safetensors", network, card)
     spec = read_spec(spec_of(tmp_path, students_small='"mine.safetensors"'))
     assert load_model(spec.students["small"]).parameters < 1000
-    assert (spec.data, spec.teacher) == ("digits", "digits:teacher")
+    assert (spec.data, spec.teacher) == ("", "digits:teacher")
+    spec = read_spec(spec_of(tmp_path, top_data='"mine.npy"', top_features='"clip:model"'))
+    assert (spec.data, spec.features) == (f"{tmp_path}/mine.npy", f"clip:{tmp_path}/model")
+
+
+def test_options_of_the_sampler(tmp_path):
+    """A table, or a list of them; what is the sampler's default makes no other cell."""
+    options = "[{}, {eta = 1.0}, {eta = 0.5}, {eta = 0.5, s_noise = 1}]"
+    path = spec_of(tmp_path, sampler='"sample_euler_ancestral_tg"', options=options)
+    found, notes = cells(path)
+    plain = [(cell.sampler, cell.options) for cell in found if cell.guide == "none"]
+    assert plain == [("euler_ancestral", ()), ("euler_ancestral", (("eta", 0.5),))]
+    assert notes[0].endswith("last step): 4")
+    assert sum("eta 0.5" in str(cell) for cell in found) == 3
+
+
+def test_a_scale_outside_its_range_is_asked_for(tmp_path):
+    """As `kdpp tune` may advise it, with extrapolate = true."""
+    found, _ = cells(spec_of(tmp_path, teacher_scale="[0.5, 2.391, -0.1]", extrapolate="true"))
+    guided = [c.guidance for c in found if c.guide == "teacher"]
+    assert [(g.teacher_scale, g.extrapolate) for g in guided] == [
+        (0.5, False), (2.391, True), (-0.1, True)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher_scal": "0.5"}, r"of grid 1 'teacher_scal'; did you mean 'teacher_scale'"),
-        ({"sampler": '"eulr"'}, r"sampler of grid 1 'eulr'; did you mean 'euler'"),
+        ({"teacher_scal": "0.5"}, r"setting 'teacher_scal'; did you mean 'teacher_scale'"),
+        ({"sampler": '"eulr"'}, r"'eulr'; did you mean 'euler'"),
         ({"student": '"smal"'}, r"'smal'; did you mean 'small'"),
-        ({"student": None}, r"student of grid 1 is missing"),
+        ({"student": None}, r"student is missing"),
         ({"students_small": '"digits:studnt"'}, r"did you mean 'digits:student'"),
         ({"students_small": '"nowhere.safetensors"'}, r"no checkpoint at .*nowhere"),
         ({"students_small": "3"}, r"student 'small' is 3"),
-        ({"students_small": None}, r"names no student"),
+        ({"students_small": None}, r"no student is named"),
         ({"top_imges": "3"}, r"'imges'; did you mean 'images'"),
         ({"top_images": "3"}, r"images is 3; .* ≥ 4"),
         ({"top_images": "0.5"}, r"images is 0.5; it must be a whole number"),
         ({"top_seeds": "[1, 1]"}, r"each once"),
         ({"top_seeds": "[-1]"}, r"≥ 0"),
         ({"top_seeds": "0"}, r"seeds is 0"),
+        ({"top_seeds": "1000000000"}, r"seeds is 1000000000; give at most 100,000"),
+        ({"top_seeds": "[1000000000]"}, r"holds 1000000000; they must be below 1,000,000,000"),
+        ({"top_seeds": f"[{10**18}]"}, r"must be below 1,000,000,000"),
+        ({"top_images": "1000001"}, r"images is 1000001"),
+        ({"options": "{eat = 1}"}, r"unknown option of lcm 'eat'"),
+        ({"sampler": '"euler"', "options": "{s_churn = 1}"}, r"s_churn adds noise"),
+        ({"sampler": '"dpm_fast"'}, r"dpm_fast makes its own levels"),
+        ({"steps": str([*range(1, 1001)] * 101)}, r"lists have more than 100,000 combinations"),
+        ({"cond_scale": str([*range(60_000)]), "teacher_scale": "0.0"}, r"120,000 results"),
         ({"top_features": '"digts"'}, r"digts"),
         ({"top_data": '"nowhere"'}, r"nowhere"),
         ({"top_teacher": None}, r"name the teacher"),
         (
             {"top_teacher": None, "reference_cond_scale": None, "reference_steps": None},
-            r"names no teacher; add one",
+            r"no teacher is named; name one",
         ),
         ({"reference_cond_scale": None}, r"reference has no cond_scale"),
         ({"reference_steps": "0"}, r"steps of reference is 0"),
@@ -183,8 +215,8 @@ def test_paths_are_the_specs(tmp_path):
         ({"reference_sampler": '"eulr"'}, r"did you mean 'euler'"),
         ({"steps": "[4, 0]"}, r"steps is 0"),
         ({"cond_scale": "nan"}, r"cond_scale is nan"),
-        ({"teacher_scale": "1.5"}, r"teacher_scale of grid 1 is 1.5; .*\[0, 1\]"),
-        ({"teacher_scale": "[]"}, r"teacher_scale of grid 1 is an empty list"),
+        ({"teacher_scale": "1.5"}, r"teacher_scale is 1.5; .*\[0, 1\], or .* extrapolate = true"),
+        ({"teacher_scale": "[]"}, r"teacher_scale is an empty list"),
         ({"teacher_scale": '"much"'}, r"'much'; it must be a finite number"),
         ({"teacher_steps": "5"}, r"holds 5; no combination has these steps, the longest has 4"),
         ({"teacher_steps": "[[-5]]"}, r"holds \[-5\]"),
@@ -203,7 +235,12 @@ def test_bad_specs(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("title = ", "no TOML"), (toml().split("[[")[0], r"has no \[\[grid\]\]")]
+    ("text", "message"),
+    [
+        ("title = ", "no TOML"),
+        (toml().split("[[")[0], r"there is no \[\[grid\]\]"),
+        (toml() + '\n[[grid]]\nstudent = "smal"', r"student of grid 2 'smal'"),
+    ],
 )
 def test_bad_files(tmp_path, text, message):
     """What is no spec at all is refused as well."""
@@ -234,7 +271,7 @@ def test_the_figures_are_those_of_the_samplers(finished):
     data = load_data("digits")
     features = load_features("digits", data.images, data.classes)
     own = Recipe(teacher, None, "euler", kdpp.digits.schedule(4), 2.0)
-    seeds = image_seeds(command.REFERENCE_RUN, 50)
+    seeds = image_seeds(REFERENCE_SEED, 50)
     reference = Points(features(draw(own, seeds).x))
     common = {"teacher_scale": 0.5, "teacher_steps": 1, "renoise": "next"}
     recipes = {
@@ -273,6 +310,9 @@ def test_changes_are_paired(finished):
         assert found["change"]["high"] == pytest.approx(fmean(values) + half, rel=1e-4, abs=1e-9)
         assert (found["change"]["verdict"] == "none seen") == (abs(fmean(values)) <= half)
         assert found["self_change"] == itself["metrics"][name]["change"]
+        own = [a - b for a, b in zip(found["values"], itself["metrics"][name]["values"])]
+        assert found["own_share"]["mean"] == pytest.approx(fmean(own), abs=1e-12)
+        assert itself["metrics"][name]["own_share"] is plain["metrics"][name]["own_share"] is None
         assert plain["metrics"][name]["change"] is None
     # The teacher moves FD by far more than two seeds of one student differ.
     assert guided["metrics"]["fd"]["change"]["mean"] < -1.0
@@ -287,10 +327,11 @@ def test_the_tables_agree(finished):
     for line, cell in zip(lines, cells):
         flat = {key: value for key, value in cell.items() if key not in ("costs", "metrics")}
         flat["levels"] = " ".join(map(repr, cell["levels"]))
+        flat["options"] = None
         flat |= cell["costs"]
         for name, found in cell["metrics"].items():
             kinds = {name: found, f"{name}_change": found["change"]}
-            kinds[f"{name}_self_change"] = found["self_change"]
+            kinds |= {f"{name}_{kind}": found[kind] for kind in ("self_change", "own_share")}
             for key, estimate in kinds.items():
                 known = estimate or {}
                 ends = {"": "mean", "_sd": "deviation", "_low": "low", "_high": "high"}
@@ -304,11 +345,39 @@ def test_the_page_holds_everything(finished):
     """Every cell, setting and version is in the page, and nothing in it lies elsewhere."""
     text, found = (finished / "report.html").read_text(encoding="utf-8"), results(finished)
     assert text.count("<tr><td") == text.count("<figure id=") == len(found["cells"])
+    assert text.count("<figure><img") == 1  # real images, beside those of the only student
     for version in found["versions"].values():
         assert f"<td>{version}</td>" in text
     assert "cond_scale = 2.0" in text  # the spec
     assert not [word for word in ("http:", "https:", "src=\"/", "@import", "url(") if
                 word in text.replace("http://www.w3.org/2000/svg", "")]  # fmt: skip
+
+
+def test_better_is_green_and_worse_is_not():
+    """Whichever way a metric is better; a change that was not seen, and one without a good, are
+    neither."""
+
+    def shown(better, mean, verdict):
+        metric = {"name": "m", "title": "M", "better": better, "what": ""}
+        change = {"mean": mean, "deviation": 0.1, "verdict": verdict}
+        cell = {"metrics": {"m": {"change": change}}}
+        return report._change(metric, "change", 2)(cell)[0].split('"')[1]
+
+    assert shown("lower", -1.0, "lower") == shown("higher", 1.0, "higher") == "better"
+    assert shown("lower", 1.0, "higher") == shown("higher", -1.0, "lower") == "worse"
+    assert shown("lower", -1.0, "none seen") == "none"
+    assert shown(None, -1.0, "lower") == ""
+
+
+def test_a_table_runs_no_formula(finished, tmp_path):
+    """A student's name that a spreadsheet would take for a formula is marked as text."""
+    shutil.copytree(finished / "cells", tmp_path / "out" / "cells")
+    text = toml(student="\"=cmd|'/C calc'!A0\"").replace("small", "\"=cmd|'/C calc'!A0\"")
+    compare(written(tmp_path, text), tmp_path / "out")
+    with open(tmp_path / "out" / "results.csv", encoding="utf-8", newline="") as file:
+        students = [line["student"] for line in csv.DictReader(file)]
+    assert students == ["'=cmd|'/C calc'!A0"] * 3
+    assert results(tmp_path / "out")["cells"][0]["student"] == "=cmd|'/C calc'!A0"
 
 
 def test_names_are_escaped(finished, tmp_path):
@@ -352,6 +421,9 @@ def test_data_that_are_no_pictures(tmp_path):
 # What is kept -------------------------------------------------------------------------------------
 
 
+TIMING = {"seconds": 1.0, "memory": 0, "finished": "then"}
+
+
 def stamps(folder):
     """When each result was written."""
     return {path.name: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
@@ -387,7 +459,7 @@ def test_other_weights_are_other_cells(finished, tmp_path, monkeypatch):
     old = jobs(spec_of(tmp_path), finished)
     model = load_model("digits:student")
     model.network.leave.bias[0] += 1e-3
-    monkeypatch.setattr(command, "load_model", lambda name, device: (
+    monkeypatch.setattr(bench, "load_model", lambda name, device: (
         model if name == "digits:student" else load_model(name)))  # fmt: skip
     assert not paths(old) & paths(jobs(spec_of(tmp_path), finished))
     monkeypatch.undo()
@@ -397,23 +469,106 @@ def test_other_weights_are_other_cells(finished, tmp_path, monkeypatch):
 
 
 def jobs(path, out):
-    return command.Bench(read_spec(path), "cpu").jobs(out / "cells")
+    """All but the teacher's own samples."""
+    every = bench.Bench(read_spec(path), "cpu", out / "cells").jobs()
+    return [job for job in every if job.cell]
 
 
 def paths(jobs):
     return {job.path.name for job in jobs}
 
 
-def test_a_damaged_result_is_computed_again(finished, tmp_path):
-    """A file that is cut off, however that came about, is as good as none."""
+def test_a_checkpoint_of_two_names_is_measured_once(finished, tmp_path):
+    """Every result is computed by one job; what is reported names both."""
+    path = spec_of(tmp_path, students_other='"digits:student"', student='["small", "other"]')
+    found = jobs(path, finished)
+    assert len(found) == len(paths(found)) and paths(found) == paths(
+        jobs(spec_of(tmp_path), finished)
+    )
+
+
+def test_what_images_are_compared_with_names_a_result(finished, tmp_path, monkeypatch):
+    """The number of classes, and the content of the features' file, whatever it is called."""
+    old = paths(jobs(spec_of(tmp_path), finished))
+    fits = bench._check_fit
+    monkeypatch.setattr(bench, "_check_fit", lambda *_: None)
+    data = replace(load_data("digits"), classes=11)
+    monkeypatch.setattr(bench, "load_data", lambda _: data)
+    pixels = '"pixels"'
+    new = jobs(spec_of(tmp_path, top_features=pixels), finished)
+    monkeypatch.undo()
+    other = jobs(spec_of(tmp_path, top_features=pixels), finished)
+    assert not paths(new) & paths(other) and not paths(other) & old
+    assert fits is bench._check_fit
+
+    def named():
+        features = replace(load_features("pixels", data.images, 10), name=f"clip:{tmp_path}/clip")
+        monkeypatch.setattr(bench, "load_features", lambda *_: features)
+        return paths(jobs(spec_of(tmp_path), finished))
+
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"one")
+    first = named()
+    assert first == named()
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"two")
+    assert not first & named()
+
+
+def test_an_edited_solver_is_measured_anew(finished, tmp_path, monkeypatch):
+    """A cell is named by what its solver's plan does, not by the solver's name."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = stamps(out)
+    lcm = kdpp.SOLVERS["lcm"]
+
+    def half_the_noise(sigmas):
+        for step in lcm.steps(sigmas):
+            (stage,) = step.stages
+            row = replace(stage.row, noise=stage.row.noise and 0.5 * stage.row.noise)
+            yield replace(step, stages=(replace(stage, row=row),))
+
+    monkeypatch.setitem(kdpp.SOLVERS, "lcm", replace(lcm, steps=half_the_noise))
+    compare(spec_of(tmp_path), out)
+    new = stamps(out)
+    assert before.items() < new.items() and len(new) == len(before) + 6
+    old = results(finished)["cells"][0]["metrics"]["fd"]["values"]
+    assert results(out)["cells"][0]["metrics"]["fd"]["values"] != old
+
+
+def test_results_of_other_students_are_not_replaced(finished, tmp_path):
+    """Refused before any work; a folder with some of the same students is extended."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    whole = (out / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="holds results of digits:student; name another folder"):
+        compare(spec_of(tmp_path, students_small='"digits:teacher"'), out)
+    assert (out / "results.json").read_bytes() == whole
+    compare(spec_of(tmp_path, students_other='"digits:teacher"', teacher_scale="0.0"), out)
+    assert len(results(out)["models"]) == 2
+
+
+@pytest.mark.parametrize("damage", [b'{"scores": {"fd"', b"", b"{}", b"1", b"[]", b"null"])
+def test_a_damaged_result_is_computed_again(finished, tmp_path, damage):
+    """A file that is cut off, or holds something else, is as good as none."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     victim = next((out / "cells").glob("*.json"))
     whole = json.loads(victim.read_bytes())
-    victim.write_bytes(victim.read_bytes()[:100])
+    victim.write_bytes(damage)
     compare(spec_of(tmp_path), out)
     again = json.loads(victim.read_bytes())
-    assert {**again, "timing": 0} == {**whole, "timing": 0}
+    assert {**again, **TIMING} == {**whole, **TIMING}
+
+
+def test_the_teachers_samples_are_made_again_if_damaged(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (victim,) = (out / "cells").glob("*.safetensors")
+    whole = victim.read_bytes()
+    for damage in (b"", whole[:100], whole[:-8]):
+        victim.write_bytes(damage)
+        compare(spec_of(tmp_path), out)
+        assert victim.read_bytes() == whole
 
 
 def test_images_that_are_not_finite(tmp_path, monkeypatch):
@@ -425,7 +580,7 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
         count += 1
         return measure(images if count < 3 else images * float("nan"), *rest)
 
-    monkeypatch.setattr(command, "measure", failing)
+    monkeypatch.setattr(bench, "measure", failing)
     with pytest.raises(ValueError, match=r"small, lcm.*seed [35]: images must be finite.*is kept"):
         compare(spec_of(tmp_path), tmp_path / "out")
     assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 2
@@ -434,7 +589,7 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
 def test_a_full_disk(tmp_path, monkeypatch):
     """An error in a sentence; what is finished is kept, nothing is half written."""
     count = 0
-    real = command.write_atomically
+    real = bench.write_atomically
 
     def full(path, content):
         nonlocal count
@@ -443,11 +598,11 @@ def test_a_full_disk(tmp_path, monkeypatch):
             raise OSError(28, f"{path} could not be written (No space left on device)")
         real(path, content)
 
-    monkeypatch.setattr(command, "write_atomically", full)
+    monkeypatch.setattr(bench, "write_atomically", full)
     with pytest.raises(OSError, match="No space left"):
         compare(spec_of(tmp_path), tmp_path / "out")
     kept = sorted(path.suffix for path in (tmp_path / "out" / "cells").iterdir())
-    assert kept == [".json", ".npy"]
+    assert kept == [".json", ".safetensors"]
     monkeypatch.undo()
     compare(spec_of(tmp_path), tmp_path / "out")
     assert len(results(tmp_path / "out")["cells"]) == 3
@@ -458,7 +613,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from kdpp.lab import compare as command, files
+from kdpp.lab import bench, compare as command, files
 
 spec, out = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -488,7 +643,7 @@ def killed(folder, moment):
     files.os.replace = replace_or_die
     command.compare(spec, folder)
 
-command.Bench(command.read_spec(spec), "cpu")  # what it imports, the children need not
+bench.Bench(command.read_spec(spec), "cpu", out)  # what it imports, the children need not
 for moment in map(int, sys.argv[3].split()):
     folder = out / f"killed{moment}"
     codes = [ended(child(lambda: killed(folder, moment)))]
@@ -508,8 +663,7 @@ def without_timings(folder, spec):
     """The reports as they are when every timing is the same: they are made of the stored cells."""
     for path in (folder / "cells").glob("*.json"):
         result = json.loads(path.read_bytes())
-        result["timing"] = {"seconds": 1.0, "memory": 0, "finished": "then"}
-        path.write_text(json.dumps(result, indent=1))
+        path.write_text(json.dumps({**result, **TIMING}, indent=1))
     compare(spec, folder)
     return [(folder / name).read_bytes() for name in REPORTS]
 
@@ -553,7 +707,7 @@ def test_threads_change_no_result(tmp_path):
 def test_two_runs_at_once(finished, tmp_path):
     """The second is told that the first is at work."""
     shutil.copytree(finished, tmp_path / "out")
-    with command.locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="another run"):
+    with bench.locked(tmp_path / "out"), pytest.raises(BlockingIOError, match="another run"):
         compare(spec_of(tmp_path), tmp_path / "out")
 
 

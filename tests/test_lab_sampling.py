@@ -1,30 +1,20 @@
-"""Images from seeds: by whom, in which order and after which accident makes no difference.
+"""Images from seeds: in which order and after which accident makes no difference."""
 
-``python tests/test_lab_sampling.py FOLDER`` is one process of several: see `work`.
-"""
-
-import argparse
-import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import time
+import itertools
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import harness_cost
 import kdpp
-from kdpp.lab import evaluate, processes, sampling
+import problems
+from kdpp.lab import processes, sampling
 from kdpp.lab.models import DataOrigin, Model, ModelCard, load_model
 from kdpp.lab.networks import VEDenoiser, build
-from kdpp.lab.sampling import SAMPLERS, Recipe, draw, image_seeds, levels_for
+from kdpp.lab.sampling import Batches, Recipe, draw, fingerprint, image_seeds, levels_for
 from kdpp.noise import SeededNoise
 
 GUIDANCE = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0, "renoise_eta": 0.7}
@@ -69,11 +59,11 @@ def same_bits(a, b):
 # One process --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_depends_on_its_seed_alone(sampler):
+@pytest.mark.parametrize("solver", problems.on_schedules(kdpp.SOLVERS), ids=lambda one: one.name)
+def test_an_image_depends_on_its_seed_alone(solver):
     """Another place, other company, another global seed: the same image, by every sampler."""
-    seeds = [5, 3, 2**40 + 7, 11]
-    scale = 0.8 if SAMPLERS[sampler].cfg_pp else 1.5
+    seeds, sampler = [5, 3, 2**40 + 7, 11], solver.name
+    scale = 0.8 if solver.cfg_pp else 1.5
     made = draw(recipe(sampler, cond_scale=scale), seeds).x
     torch.manual_seed(99)
     others = [11, 8, 5, 2**40 + 7, 3, 0]
@@ -207,7 +197,7 @@ def test_levels_for_a_model():
     assert (len(levels_for(STUDENT)), len(levels_for(TEACHER))) == (5, 51)
 
 
-def test_runs_share_no_seed():
+def test_no_two_seeds_share_an_image():
     assert set(image_seeds(0, 10**6)).isdisjoint(image_seeds(1, 10**6))
     assert list(image_seeds(3, 2)) == [3_000_000, 3_000_001]
 
@@ -246,8 +236,8 @@ def test_the_harness_costs_next_to_nothing(name):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: recipe("eulr"), "unknown sampler 'eulr'; did you mean 'euler'"),
-        (lambda: recipe("dpm_fast"), "unknown sampler 'dpm_fast'"),
+        (lambda: recipe("eulr"), "unknown solver 'eulr'; did you mean 'euler'"),
+        (lambda: recipe("dpm_fast"), "dpm_fast makes its own levels"),
         (lambda: recipe(levels=(1.0, 2.0)), "levels must not increase"),
         (lambda: recipe(levels=(1.0,)), "give two or more"),
         (lambda: recipe(options={"eat": 1}), "unknown option of lcm 'eat'"),
@@ -270,7 +260,8 @@ def test_the_harness_costs_next_to_nothing(name):
         (lambda: draw(recipe(), [1], torch.tensor([11])), "0 … 10"),
         (lambda: draw(recipe(), [1], chunk=0), "chunk is 0"),
         (lambda: image_seeds(0, 10**6 + 1), "10"),
-        (lambda: image_seeds(-1, 5), "run is -1"),
+        (lambda: image_seeds(-1, 5), "seed is -1"),
+        (lambda: image_seeds(10**12, 5), "below 1,000,000,000,000"),
     ],
 )
 def test_bad_input(make, said):
@@ -283,6 +274,15 @@ def test_bad_input(make, said):
     finally:
         handle.remove()
     assert not called
+
+
+def test_a_solver_of_ones_own_is_found_when_it_is_used(monkeypatch):
+    """Entered after the lab was imported, it samples by its name; a function's name does, too."""
+    mine = replace(kdpp.SOLVERS["euler"], name="mine", sample=None)
+    monkeypatch.setitem(kdpp.SOLVERS, "mine", mine)
+    expected = draw(alone("euler"), [1, 2]).x
+    assert same_bits(draw(alone("mine"), [1, 2]).x, expected)
+    assert same_bits(draw(alone("sample_euler_tg"), [1, 2]).x, expected)
 
 
 # Work that is kept --------------------------------------------------------------------------------
@@ -309,214 +309,132 @@ def die_after(monkeypatch, batches):
     monkeypatch.setattr(sampling, "_sample", mortal)
 
 
+def made(folder, wanted=range(5)):
+    """Ten images in five batches, those that are wanted."""
+    batches = Batches(recipe(), range(10), chunk=2, folder=folder)
+    batches.make(wanted)
+    return batches
+
+
 @pytest.mark.usefixtures("written_at_once")
 def test_finished_batches_are_not_computed_again(tmp_path):
     """Two batches were done: the next run makes the other three, and the same images."""
     expected = draw(recipe(), range(10), chunk=2)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Died):
         die_after(patch, 2)
-        draw(recipe(), range(10), chunk=2, folder=tmp_path)
+        made(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         die_after(patch, 3)
-        found = draw(recipe(), range(10), chunk=2, folder=tmp_path)
+        found = made(tmp_path).images()
     assert same_bits(found.x, expected.x) and found.evaluations == expected.evaluations
     with pytest.MonkeyPatch.context() as patch:
         die_after(patch, 0)
-        again = draw(recipe(), range(10), chunk=2, folder=tmp_path)
+        again = made(tmp_path).images()
     assert same_bits(again.x, expected.x) and again.seconds == found.seconds
 
 
-@pytest.mark.usefixtures("written_at_once")
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"how": recipe(cond_scale=1.1)},
-        {"how": recipe(guidance={**GUIDANCE, "teacher_scale": 0.4})},
-        {"how": recipe("ddim_stochastic")},
-        {"how": recipe(levels=(*LEVELS[:3], 0.2, 0.0))},
-        {"how": recipe(student=TEACHER)},
-        {"how": recipe(teacher=STUDENT)},
-        {"how": recipe("euler_ancestral", options={"eta": 0.5})},
-        {"seeds": range(10, 14)},  # of the same labels
-        {"labels": torch.tensor([3, 3, 3, 3])},
-        {"chunk": 4},
-    ],
-)
-def test_kept_batches_of_something_else_are_not_taken(change, tmp_path):
-    """Whatever changes the images, or could change their bits."""
-
-    def images(how=recipe(), seeds=range(4), labels=None, chunk=2, folder=None):  # noqa: B008
-        return draw(how, seeds, labels, chunk=chunk, folder=folder).x
-
-    images(folder=tmp_path)
-    assert same_bits(images(**change, folder=tmp_path), images(**change))
-
-
-@pytest.mark.usefixtures("written_at_once")
-def test_weights_are_part_of_what_is_kept(tmp_path):
-    """A student that was trained on, under the same name, makes its own images."""
-    student = load_model("digits:student")
-    before = draw(alone(student=student), range(4), folder=tmp_path).x
-    with torch.no_grad():
-        student.network.leave.bias += 0.1
-    after = draw(alone(student=student), range(4), folder=tmp_path).x
-    assert (after - before).abs().max() > 0.01
+def test_batches_are_shared_through_the_folder(tmp_path):
+    """What others have made is taken, once they have written it; costs add up."""
+    expected = draw(recipe(), range(10), chunk=2)
+    one, other = made(tmp_path, [0, 2, 4]), made(tmp_path, [1, 3])
+    assert not one.complete()
+    other.flush()
+    with pytest.MonkeyPatch.context() as patch:
+        die_after(patch, 0)
+        assert one.complete() and not other.complete()
+    found = one.images()
+    assert same_bits(found.x, expected.x)
+    assert (found.evaluations, found.compute) == (expected.evaluations, expected.compute)
+    assert found.seconds > sum(batch.seconds for batch in other.done.values())
 
 
 @pytest.mark.usefixtures("written_at_once")
 def test_damaged_and_foreign_files_are_passed_over(tmp_path):
-    expected = draw(recipe(), range(4), chunk=2, folder=tmp_path).x
-    first, second = sorted(tmp_path.glob("*.safetensors"))
+    expected = made(tmp_path).images().x
+    first, second, *_ = sorted(tmp_path.glob("*.safetensors"))
     first.write_bytes(first.read_bytes()[:100])
     save_file({"1": torch.zeros(2, 1, 8, 8)}, second)
     (tmp_path / "other.safetensors").write_bytes(b"")
-    assert same_bits(draw(recipe(), range(4), chunk=2, folder=tmp_path).x, expected)
+    assert same_bits(made(tmp_path).images().x, expected)
 
 
 def test_little_work_is_held_back(tmp_path, monkeypatch):
     """Batches are written once they are worth the wait, several in one file."""
     monkeypatch.setattr(sampling, "PATIENCE", 2.5)
-    shelf = sampling.Shelf(tmp_path, "key")
-    for i in range(7):
-        shelf.add(i, sampling.Batch(torch.full((2, 1), float(i)), sampling.Cost(1, 2, 1.0)))
-    files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == ["000000.safetensors", "000003.safetensors"]
-    found = sampling.Shelf(tmp_path, "key").read([0, 4, 5, 6])
-    assert sorted(found) == [0, 4, 5]
-    assert found[4].x.tolist() == [[4.0], [4.0]] and found[4].cost == (1, 2, 1.0)
-    assert not sampling.Shelf(tmp_path, "another").read([0, 4, 5])
+    clock = itertools.count()
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: next(clock))  # a second each
+    batches = Batches(recipe(), range(14), chunk=2, folder=tmp_path)
+    batches.make(range(7))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000000.safetensors", "000003.safetensors",
+    ]  # fmt: skip
+    monkeypatch.undo()
+    found = Batches(recipe(), range(14), chunk=2, folder=tmp_path)
+    assert not found.complete() and sorted(found.done) == [*range(6)]
+    assert same_bits(found.done[4].x, batches.done[4].x)
+    assert found.done[4][1:] == batches.done[4][1:] == (8, 4, 1.0, batches.done[4].memory)
+    batches.flush()
+    assert found.complete()
 
 
-def test_settings_that_cannot_be_kept(tmp_path):
-    """A function has no digest; without a folder it needs none."""
+# What names it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"cond_scale": 1.1},
+        {"guidance": {**GUIDANCE, "teacher_scale": 0.4}},
+        {"sampler": "ddim_stochastic"},
+        {"levels": (*LEVELS[:3], 0.2, 0.0)},
+        {"student": TEACHER},
+        {"teacher": STUDENT},
+        {"sampler": "euler_ancestral", "options": {"eta": 0.5}},
+    ],
+)
+def test_whatever_changes_the_images_changes_their_name(changed):
+    other = recipe(**changed)
+    assert fingerprint(other) != fingerprint(recipe())
+    if "options" in changed:
+        assert fingerprint(other) != fingerprint(replace(other, options={"eta": 0.6}))
+        assert fingerprint(other) == fingerprint(replace(other, options={"eta": 0.5}))
+
+
+def test_weights_and_versions_are_part_of_the_name(monkeypatch):
+    """A student that was trained on, under the same name, makes its own images."""
+    student = load_model("digits:student")
+    before = fingerprint(alone(student=student))
+    assert before == fingerprint(alone(student=load_model("digits:student")))
+    monkeypatch.setattr(kdpp, "__version__", "other")
+    assert fingerprint(alone(student=student)) != before
+    monkeypatch.undo()
+    with torch.no_grad():
+        student.network.leave.bias += 0.1
+    assert fingerprint(alone(student=student)) != before
+
+
+def test_an_edited_solver_has_another_name(monkeypatch):
+    """What names the images is what the solver's plan does, on these levels with these options."""
+    before = {name: fingerprint(alone(name)) for name in ("euler", "heun")}
+    for name in before:
+        assert fingerprint(alone(name)) == before[name]
+    euler, heun = (kdpp.SOLVERS[name] for name in before)
+    monkeypatch.setitem(kdpp.SOLVERS, "euler", replace(euler, steps=heun.steps))
+    assert fingerprint(alone("euler")) == before["heun"] == fingerprint(alone("heun"))
+    monkeypatch.setitem(kdpp.SOLVERS, "euler", replace(euler, cfg_pp=True))
+    assert fingerprint(alone("euler")) not in before.values()
+
+
+def test_settings_that_cannot_be_kept():
+    """A function has no digest; without one it samples."""
     how = recipe(guidance={"teacher_scale": lambda step, sigma: 0.2})
     assert draw(how, [1]).x.isfinite().all()
     with pytest.raises(ValueError, match="numbers, texts or lists"):
-        draw(how, [1], folder=tmp_path)
+        fingerprint(how)
 
 
 def test_a_range_of_levels_is_no_list_of_steps():
     ranged, listed = (
         recipe(guidance={"teacher_steps": steps}) for steps in (kdpp.NoiseRange(1, 2), [1, 2])
     )
-    assert sampling.fingerprint(ranged) != sampling.fingerprint(listed)
-
-
-# Several processes --------------------------------------------------------------------------------
-
-RECIPES = {
-    "guided": recipe(),
-    "stochastic": recipe("euler_ancestral", cond_scale=1.5),
-    "random": recipe(guidance={**GUIDANCE, "renoise": "random"}),
-    "teacher": alone("dpmpp_2m", student=TEACHER, cond_scale=2.0),
-}
-COUNT, CHUNK = 22, 5  # five batches, the last one smaller: uneven shares for 2 and 3 processes
-
-
-def work(folder):
-    """Draw every recipe and write what this process has; then evaluate, or draw and be killed."""
-    rank = os.environ.get("RANK", "0")
-    images = {name: draw(how, image_seeds(0, COUNT), chunk=CHUNK) for name, how in RECIPES.items()}
-    costs = [[*made.evaluations, made.compute] for made in images.values()]
-    tensors = {name: made.x for name, made in images.items()}
-    tensors["costs"] = torch.tensor(costs, dtype=torch.float64)
-    save_file(tensors, folder / f"{rank}.safetensors")
-    if "DIES" not in os.environ:
-        latents = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        save_file(
-            {"latents": 2 * latents, "labels": torch.arange(40) % 10}, folder / "data.safetensors"
-        )
-        parser = argparse.ArgumentParser()
-        evaluate.add_arguments(parser)
-        pair = ["digits:student", "--teacher", "digits:teacher", "--images", "20", "--seeds", "2"]
-        places = ["--data", str(folder / "data.safetensors"), "--out", str(folder)]
-        evaluate.run(parser.parse_args([*pair, *places]))
-        return
-    sampling.PATIENCE = math.inf
-    if os.environ["DIES"] == rank:
-        sampling.PATIENCE = 0.0
-        sample, left = sampling._sample, iter(range(1))
-
-        def mortal(*arguments):
-            if next(left, None) is None:
-                wait_for(folder / "kept" / "000000.safetensors")  # the other's, all in one
-                os.kill(os.getpid(), signal.SIGKILL)
-            return sample(*arguments)
-
-        sampling._sample = mortal
-    draw(RECIPES["guided"], image_seeds(0, COUNT), chunk=CHUNK, folder=folder / "kept")
-
-
-def wait_for(path):
-    """Until the file is there; half a minute at most."""
-    deadline = time.monotonic() + 30.0
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def results(folder):
-    """What an evaluation found, without what it took."""
-    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return [found["data"], *({**way, "timing": None} for way in found["ways"])]
-
-
-def launch(folder, count, launcher="torchrun", **environment):
-    """Run this file in several processes."""
-    module, *flags = {
-        "torchrun": ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}"],
-        # What accelerate calls many GPUs is many processes; without a GPU they are the CPU's.
-        "accelerate": [
-            "accelerate.commands.launch", "--multi_gpu", f"--num_processes={count}",
-            "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
-            "--main_process_port=0",
-        ],
-    }[launcher]  # fmt: skip
-    command = [sys.executable, "-m", module, *flags, __file__, str(folder)]
-    own = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **own, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def by_one(tmp_path_factory):
-    """A folder with what one process makes."""
-    folder = tmp_path_factory.mktemp("one")
-    work(folder)
-    return folder
-
-
-def test_three_processes_make_the_same_images_and_figures(by_one, tmp_path):
-    """Bit for bit, in every process, at the same cost; and what is measured of them."""
-    done = launch(tmp_path, 3, "torchrun")
-    assert done.returncode == 0, done.stderr
-    check_images(by_one, tmp_path, 3)
-    assert results(tmp_path) == results(by_one)
-
-
-def test_two_processes_of_which_one_is_lost(by_one, tmp_path):
-    """The same images; then one is killed in its second batch: the next run finds all others."""
-    done = launch(tmp_path, 2, "accelerate", DIES="1")
-    assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
-    images = check_images(by_one, tmp_path, 2)
-    with pytest.MonkeyPatch.context() as patch:
-        die_after(patch, 1)  # of five batches three were the first process's, one is missing
-        found = draw(
-            RECIPES["guided"], image_seeds(0, COUNT), chunk=CHUNK, folder=tmp_path / "kept"
-        )
-    assert same_bits(found.x, images["guided"])
-
-
-def check_images(by_one, folder, count):
-    """That every process has what one process makes, which is returned."""
-    expected = load_file(by_one / "0.safetensors")
-    for rank in range(count):
-        found = load_file(folder / f"{rank}.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(same_bits(found[name], expected[name]) for name in expected)
-    return expected
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    assert fingerprint(ranged) != fingerprint(listed)

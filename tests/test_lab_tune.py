@@ -18,6 +18,7 @@ import kdpp
 import problems
 from kdpp.digits import load_classifier, load_data, load_student, load_teacher
 from kdpp.digits.metrics import features_of
+from kdpp.lab import files
 from kdpp.lab import looks as measured
 from kdpp.lab import tune as module
 from kdpp.lab.diffusion import cfg
@@ -109,7 +110,7 @@ def test_a_biased_student_is_to_be_guided():
     """The verdict, its settings and its code do on fresh samples what they promise."""
     tuning = tune(biased, teacher, starts(100, 64), LEVELS, sampler=kdpp.sample_lcm_tg)
     assert tuning.guide and tuning.check.change.counts and tuning.check.own.high < 0.0
-    assert tuning.cost == measured.Cost(3, 1, None)
+    assert tuning.cost == measured.Price(3, 1, None)
     x = starts(400, 64, seed=1)
     model = eval(
         tuning.code.removeprefix("model = "),
@@ -132,9 +133,10 @@ def test_a_biased_student_is_to_be_guided():
     assert change == pytest.approx(promised.mean, abs=0.05) and change < -0.2
 
 
-def test_a_gain_that_fresh_samples_do_not_have_is_none():
-    """Where the half that chooses gains and the other half does not, the verdict is no."""
-    chooses = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:30]
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_gain_that_fresh_samples_do_not_have_is_none(seed):
+    """Where the half that chooses, by the seed, gains and the other does not, the verdict is no."""
+    chooses = torch.randperm(60, generator=torch.Generator().manual_seed(seed))[:30]
     off = torch.zeros(60, 1).index_fill(0, chooses, BIAS)
 
     def student(x, sigma, off):
@@ -143,7 +145,9 @@ def test_a_gain_that_fresh_samples_do_not_have_is_none():
     def other(x, sigma, off):
         return teacher(x, sigma)
 
-    tuning = tune(student, other, starts(60, 64), LEVELS, {"off": off}, sampler=kdpp.sample_lcm_tg)
+    tuning = tune(
+        student, other, starts(60, 64), LEVELS, {"off": off}, sampler=kdpp.sample_lcm_tg, seed=seed
+    )
     assert any(trial.change.counts and trial.own.high < 0.0 for trial in tuning.trials)
     assert not tuning.guide and not tuning.check.change.counts
 
@@ -240,7 +244,7 @@ def test_what_is_judged_of_it():
     for check, by, words in (
         (trial(0, -0.5, itself=-0.4), "teacher", "-50.0 %"),
         (trial(0, -0.4, itself=-0.5), "student", "own look it changes by -50.0 %"),
-        (trial(0, -0.4, itself=-0.5, variance=0.005), None, "0.3 % it is not to be seen"),
+        (trial(0, -0.4, itself=-0.5, variance=0.005), None, "a gain below 0.3 % cannot be seen"),
         (trial(0, -0.005), None, "no gain is sure"),
         (trial(0, 0.2), None, "no gain is sure"),
         (None, None, "no look surely explains 5 %"),
@@ -301,7 +305,7 @@ def forgets(solver):
 
 def part_of(student, sampler, levels):
     pair = measured.Pair(student, teacher, sampler, levels, CLASSLESS, 1.0, 50, None)
-    return pair, pair.part(starts(20, 4).float(), torch.arange(20), torch.arange(20))
+    return pair, pair.half(starts(20, 4).float(), torch.arange(20), torch.arange(20))
 
 
 @pytest.mark.parametrize("name", [n for n, one in SOLVERS.items() if not forgets(one)])
@@ -376,8 +380,8 @@ def test_evaluations_are_counted_and_announced(sampler, capsys):
     """What it says that it took is what the networks did, and at most what it announced."""
     student, other = Counted(BIAS), Counted(0.0)
     extra_args = {"cond": torch.full((24, 1), 0.1), "uncond": torch.zeros(24, 1), "cond_scale": 1.5}
-    tuning = tune(student, other, starts(24, 16), LEVELS, extra_args, sampler=sampler, guidance=2.0,
-                  progress=True)  # fmt: skip
+    tuning = tune(student, other, starts(24, 16), LEVELS, extra_args, sampler=sampler,
+                  teacher_cfg_scale=2.0, progress=True)  # fmt: skip
     assert tuning.evaluations == (student.calls, other.calls)
     said = capsys.readouterr().out.replace(",", "")
     announced = [int(n) for n in re.findall(r"(\d+)(?: evaluations of the student| of the teach)",
@@ -451,8 +455,8 @@ class Flow(torch.nn.Module):
         ({"x": torch.zeros(30, 4, dtype=torch.int64)}, "floating point"),
         ({"sigmas": (1.0, 5.0)}, "must not increase"),
         ({"sigmas": (5.0,)}, "two levels or more"),
-        ({"guidance": float("nan")}, "guidance is nan"),
-        ({"guidance": 2.0}, "CFG"),
+        ({"teacher_cfg_scale": float("nan")}, "teacher_cfg_scale is nan"),
+        ({"teacher_cfg_scale": 2.0}, "CFG"),
         ({"detail": 0}, "detail is 0"),
         ({"max_batch": 0}, "max_batch is 0"),
         ({"seed": -1}, "seed is -1"),
@@ -507,7 +511,7 @@ def test_files(shipped):
     assert sorted(path.name for path in out.iterdir()) == ["tuning.json", "tuning.png"]
     assert (out / "tuning.png").read_bytes().startswith(b"\x89PNG")
     assert found["student"] == "digits:student" and found["samples"] == 60
-    assert found["guidance"] == 2.0 and found["sampler"] == "lcm"
+    assert found["teacher_cfg_scale"] == 2.0 and found["sampler"] == "lcm"
     assert len(found["looks"]) == 3 * 2 * (4 + 4 + 4 + 2)
     assert found["verdict"].startswith("Guide step 3 of 0 to 3")
     assert found["code"] in found["verdict"]
@@ -578,9 +582,9 @@ def test_a_killed_command_leaves_nothing(tmp_path, monkeypatch):
     ("words", "said"),
     [
         (["digits:student", "digits:techer"], "did you mean 'digits:teacher'"),
-        (["digits:teacher", "digits:teacher"], "--guidance W"),
+        (["digits:teacher", "digits:teacher"], "--teacher-cfg-scale SCALE"),
         (["digits:student", "digits:teacher", "--sampler", "lcmm"], "did you mean 'lcm'"),
-        (["digits:student", "digits:teacher", "--samples", "5"], "5 samples"),
+        (["digits:student", "digits:teacher", "--samples", "5"], "--samples is 5"),
         (["digits:student", "digits:teacher", "--steps", "0"], "steps is 0"),
         (["digits:student", "digits:teacher", "--device", "tpu"], "cpu"),
         (["nowhere", "digits:teacher"], "nowhere"),
@@ -590,6 +594,12 @@ def test_bad_arguments(words, said, tmp_path):
     """One sentence that says what to mend."""
     with pytest.raises((ValueError, OSError), match=said):
         command(*words, "--out", str(tmp_path / "out"))
+
+
+def test_a_folder_that_another_run_writes_to(tmp_path):
+    with files.locked(tmp_path), pytest.raises(BlockingIOError, match="another run"):
+        command("digits:student", "digits:teacher", "--out", str(tmp_path), "--samples", "20")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

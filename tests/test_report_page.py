@@ -178,11 +178,11 @@ def test_sorting_by_keyboard(page):
     page.execute_script("""document.querySelector('th[data-column="cell"] button').focus()""")
     ActionChains(page).send_keys(Keys.TAB).perform()
     focused = page.switch_to.active_element
-    assert focused.text == head(page, "student").text == "student"
+    assert focused.text == head(page, "fd").text == "mean"
     focused.send_keys(Keys.ENTER)
-    assert head(page, "student").get_attribute("aria-sort") == "ascending"
+    assert head(page, "fd").get_attribute("aria-sort") == "ascending"
     focused.send_keys(Keys.SPACE)
-    assert head(page, "student").get_attribute("aria-sort") == "descending"
+    assert head(page, "fd").get_attribute("aria-sort") == "descending"
 
 
 def test_plots(page):
@@ -208,6 +208,37 @@ def test_plots(page):
     assert marks is True
     title = page.execute_script("return document.querySelector('g.point title').textContent")
     assert "FD: " in title and "±" in title
+
+
+def test_what_a_point_is_can_be_read(page):
+    """λ stands beside a guided point, on nothing else; a tap on a mark says all of it."""
+    for chart in all_of(page, "#charts figure"):
+        tags = chart.find_elements("css selector", "text.tag")
+        assert tags and all(tag.text.startswith("λ 0.") for tag in tags)
+        covered = page.execute_script(
+            """
+            const boxes = (css) => [...arguments[0].querySelectorAll(css)]
+                .map((one) => one.getBoundingClientRect());
+            const tags = boxes("text.tag"), others = boxes("path.mark");
+            const meet = (a, b) => a !== b && a.left < b.right && b.left < a.right &&
+                a.top < b.bottom && b.top < a.bottom;
+            return tags.some((tag) => [...tags, ...others].some((other) => meet(tag, other)));
+            """,
+            chart,
+        )
+        assert not covered
+    from selenium.webdriver import ActionChains
+
+    chart = all_of(page, "#charts figure")[0]
+    detail = chart.find_element("css selector", ".detail")
+    page.execute_script("arguments[0].scrollIntoView({behavior: 'instant'})", chart)
+    for cell, count in ((16, 1), (1, 3)):  # three students have one checkpoint, and one point
+        point = chart.find_element("css selector", f"g.point[data-cell='{cell}'] path.mark")
+        title = page.execute_script("return arguments[0].parentNode.textContent", point)
+        ActionChains(page).move_to_element(point).click().perform()
+        assert " ".join(title.split()) in " ".join(detail.text.split())
+        assert len(chart.find_elements("css selector", ".chosen")) == count
+        assert detail.text.count("FD:") == count and ("λ 0.5" in detail.text) == (cell == 16)
 
 
 def test_plots_against_other_costs(page):
@@ -253,7 +284,11 @@ def test_measures_are_shown_and_hidden(page):
 
 def test_samples(page):
     """Every cell has its picture, whole, and its number in the table leads to it."""
-    assert len(all_of(page, "#samples img")) == 17
+    assert len(all_of(page, "#samples figure[id] img")) == 17
+    families = all_of(page, "#samples .tiles")
+    for family in families:  # each beside real images
+        assert family.find_elements("css selector", "figcaption")[0].text == "real images"
+    assert len(all_of(page, "#samples img")) == 17 + len(families) == 20
     widths = page.execute_script(
         "return [...document.querySelectorAll('#samples img')].map((one) => one.naturalWidth)"
     )
@@ -264,7 +299,8 @@ def test_samples(page):
 
 @pytest.mark.parametrize("width", [360, 800])
 def test_narrow_screens(page, width):
-    """Nothing but the table scrolls sideways, and text stays legible."""
+    """Nothing but the table scrolls sideways, text stays legible, and the table begins with
+    results: the cell, with its λ, and at least its FD and how that changes."""
     look(page, width, "light")
     page.refresh()
     wide, inner = page.execute_script(
@@ -273,6 +309,11 @@ def test_narrow_screens(page, width):
     assert wide <= inner <= width
     scroll = page.find_element("css selector", ".scroll")
     assert page.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth", scroll)
+    edge = scroll.rect["x"] + scroll.rect["width"]
+    for column in ("cell", "fd", "fd_change"):
+        assert head(page, column).rect["x"] + head(page, column).rect["width"] <= edge + 1
+    names = [row.find_element("css selector", "td").text for row in all_of(page, "#table tbody tr")]
+    assert sum("λ 0.1" in name for name in names) == 4
     text, scale = page.execute_script("""
         const svg = document.querySelector("#charts svg");
         const text = getComputedStyle(svg.querySelector("text")).fontSize;

@@ -8,11 +8,12 @@ its name. In the order that data flows:
 - diffusion: the formulas that methods of training share
 - settings, methods, trainer: a method is a class and its settings; the trainer runs and saves it
 - plugins: methods and solvers of one's own
-- sampling: a recipe and seeds become images, whoever shares the work
+- sampling: a recipe and seeds become images
 - metrics: images become figures, figures of several seeds an estimate
-- spec, report: the grid of `kdpp compare`, and its page
+- spec, bench: what is to be measured; the engine of `kdpp evaluate` and `kdpp compare`
+- report, pictures: the page, the tables, the grids of images
 - looks: what `kdpp tune` measures
-- files, processes, console: writing whole or not at all; several processes as one; what is said
+- files, processes, console: writing whole or not at all; several processes; what commands say
 
 Everything heavier than torch is imported when it is used; the extra `lab` installs it.
 """

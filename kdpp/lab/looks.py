@@ -26,11 +26,11 @@ from kdpp.solver import Solver, solver_of
 
 __all__ = [
     "Change",
-    "Cost",
     "Distances",
+    "Half",
     "Look",
     "Pair",
-    "Part",
+    "Price",
     "Trial",
     "estimates",
     "possible_looks",
@@ -65,7 +65,7 @@ class Look:
     Attributes:
         by: "teacher", or "student" for the control: the student in the teacher's place.
         step, sigma: the guided step, from 0, and the level that it starts at.
-        renoise, renoise_eta, cfg_scale: σ_s, ρ and w, as `kdpp.TeacherGuidedDenoiser` has them.
+        renoise, renoise_eta, cfg_scale: σ_s, ρ and ω, see `kdpp.TeacherGuidedDenoiser`.
         scale, low, high: λ* and its interval, at `SURE` for all looks together (Bonferroni).
         explained: R², the share of ``Σ|miss|²`` that ``λ*(b - x̂)`` takes away.
     """
@@ -140,7 +140,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Price:
     """What guidance adds to one image; both halves of CFG count.
 
     ``student`` and ``teacher`` are evaluations of the whole guided run; ``compute`` is its
@@ -191,7 +191,7 @@ class Pair:
         sampler: Sampler,
         sigmas: Tensor | Sequence[float],
         extra_args: Mapping[str, Any],
-        guidance: float,
+        teacher_cfg_scale: float,
         detail: int,
         max_batch: int | None,
     ) -> None:
@@ -206,7 +206,7 @@ class Pair:
         self.student, self.teacher = student, teacher
         self.solver, self.options = solver_of(sampler)
         self.extra_args, self.max_batch = extra_args, max_batch
-        self.guidance = check_number("guidance", guidance)
+        self.teacher_cfg_scale = check_number("teacher_cfg_scale", teacher_cfg_scale)
         self.own_scale = check_number("cond_scale", extra_args.get("cond_scale", 1.0))
         self.detail = check_count("detail", detail, 1)
         self.plan = self.solver.plan(self.levels, **self.options)
@@ -214,7 +214,7 @@ class Pair:
             raise ValueError("tune does not follow churn; leave s_churn 0")
         self.moves = [Move.of(step) for step in self.plan]
         asks_both = self.solver.cfg_pp and not isinstance(student, kdpp.OwnCFG)
-        halves = 2 if asks_both else self.price("student", self.own_scale)
+        halves = 2 if asks_both else self.evaluations_of("student", self.own_scale)
         self.evaluations = halves * sum(len(step.stages) for step in self.plan)
         self.spent: dict[By, int] = {"student": 0, "teacher": 0}
         self.bar: Any = None
@@ -232,9 +232,9 @@ class Pair:
             student, teacher, flow=False, max_batch=self.max_batch, **settings
         )
 
-    def part(self, x: Tensor, seeds: Tensor, rows: Tensor) -> Part:
-        """Some of the samples; ``rows`` on the CPU."""
-        return Part(
+    def half(self, x: Tensor, seeds: Tensor, rows: Tensor) -> Half:
+        """These of the samples; ``rows`` on the CPU."""
+        return Half(
             self, x[rows.to(x.device)], pick_rows(self.extra_args, len(x), rows), seeds[rows]
         )
 
@@ -250,7 +250,7 @@ class Pair:
         inner = [math.tan(high + (low - high) * k / count) for k in range(1, count)]
         return [start, *inner, end]
 
-    def price(self, by: By, scale: float) -> int:
+    def evaluations_of(self, by: By, scale: float) -> int:
         """Evaluations of one call."""
         return 1 if scale == 1.0 or isinstance(self.denoiser(by), kdpp.OwnCFG) else 2
 
@@ -259,8 +259,8 @@ class Pair:
         asked: dict[By, list[int]] = {"student": [], "teacher": []}
         steps = range(len(self.moves))
         for look in looks:
-            asked[look.by].append(self.price(look.by, look.cfg_scale))
-        each = self.price("teacher", self.guidance)
+            asked[look.by].append(self.evaluations_of(look.by, look.cfg_scale))
+        each = self.evaluations_of("teacher", self.teacher_cfg_scale)
         through = [each * (len(grid) - 1) * (grid[0] > grid[-1]) for grid in map(self.grid, steps)]
         trials = len(steps_of(looks))
         student = fit * (sum(asked["student"]) + self.evaluations * (1 + 2 * trials))
@@ -276,21 +276,21 @@ class Pair:
         if self.bar is not None:
             self.bar.update(count)
 
-    def cost(self, look: Look) -> Cost:
+    def price_of(self, look: Look) -> Price:
         """What an image takes with the look."""
         evaluations: dict[By, int] = {"student": self.evaluations, "teacher": 0}
-        evaluations[look.by] += self.price(look.by, look.cfg_scale)
+        evaluations[look.by] += self.evaluations_of(look.by, look.cfg_scale)
         student, teacher = _parameters(self.student), _parameters(self.teacher)
         compute: float | None = None
         if student is not None and teacher is not None:
             compute = student * evaluations["student"] + teacher * evaluations["teacher"]
             compute /= student * self.evaluations
-        return Cost(evaluations["student"], evaluations["teacher"], compute)
+        return Price(evaluations["student"], evaluations["teacher"], compute)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of the samples, and what the pair does with them."""
+class Half:
+    """One half of the samples, and what the pair does with them."""
 
     pair: Pair
     x: Tensor
@@ -330,7 +330,7 @@ class Part:
         pictures: Tensor = self.sample(model, self.x)[-1]["x"]
         pair.spend("student", len(self.x) * pair.evaluations)
         if model.teachers[0].scale != 0.0:
-            pair.spend(look.by, len(self.x) * pair.price(look.by, look.cfg_scale))
+            pair.spend(look.by, len(self.x) * pair.evaluations_of(look.by, look.cfg_scale))
         return pictures
 
     def plain(self) -> Tensor:
@@ -347,9 +347,12 @@ class Part:
         if levels[0] == levels[-1]:
             return x
         alone = pair.model(pair.teacher, pair.teacher, teacher_steps=0)
-        extra_args = {**self.extra_args, "cond_scale": pair.guidance}
+        extra_args = {**self.extra_args, "cond_scale": pair.teacher_cfg_scale}
         sigmas = torch.tensor(levels, dtype=torch.float64)
-        pair.spend("teacher", len(x) * pair.price("teacher", pair.guidance) * (len(levels) - 1))
+        pair.spend(
+            "teacher",
+            len(x) * pair.evaluations_of("teacher", pair.teacher_cfg_scale) * (len(levels) - 1),
+        )
         return kdpp.sample_dpmpp_2m_tg(alone, x, sigmas, extra_args, None, True)
 
     def perfect(self, first: Tensor | None = None) -> Tensor:
@@ -374,7 +377,7 @@ class Part:
         told = self.sample(model, self.x)
         pair.spend("student", count * pair.evaluations)
         for look in looks:
-            pair.spend(look.by, count * pair.price(look.by, look.cfg_scale))
+            pair.spend(look.by, count * pair.evaluations_of(look.by, look.cfg_scale))
         sums = []
         first = None
         for i in steps_of(looks):
@@ -394,7 +397,7 @@ class Distances:
 
     def __init__(
         self,
-        part: Part,
+        part: Half,
         plain: Tensor,
         perfect: Tensor,
         bounds: tuple[float, float] | None,
@@ -440,7 +443,8 @@ def possible_looks(pair: Pair, levels: Sequence[float]) -> list[Look]:
         pick(bound[k] for bound in [(0.0, math.inf), *filter(None, ranges)])
         for k, pick in enumerate((max, min))
     )
-    askers: list[tuple[By, float]] = [("teacher", w) for w in dict.fromkeys((1.0, pair.guidance))]
+    scales = dict.fromkeys((1.0, pair.teacher_cfg_scale))
+    askers: list[tuple[By, float]] = [("teacher", scale) for scale in scales]
     askers.append(("student", pair.own_scale))
     looks = []
     for i in pair.steps:
@@ -450,7 +454,9 @@ def possible_looks(pair: Pair, levels: Sequence[float]) -> list[Look]:
         for level in dict.fromkeys([*near, *(level for level in levels if level < sigma)]):
             if level > 0.0 and low * (1 - 1e-4) <= level <= high * (1 + 1e-4):
                 looks += [
-                    Look(by, i, sigma, level, eta, w) for eta in (1.0, 0.0) for by, w in askers
+                    Look(by, i, sigma, level, eta, scale)
+                    for eta in (1.0, 0.0)
+                    for by, scale in askers
                 ]
     if not looks:
         raise ValueError(

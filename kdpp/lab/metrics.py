@@ -42,6 +42,7 @@ __all__ = [
     "measure",
     "paired",
     "precision_recall",
+    "remarks",
     "verdict",
 ]
 
@@ -424,6 +425,27 @@ def _rows(name: str, values: Any) -> Floats:
     if not np.isfinite(matrix).all():
         raise ValueError(f"{name} must be finite, got NaN or infinite values")
     return matrix
+
+
+def remarks(data: Points, images: int, default: str | None) -> list[str]:
+    """What a reader must know of figures from so many images, compared with these data.
+
+    ``default`` names the features where the user has named none.
+    """
+    said = []
+    count, width = data.rows.shape
+    if default == "pixels":
+        said.append(
+            "no features are named, so images are compared pixel by pixel, which sees a shift of "
+            "one pixel and little of what they show; inception:FILE or clip:FOLDER compare that"
+        )
+    if min(count, images) < 2 * width:
+        said.append(
+            f"the Fréchet distance is of {images:,} images to {count:,} in {width:,} dimensions, "
+            "too few to know their covariance: it comes out too large. Take "
+            f"{2 * width:,} or more, features of fewer dimensions, or KID, which has no such bias"
+        )
+    return said
 
 
 def _squared_distances(a: Floats, b: Floats) -> Iterator[tuple[int, Floats]]:

@@ -1,8 +1,11 @@
-"""Several processes as one: started by `accelerate launch` or `torchrun`, joined by torch."""
+"""Several processes, started by `accelerate launch` or `torchrun`.
+
+Training joins them with torch (`joined`, `rank`, `size`, `average`). Measuring does not: it shares
+its work through files (`share`).
+"""
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,16 +13,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["average", "device", "join", "joined", "rank", "single_thread", "size"]
+__all__ = ["average", "device", "joined", "rank", "share", "single_thread", "size"]
+
+
+def share() -> tuple[int, int]:
+    """(this process's number, how many were started), as the launcher says in RANK and WORLD_SIZE.
+
+    Nothing is joined: for work that is shared through files.
+    """
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which process this is; 0 is the main one, which alone writes."""
+    """Which of the joined processes this is; 0 is the main one, which alone writes."""
     return distributed.get_rank() if _running() else 0
 
 
 def size() -> int:
-    """How many processes work together."""
+    """How many processes are joined."""
     return distributed.get_world_size() if _running() else 1
 
 
@@ -47,28 +58,17 @@ def device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def join(device: torch.device) -> bool:
-    """Join the other processes, if the environment (RANK, WORLD_SIZE, …) says there are some.
-
-    Says whether it joined now. For good, until the process ends: torch finds the addresses of the
-    last group where it looks for the next, so that a group for each call would not do.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
-        return False
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(_leave)
-    return True
-
-
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """`join` for the block."""
-    now = join(device)
+    """Join the processes that were started together, if there are several, for the block."""
+    if share()[1] == 1 or _running():
+        yield
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
     finally:
-        if now:
-            _leave()
+        distributed.destroy_process_group()
 
 
 @contextmanager
@@ -80,11 +80,6 @@ def single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _leave() -> None:
-    if _running():
-        distributed.destroy_process_group()
 
 
 def _running() -> bool:

@@ -1,7 +1,7 @@
-"""What `kdpp compare` found: as one self-contained page, and as comma-separated values.
+"""What was measured: as one self-contained page, and as comma-separated values.
 
-Both are functions of the results alone: the same results give the same bytes. The page asks
-nothing of any network; its styles, its script and its pictures are inside it.
+Both are functions of the report alone: the same one gives the same bytes. The page asks nothing of
+any network; its styles, its script and its pictures are inside it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from html import escape
 from importlib.resources import files
 from itertools import groupby
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from kdpp.lab.bench import Report
 
 __all__ = ["page", "table"]
 
-Cell = Mapping[str, Any]
+CellResults = Mapping[str, Any]
 Results = Mapping[str, Any]
 
 
@@ -34,17 +37,19 @@ class About(NamedTuple):
 
 SETTINGS = {
     "student": About("student", "the network that samples"),
-    "sampler": About("sampler", "of kdpp, without sample_ and _tg"),
+    "sampler": About("sampler", "a name of kdpp.SOLVERS"),
     "steps": About("steps", "of the sampler"),
     "levels": About("levels", "the noise levels σ"),
-    "cond_scale": About("w", "the student's own guidance scale"),
+    "options": About("options", "of the sampler, where they are not its defaults"),
+    "cond_scale": About("CFG", "the student's CFG scale"),
     "guide": About("guide", "whose estimate revises the student's"),
     "teacher_scale": About("λ", "the share of the guide's estimate"),
     "teacher_steps": About("k", "the first k steps are guided, or the steps in brackets"),
     "renoise": About("σₛ", "the level that the guide's input is noised to"),
     "renoise_eta": About("ρ", "the share of fresh noise in that: 1 random, 0 deterministic"),
-    "teacher_cfg_scale": About("guide's w", "the guide's own guidance scale"),
+    "teacher_cfg_scale": About("guide's CFG", "the guide's CFG scale"),
 }
+GUIDANCE = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
 COSTS = {
     "student_evaluations": About("student", "evaluations of the student; both halves of CFG count"),
     "teacher_evaluations": About("teacher", "evaluations of the teacher; both halves of CFG count"),
@@ -60,6 +65,7 @@ GUIDES = {"none": "", "teacher": "teacher", "self": "itself"}
 CHANGES = {
     "change": About("change", "paired: against the same student without a guide, seed by seed"),
     "self_change": About("self control", "the change with the student in the teacher's place"),
+    "own_share": About("teacher's own", "paired: against the student in the teacher's place"),
 }
 SHOWN = ("fd", "fd_teacher", "inception_score", "accuracy")
 """The figures that the page begins with; buttons show the others."""
@@ -68,15 +74,16 @@ SHOWN = ("fd", "fd_teacher", "inception_score", "accuracy")
 # Comma-separated values ---------------------------------------------------------------------------
 
 
-def table(results: Results) -> str:
+def table(found: Report) -> str:
     """The cells as comma-separated values: a line each, with every setting, cost and figure.
 
     A figure's columns are its mean over the seeds, ``_sd``, the standard deviation, and ``_low``
     and ``_high``, the 95 % confidence interval. ``_change…`` is the same of the paired change
     against the plain student, with its ``_verdict``; ``_self_change…`` what the self control
-    changes. What does not apply is empty.
+    changes, and ``_own_share…`` the paired change against the self control. What does not apply is
+    empty. Texts that a spreadsheet would take for a formula begin with an apostrophe.
     """
-    lines = [_record(cell) for cell in results["cells"]]
+    lines = [_record(cell) for cell in found.results["cells"]]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -84,7 +91,7 @@ def table(results: Results) -> str:
     return text.getvalue()
 
 
-def _record(cell: Cell) -> dict[str, Any]:
+def _record(cell: CellResults) -> dict[str, Any]:
     """One line of the comma-separated values."""
     record: dict[str, Any] = {}
     for name, value in cell.items():
@@ -98,8 +105,17 @@ def _record(cell: Cell) -> dict[str, Any]:
                     record |= _estimate(f"{metric}_{kind}", change)
                     record[f"{metric}_{kind}_verdict"] = change.get("verdict")
         else:
-            record[name] = " ".join(map(repr, value)) if isinstance(value, list) else value
+            record[name] = _safe(value)
     return record
+
+
+def _safe(value: Any) -> Any:
+    """A setting as an entry; a text that a spreadsheet would run is marked as text."""
+    if isinstance(value, list):
+        return " ".join(map(repr, value))
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={one}" for name, one in value.items()) or None
+    return f"'{value}" if str(value)[:1] in "=+-@\t\r" and isinstance(value, str) else value
 
 
 def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,18 +126,16 @@ def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
 # The page -----------------------------------------------------------------------------------------
 
 
-def page(results: Results, pictures: Sequence[str | None]) -> str:
-    """The page; ``pictures`` holds the data URI of every cell's samples, or None.
-
-    Every string of the results is escaped.
-    """
+def page(found: Report) -> str:
+    """The page; every string of the results is escaped."""
+    results = found.results
     parts = files("kdpp.lab") / "templates"
     content = {
         "title": escape(results["title"]),
         "summary": _summary(results),
         "table_note": _table_note(results),
         "table": _table(results),
-        "samples": _samples(results, pictures),
+        "samples": _samples(found),
         "settings": _settings(results),
         "data": _plot_data(results),
     }
@@ -139,33 +153,30 @@ def _summary(results: Results) -> str:
         f"{_count(len(settings['seeds']), 'seed')} with {_count(settings['images'], 'image')}; "
         f"last measured {results['finished']}, kdpp {results['versions']['kdpp']}."
     )
-    return f"<p>{escape(text)}</p>"
+    remarks = "".join(f'<p class="remark">{escape(one)}.</p>' for one in results["remarks"])
+    return f"<p>{escape(text)}</p>{remarks}"
 
 
 def _table_note(results: Results) -> str:
     guides = {cell["guide"] for cell in results["cells"]}
-    text = "A click on a header sorts. ± is the standard deviation over the seeds."
+    text = (
+        "A click on a header sorts. ± is the standard deviation over the seeds. "
+        "The settings are in the last columns."
+    )
     if len(guides) > 1:
         text += (
-            " A change is paired, seed by seed from the same noise, with the same student, sampler "
-            "and steps without a guide; “none seen” where its 95 % interval holds 0 (point at it "
-            "for the figure)."
+            " A change is paired: the same student, sampler and steps without a guide, from the "
+            "same noise, seed by seed. Where its 95 % interval holds 0 it is “none seen”."
         )
     if "self" in guides:
         text += (
-            " The self control puts the student in the teacher's place: what that changes is owed "
-            "to looking twice, not to the teacher."
+            " The self control has the student in the teacher's place: what that changes comes of "
+            "looking twice. Only what is the teacher's own needs the teacher."
         )
-    varied = _varied(results)
-    fixed = [
-        f"{title} {_plain(value)}"
-        for name, (title, _) in SETTINGS.items()
-        if name not in (*varied, "levels", "guide")
-        for value in [next((c[name] for c in results["cells"] if c[name] is not None), None)]
-        if value is not None
-    ]
+    usual = _usual(results)
+    fixed = [_said(name, value) for name, value in usual.items()]
     if fixed:
-        text += f" The same in every cell that has it: {', '.join(fixed)}."
+        text += f" Where a cell says nothing else: {', '.join(fixed)}."
     return f'<p class="note">{escape(text)}</p>'
 
 
@@ -186,7 +197,7 @@ class Column:
     name: str
     about: About
     group: About
-    entry: Callable[[Cell], tuple[str, Any]]
+    entry: Callable[[CellResults], tuple[str, Any]]
     metric: str = ""
     numeric: bool = True
 
@@ -194,15 +205,8 @@ class Column:
 def _columns(results: Results) -> list[Column]:
     """The cells' numbers, the settings that differ, the costs and the figures."""
     cells, nothing = results["cells"], About("", "")
-    columns = [Column("cell", About("#", "leads to the cell's samples"), nothing, _number)]
-    for name in _varied(results):
-        numeric = all(isinstance(cell[name], int | float | None) for cell in cells)
-        entry = _setting(name)
-        columns.append(Column(name, SETTINGS[name], nothing, entry, numeric=numeric))
-    for name, about in COSTS.items():
-        counts = name.endswith("evaluations")
-        group = About("evaluations" if counts else "cost", "of one image")
-        columns.append(Column(name, about, group, _cost(name)))
+    names = _names(results)
+    columns = [Column("cell", About("cell", "leads to the cell's samples"), nothing, _named(names))]
     for metric in results["metrics"]:
         name, group = metric["name"], About(metric["title"], _meaning(metric))
         found = [cell["metrics"][name] for cell in cells]
@@ -213,6 +217,14 @@ def _columns(results: Results) -> list[Column]:
             if changes:
                 entry = _change(metric, kind, _digits(changes))
                 columns.append(Column(f"{name}_{kind}", about, group, entry, name))
+    for name, about in COSTS.items():
+        counts = name.endswith("evaluations")
+        group = About("evaluations" if counts else "cost", "of one image")
+        columns.append(Column(name, about, group, _cost(name)))
+    for name in _varied(results):
+        numeric = all(isinstance(cell[name], int | float | None) for cell in cells)
+        group = About("settings", "those that differ between cells")
+        columns.append(Column(name, SETTINGS[name], group, _setting(name), numeric=numeric))
     return columns
 
 
@@ -237,12 +249,16 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _number(cell: Cell) -> tuple[str, Any]:
-    return f'<a href="#cell-{cell["cell"]}">{cell["cell"]}</a>', cell["cell"]
+def _named(names: Mapping[int, str]) -> Callable[[CellResults], tuple[str, Any]]:
+    def entry(cell: CellResults) -> tuple[str, Any]:
+        number = cell["cell"]
+        return f'<a href="#cell-{number}">{number}</a> {escape(names[number])}', number
+
+    return entry
 
 
-def _setting(name: str) -> Callable[[Cell], tuple[str, Any]]:
-    def entry(cell: Cell) -> tuple[str, Any]:
+def _setting(name: str) -> Callable[[CellResults], tuple[str, Any]]:
+    def entry(cell: CellResults) -> tuple[str, Any]:
         value = GUIDES[cell[name]] if name == "guide" else cell[name]
         words = _plain(value)
         return escape(words), value if isinstance(value, int | float) else words or None
@@ -250,8 +266,8 @@ def _setting(name: str) -> Callable[[Cell], tuple[str, Any]]:
     return entry
 
 
-def _cost(name: str) -> Callable[[Cell], tuple[str, Any]]:
-    def entry(cell: Cell) -> tuple[str, Any]:
+def _cost(name: str) -> Callable[[CellResults], tuple[str, Any]]:
+    def entry(cell: CellResults) -> tuple[str, Any]:
         value = _in_unit(name, cell["costs"][name])
         return _rounded(value), value
 
@@ -269,8 +285,8 @@ def _rounded(value: float) -> str:
     return f"{value:,.{max(digits, 0)}f}" if value % 1 else f"{value:,.0f}"
 
 
-def _figure(name: str, digits: int) -> Callable[[Cell], tuple[str, Any]]:
-    def entry(cell: Cell) -> tuple[str, Any]:
+def _figure(name: str, digits: int) -> Callable[[CellResults], tuple[str, Any]]:
+    def entry(cell: CellResults) -> tuple[str, Any]:
         found = cell["metrics"][name]
         mean, spread = _spread(found, digits)
         return f'{mean}<span class="spread">{spread}</span>', found["mean"]
@@ -278,8 +294,10 @@ def _figure(name: str, digits: int) -> Callable[[Cell], tuple[str, Any]]:
     return entry
 
 
-def _change(metric: Mapping[str, Any], kind: str, digits: int) -> Callable[[Cell], tuple[str, Any]]:
-    def entry(cell: Cell) -> tuple[str, Any]:
+def _change(
+    metric: Mapping[str, Any], kind: str, digits: int
+) -> Callable[[CellResults], tuple[str, Any]]:
+    def entry(cell: CellResults) -> tuple[str, Any]:
         found = cell["metrics"][metric["name"]][kind]
         if found is None:
             return "", None
@@ -352,52 +370,99 @@ def _table(results: Results) -> str:
 # Its samples, plots and settings ------------------------------------------------------------------
 
 
-def _families(results: Results) -> dict[str, list[Cell]]:
-    """The cells of each student, sampler and w: what is drawn in one colour."""
-    names = [name for name in ("student", "sampler", "cond_scale") if name in _varied(results)]
-    families: dict[str, list[Cell]] = {}
-    for cell in results["cells"]:
-        words = [_plain(cell[name]) for name in names]
-        if names[-1] == "cond_scale":
-            words[-1] = f"w {words[-1]}"
-        families.setdefault(", ".join(words), []).append(cell)
+def _families(results: Results) -> dict[str, list[CellResults]]:
+    """The cells of each student, sampler and CFG scale: what is drawn in one colour."""
+    cells = results["cells"]
+    students = {cell["student"] for cell in cells}
+    names = [  # of which a student has several
+        name
+        for name in ("sampler", "cond_scale")
+        if len({(cell["student"], cell[name]) for cell in cells}) > len(students)
+    ]
+    families: dict[str, list[CellResults]] = {}
+    for cell in cells:
+        words = [f"CFG {cell[n]:g}" if n == "cond_scale" else cell[n] for n in names]
+        families.setdefault(", ".join([cell["student"], *words]), []).append(cell)
     return families
 
 
-def _label(cell: Cell, varied: Sequence[str]) -> str:
-    """What tells a cell from the others of its family."""
-    words = [_count(cell["steps"], "step")]
-    if "levels" in varied:
-        words.append(_plain(cell["levels"]))
-    if cell["guide"] != "none":
-        words[-1] += f" + {GUIDES[cell['guide']]}"
-        names = ("teacher_scale", "teacher_steps", "renoise", "renoise_eta", "teacher_cfg_scale")
-        words += [f"{SETTINGS[n].title} {_plain(cell[n])}" for n in names if n in varied]
-    return ", ".join(words)
+def _usual(results: Results) -> dict[str, Any]:
+    """What most guided cells have in common, by setting: a cell's label says where it differs."""
+    usual = {}
+    for name in GUIDANCE[1:]:
+        values = [cell[name] for cell in results["cells"] if cell["guide"] == "teacher"]
+        if values:
+            usual[name] = max(values, key=values.count)
+    return usual
 
 
-def _samples(results: Results, pictures: Sequence[str | None]) -> str:
-    """The cells' pictures, family by family."""
-    if None in pictures:
+def _guidance(cell: CellResults, usual: Mapping[str, Any]) -> list[str]:
+    """λ, and what is not the usual."""
+    if cell["guide"] == "none":
+        return []
+    names = [n for n in GUIDANCE if n not in usual or cell[n] != usual[n]]
+    if cell["guide"] == "self":  # its CFG scale is the student's own
+        names = [name for name in names if name != "teacher_cfg_scale"]
+    return [_said(name, cell[name]) for name in names]
+
+
+def _said(name: str, value: Any) -> str:
+    """A setting in a label."""
+    if name == "teacher_steps" and isinstance(value, list | tuple):
+        return f"step{'s' * (len(value) > 1)} {', '.join(map(str, value))}"
+    return f"{SETTINGS[name].title}\u00a0{_plain(value)}"
+
+
+def _labels(results: Results) -> dict[int, str]:
+    """What tells each cell from the others of its family, by its number."""
+    usual, varied = _usual(results), _varied(results)
+    labels = {}
+    for cell in results["cells"]:
+        words = [_count(cell["steps"], "step")]
+        words += [_plain(cell[name]) for name in ("levels", "options") if name in varied]
+        if cell["guide"] != "none":
+            words[0] += f" + {GUIDES[cell['guide']]}"
+        labels[cell["cell"]] = ", ".join(filter(None, words + _guidance(cell, usual)))
+    return labels
+
+
+def _names(results: Results) -> dict[int, str]:
+    """What tells each cell from all others, by its number."""
+    labels = _labels(results)
+    return {
+        cell["cell"]: f"{family}: {labels[cell['cell']]}"
+        for family, members in _families(results).items()
+        for cell in members
+    }
+
+
+def _samples(found: Report) -> str:
+    """The cells' pictures, family by family, each family beside real images."""
+    results = found.results
+    if not found.pictures:
         return '<p class="note">None are shown: the data are no pictures.</p>'
-    seed, varied = results["settings"]["seeds"][0], _varied(results)
+    labels, seed = _labels(results), results["settings"]["seeds"][0]
+    real = _picture(found.pictures[0], "Images of the data", "real images")
     parts = [f'<p class="note">The first images of seed {seed}, all from the same noise.</p>']
     for family, members in _families(results).items():
-        parts += [f"<h3>{escape(family)}</h3>", '<div class="tiles">']
+        parts += [f"<h3>{escape(family)}</h3>", '<div class="tiles">', f"<figure>{real}</figure>"]
         for cell in members:
-            label, number = escape(_label(cell, varied)), cell["cell"]
-            parts.append(
-                f'<figure id="cell-{number}"><img src="{pictures[number - 1]}" '
-                f'alt="Samples of cell {number}: {escape(family)}, {label}">'
-                f"<figcaption><b>{number}</b> {label}</figcaption></figure>"
-            )
+            number, label = cell["cell"], escape(labels[cell["cell"]])
+            about = f"Samples of cell {number}: {escape(family)}, {label}"
+            picture = _picture(found.pictures[number], about, f"<b>{number}</b> {label}")
+            parts.append(f'<figure id="cell-{number}">{picture}</figure>')
         parts.append("</div>")
     return "\n".join(parts)
 
 
+def _picture(png: str, about: str, caption: str) -> str:
+    image = f'<img src="data:image/png;base64,{png}" alt="{about}">'
+    return f"{image}<figcaption>{caption}</figcaption>"
+
+
 def _plot_data(results: Results) -> str:
     """What the script draws, as JSON that cannot be taken for markup."""
-    families, varied = _families(results), _varied(results)
+    families, usual, told = _families(results), _usual(results), _names(results)
     names = [metric["name"] for metric in results["metrics"]]
     digits = {n: _digits([cell["metrics"][n] for cell in results["cells"]]) for n in names}
     points = [
@@ -406,7 +471,8 @@ def _plot_data(results: Results) -> str:
             "plain": cell["plain"],
             "family": index,
             "guide": cell["guide"],
-            "label": f"{cell['cell']}. {family}, {_label(cell, varied)}",
+            "label": f"{cell['cell']}. {told[cell['cell']]}",
+            "tags": [", ".join(words), *words[:1]] if words else [],
             "costs": {axis: _in_unit(axis, cell["costs"][axis]) for axis in AXES},
             "figures": {
                 name: (
@@ -417,8 +483,9 @@ def _plot_data(results: Results) -> str:
                 for name, found in cell["metrics"].items()
             },
         }
-        for index, (family, members) in enumerate(families.items())
+        for index, members in enumerate(families.values())
         for cell in members
+        for words in [_guidance(cell, usual)]
     ]
     data = {
         "families": list(families),

@@ -1,13 +1,12 @@
-"""Images from seeds: image i depends on its seed alone, whoever computes it.
+"""Images from seeds: an image depends on its seed alone, whoever computes it.
 
 Every image's initial noise, solver noise and renoise noise come from its own seed, each from a
 stream of its own. Images are computed in batches that are fixed by their place in the list of
-seeds, so that any number of processes computes the same batches, and on the CPU the same bits.
+seeds. So any number of processes computes the same batches, and on the CPU the same bits.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -21,33 +20,35 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import kdpp
 from kdpp.checks import check_count, check_number, check_sigmas
 from kdpp.lab import processes
-from kdpp.lab.files import make_folder, write_atomically
+from kdpp.lab.files import digest, make_folder, write_atomically
 from kdpp.lab.models import Model
 from kdpp.lab.networks import CFG_MINUS_ONE
 from kdpp.lab.schedules import schedule
 from kdpp.lab.settings import unknown
 from kdpp.noise import SeededNoise, read_seeds
+from kdpp.solver import Solver, solver_of
 
 __all__ = [
     "GUIDANCE",
-    "SAMPLERS",
+    "Batches",
     "Images",
     "Recipe",
+    "attempt",
     "denoiser_for",
     "draw",
     "fingerprint",
     "image_seeds",
     "levels_for",
+    "solver_for",
+    "weights_digest",
 ]
 
-SAMPLERS = {name: solver for name, solver in kdpp.SOLVERS.items() if solver.own_levels is None}
-"""The solvers that take a schedule."""
 GUIDANCE = (
     "teacher_scale", "teacher_steps", "teacher_cfg_scale", "renoise", "renoise_eta", "extrapolate",
 )  # fmt: skip
@@ -55,8 +56,10 @@ GUIDANCE = (
 
 INITIAL, SOLVER, RENOISE = range(3)
 """The streams of a seed."""
-RUN = 10**6
-"""Seeds that one run of images may take."""
+IMAGES, SEEDS = 10**6, 10**12
+"""How many images a seed may have, and how many seeds there are: every image has its own."""
+CHUNK = 500
+"""Images in a batch."""
 PATIENCE = 0.5
 """Seconds of finished work that are held back, so that writing costs next to nothing."""
 
@@ -68,31 +71,28 @@ class Recipe:
     Args:
         student: what samples; a teacher alone is a student here.
         teacher: what guides it, or None.
-        sampler: one of `SAMPLERS`, "euler" for ``kdpp.sample_euler_tg``.
+        sampler: one of `kdpp.SOLVERS`, by its name, that takes any levels.
         levels: the sigmas, from the highest to 0 as a rule.
-        cond_scale: the student's CFG scale; one that takes its guidance as an input gets w =
-            cond_scale - 1.
+        cond_scale: the student's CFG scale; also for one that takes its guidance as an input.
         guidance: keywords of `kdpp.TeacherGuidedDenoiser`, see `GUIDANCE`.
-        options: keywords of the sampler, such as eta.
+        options: the sampler's own, such as eta.
 
     Raises:
         ValueError: an unknown sampler or keyword (the nearest known one is said), levels that
-            increase, guidance without a teacher or outside its range, a w that the student was not
-            trained for, churn (its noise cannot come from the seeds), a student and teacher of
-            other shapes or classes.
+            increase, guidance without a teacher or outside its range, a CFG scale that the student
+            was not trained for, churn (its noise cannot come from the seeds), a student and a
+            teacher of different shapes or classes.
     """
 
     student: Model
     teacher: Model | None
-    sampler: str
+    sampler: str | Solver
     levels: tuple[float, ...]
     cond_scale: float = 1.0
     guidance: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(unknown("sampler", self.sampler, SAMPLERS))
         if len(check_sigmas(self.levels)[0]) < 2:
             raise ValueError(f"levels is {self.levels!r}; give two or more")
         self._check_options()
@@ -107,6 +107,10 @@ class Recipe:
         else:
             self._check_pair(self.teacher)
         self.guided()
+
+    @property
+    def solver(self) -> Solver:
+        return solver_for(self.sampler)
 
     @property
     def steps(self) -> int:
@@ -131,7 +135,7 @@ class Recipe:
             )
 
     def _check_options(self) -> None:
-        settings = SAMPLERS[self.sampler].settings(self.options)
+        settings = self.solver.settings(self.options)
         if settings.get("s_churn", 0.0) != 0.0:
             raise ValueError(
                 "s_churn adds noise that cannot come from the images' seeds; leave it 0, or take "
@@ -148,6 +152,18 @@ class Recipe:
                 )
 
 
+def solver_for(name: str | Solver) -> Solver:
+    """The solver of this name, see `kdpp.solver.solver_of`: one that takes any levels.
+
+    Raises ValueError for an unknown name (the nearest known one is said), and for a solver that
+    makes its own levels.
+    """
+    solver, _ = solver_of(name)
+    if solver.own_levels is not None:
+        raise ValueError(f"{solver.name} makes its own levels; take a solver of given levels")
+    return solver
+
+
 @dataclass(frozen=True)
 class Images:
     """Images and what they cost.
@@ -158,7 +174,7 @@ class Images:
         evaluations: of the student's and the teacher's network for one image; both halves of CFG
             count. A student that teaches itself counts as the student.
         compute: parameters × evaluations for one image, over both networks.
-        seconds: of sampling, summed over batches and processes.
+        seconds: of sampling, summed over batches.
         memory: bytes. On CUDA the most that was allocated; else by how much the process's highest
             resident size rose, which is 0 where earlier work took more. Of the largest process.
     """
@@ -203,7 +219,7 @@ def denoiser_for(model: Model, steps: int) -> nn.Module:
 
 
 def levels_for(model: Model, steps: int | None = None) -> tuple[float, ...]:
-    """The levels that the model was trained on where they make so many steps, else the schedule's.
+    """The levels that the model was trained on if they make ``steps`` steps, else the schedule's.
 
     Without ``steps``: its own, or for a model of any levels 4 steps, 50 for a teacher. The
     schedule is `kdpp.lab.schedules.schedule`.
@@ -216,15 +232,16 @@ def levels_for(model: Model, steps: int | None = None) -> tuple[float, ...]:
     return schedule(check_count("steps", steps, 1))
 
 
-def image_seeds(run: int, count: int) -> range:
-    """The seeds of a run's images, ``run·10^6 + i``: no two runs share one.
+def image_seeds(seed: int, count: int) -> range:
+    """The images' own seeds under a seed, ``seed·10^6 + i``: no two seeds share one.
 
-    Raises ValueError for a negative run, or a count outside [1, 10^6].
+    Raises ValueError for a seed outside [0, 10^12), or a count outside [1, 10^6].
     """
-    check_count("run", run, 0)
-    if check_count("images", count, 1) > RUN:
-        raise ValueError(f"images is {count}; a run has {RUN} at most, take more seeds")
-    return range(run * RUN, run * RUN + count)
+    if check_count("seed", seed, 0) >= SEEDS:
+        raise ValueError(f"seed is {seed}; it must be below {SEEDS:,}")
+    if check_count("images", count, 1) > IMAGES:
+        raise ValueError(f"images is {count}; it must be {IMAGES:,} at most, take more seeds")
+    return range(seed * IMAGES, seed * IMAGES + count)
 
 
 def draw(
@@ -232,15 +249,13 @@ def draw(
     seeds: Sequence[int],
     labels: Tensor | None = None,
     *,
-    chunk: int = 500,
-    folder: Path | None = None,
+    chunk: int = CHUNK,
     progress: bool = False,
 ) -> Images:
-    """The images of these seeds; all processes that were started together share the work.
+    """The images of these seeds.
 
-    Process r of N (`accelerate launch`, `torchrun`) takes the batches r, r + N, …, and every one
-    returns all images. On the CPU each works on one thread, since torch's bits depend on how many
-    there are. Torch's random streams are left as they were.
+    On the CPU it works on one thread, since torch's bits depend on how many there are. Torch's
+    random streams are left as they were.
 
     Args:
         seeds: whole numbers in [0, 2^63), one for each image.
@@ -248,50 +263,124 @@ def draw(
         chunk: images in a batch. Another size may change an image's last bits, as may its place in
             the last, smaller batch. ``renoise="random"`` draws its level once for each batch, from
             the seed of the batch's first image.
-        folder: where finished batches are kept, whole or not at all; a later call with the same
-            recipe and seeds takes them from there, however many processes either has. At most half
-            a second of finished work is held back. The recipe's settings must be JSON-able then.
         progress: show a bar.
 
-    Raises:
-        TypeError, ValueError: for other seeds, labels or chunks, and what the sampler refuses.
-        OSError: the folder cannot be written.
+    Raises TypeError and ValueError for other seeds, labels or chunks, and for what the sampler
+    refuses.
     """
-    numbers, labels = _check(recipe, seeds, labels, chunk)
-    device = next(recipe.student.network.parameters()).device
-    parts = torch.split(torch.arange(len(numbers)), chunk)
-    shelf = None if folder is None else Shelf(folder, _key(recipe, numbers, labels, chunk))
-    threads = processes.single_thread() if device.type == "cpu" else nullcontext()
-    processes.join(device)
-    with threads, _counted(recipe) as counts:
-        peak = _peak_memory(device)
-        mine = range(processes.rank(), len(parts), processes.size())
-        done = {} if shelf is None else shelf.read(mine)
-        quiet = not progress or processes.rank() > 0
-        for i in tqdm(mine, desc="sampling", unit="batch", leave=False, disable=quiet):
-            if i in done:
-                continue
-            counts[:] = 0, 0
-            start = time.perf_counter()
-            x = _sample(recipe, numbers[parts[i]], labels[parts[i]], device)
-            done[i] = Batch(x, Cost(counts[0], counts[1], time.perf_counter() - start))
-            if shelf is not None:
-                shelf.add(i, done[i])
-        if shelf is not None and processes.size() > 1:  # others may be lost while this one waits
-            shelf.write()
-        x, cost, memory = _gathered(done, parts, recipe.student.shape, peak(), device)
-    student, teacher = cost.student / len(x), cost.teacher / len(x)
-    compute = recipe.student.parameters * student
-    if recipe.teacher is not None:
-        compute += recipe.teacher.parameters * teacher
-    return Images(x, labels, (student, teacher), compute, cost.seconds, memory)
+    batches = Batches(recipe, seeds, labels, chunk)
+    batches.make(range(len(batches)), progress)
+    return batches.images()
 
 
-def _check(
-    recipe: Recipe, seeds: Sequence[int], labels: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor]:
+def attempt(recipe: Recipe, name: object) -> None:
+    """Draw one image; ValueError says of ``name`` what it cannot."""
+    try:
+        draw(recipe, [0])
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+class Batch(NamedTuple):
+    """Finished images, ``(n, *shape)``, and what they cost; see `Images`.
+
+    ``student`` and ``teacher`` count the images that the networks evaluated.
+    """
+
+    x: Tensor
+    student: int
+    teacher: int
+    seconds: float
+    memory: int
+
+
+class Batches:
+    """The images of some seeds, batch by batch: what `draw` does, in pieces.
+
+    With a ``folder`` finished batches are kept there, whole or not at all, and those that are there
+    are taken. The folder must belong to these images alone, so name it by all that they depend on.
+    At most half a second of finished work is held back, until `flush`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        seeds: Sequence[int],
+        labels: Tensor | None = None,
+        chunk: int = CHUNK,
+        folder: Path | None = None,
+    ) -> None:
+        check_count("chunk", chunk, 1)
+        self.recipe, self.folder = recipe, folder
+        self.seeds, self.labels = _read(recipe, seeds, labels)
+        self.rows = torch.split(torch.arange(len(self.seeds)), chunk)
+        self.done: dict[int, Batch] = {}
+        self.waiting: dict[int, Batch] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def make(self, wanted: Collection[int], progress: bool = False) -> None:
+        """Have these batches, by their numbers: those that are not there are sampled."""
+        self._take(wanted)
+        device = next(self.recipe.student.network.parameters()).device
+        threads = processes.single_thread() if device.type == "cpu" else nullcontext()
+        bar = tqdm(
+            wanted, desc="sampling", unit="batch", leave=False, delay=1, disable=not progress
+        )
+        with threads, _counted(self.recipe) as counts:
+            peak = _peak_memory(device)
+            for i in bar:
+                if i in self.done:
+                    continue
+                counts[:] = 0, 0
+                start, rows = time.perf_counter(), self.rows[i]
+                x = _sample(self.recipe, self.seeds[rows], self.labels[rows], device)
+                batch = Batch(x, counts[0], counts[1], time.perf_counter() - start, peak())
+                self.done[i] = self.waiting[i] = batch
+                if sum(batch.seconds for batch in self.waiting.values()) >= PATIENCE:
+                    self.flush()
+
+    def flush(self) -> None:
+        """Write what is held back: one file of all that waits."""
+        if self.folder is not None and self.waiting:
+            make_folder(self.folder)
+            tensors = {str(i): batch.x for i, batch in self.waiting.items()}
+            costs = json.dumps({i: batch[1:] for i, batch in self.waiting.items()})
+            content = to_bytes(tensors, {"costs": costs})
+            write_atomically(self.folder / f"{min(self.waiting):06}.safetensors", content)
+        self.waiting.clear()
+
+    def complete(self) -> bool:
+        """Whether all batches are there, with those that others have put into the folder."""
+        self._take(set(range(len(self))) - self.done.keys())
+        return len(self.done) == len(self)
+
+    def _take(self, wanted: Collection[int]) -> None:
+        """Those of the wanted batches that the folder has; a damaged file is passed over."""
+        broken = (SafetensorError, OSError, ValueError, KeyError, TypeError)
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder and wanted else ():
+            with suppress(*broken), safe_open(path, "pt") as file:
+                for i, costs in json.loads(file.metadata()["costs"]).items():
+                    if int(i) in wanted:
+                        self.done[int(i)] = Batch(file.get_tensor(i), *costs)
+
+    def images(self) -> Images:
+        """All images; every batch must be there."""
+        batches = [self.done[i] for i in range(len(self))]
+        x, *counts, seconds, memory = zip(*batches)
+        student, teacher = (sum(count) / len(self.seeds) for count in counts)
+        recipe = self.recipe
+        compute = recipe.student.parameters * student
+        if recipe.teacher is not None:
+            compute += recipe.teacher.parameters * teacher
+        return Images(
+            torch.cat(x), self.labels, (student, teacher), compute, sum(seconds), max(memory)
+        )
+
+
+def _read(recipe: Recipe, seeds: Sequence[int], labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """The seeds and the labels as int64 tensors (N,)."""
-    check_count("chunk", chunk, 1)
     if not len(seeds):
         raise ValueError("seeds is empty; give one for each image")
     numbers, classes = read_seeds(seeds, len(seeds)), recipe.student.classes
@@ -311,7 +400,7 @@ def _sample(recipe: Recipe, seeds: Tensor, labels: Tensor, device: torch.device)
     """The images of one batch."""
     like = torch.empty(len(seeds), *recipe.student.shape, device=device)
     model = recipe.guided(SeededNoise(like, seeds, RENOISE))
-    solver = SAMPLERS[recipe.sampler]
+    solver = recipe.solver
     noise = None if solver.noise == "none" else SeededNoise(like, seeds, SOLVER)
     x = SeededNoise(like, seeds, INITIAL)() * recipe.levels[0]
     cond = labels.to(device)
@@ -333,21 +422,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         if cuda:
             torch.cuda.manual_seed(seed)
         yield
-
-
-class Cost(NamedTuple):
-    """How many images the student's and the teacher's network evaluated, and in which time."""
-
-    student: float
-    teacher: float
-    seconds: float
-
-
-class Batch(NamedTuple):
-    """A finished batch: its images (n, *shape) and what they cost."""
-
-    x: Tensor
-    cost: Cost
 
 
 @contextmanager
@@ -388,103 +462,36 @@ def _highest_resident_size() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _gathered(
-    done: Mapping[int, Batch],
-    parts: Sequence[Tensor],
-    shape: tuple[int, ...],
-    memory: int,
-    device: torch.device,
-) -> tuple[Tensor, Cost, int]:
-    """All processes' images in order, the sum of their costs, and the largest one's memory."""
-    costs = torch.tensor([batch.cost for batch in done.values()], dtype=torch.float64)
-    total = costs.reshape(-1, 3).sum(0)
-    size = processes.size()
-    if size == 1:
-        return torch.cat([done[i].x for i in range(len(parts))]), Cost(*total.tolist()), memory
-    own = torch.zeros(-(-len(parts) // size), len(parts[0]), *shape)
-    for place, i in enumerate(sorted(done)):
-        own[place, : len(parts[i])] = done[i].x
-    own, total = own.to(device), total.to(device)
-    everyone = [torch.empty_like(own) for _ in range(size)]
-    distributed.all_gather(everyone, own)
-    distributed.all_reduce(total)
-    most = torch.tensor([memory], device=device)
-    distributed.all_reduce(most, distributed.ReduceOp.MAX)
-    x = [everyone[i % size][i // size, : len(part)] for i, part in enumerate(parts)]
-    return torch.cat(x).cpu(), Cost(*total.tolist()), int(most)
-
-
-class Shelf:
-    """Finished batches in a folder; a file holds some of them, whole or not at all.
-
-    Files of another ``key``, and damaged ones, are as good as none.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        make_folder(folder)
-        self.folder, self.key = folder, key
-        self.waiting: dict[int, Batch] = {}
-
-    def read(self, wanted: Collection[int]) -> dict[int, Batch]:
-        """Those of the wanted batches that are there."""
-        found: dict[int, Batch] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with suppress(SafetensorError, ValueError, KeyError), safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                if about.get("key") == self.key:
-                    for i, cost in json.loads(about["costs"]).items():
-                        if int(i) in wanted:
-                            found[int(i)] = Batch(file.get_tensor(i), Cost(*cost))
-        return found
-
-    def add(self, i: int, batch: Batch) -> None:
-        """Keep a batch; write what waits once it is worth `PATIENCE` seconds."""
-        self.waiting[i] = batch
-        if sum(batch.cost.seconds for batch in self.waiting.values()) >= PATIENCE:
-            self.write()
-
-    def write(self) -> None:
-        if self.waiting:
-            tensors = {str(i): batch.x for i, batch in self.waiting.items()}
-            costs = json.dumps({i: batch.cost for i, batch in self.waiting.items()})
-            content = to_bytes(tensors, {"key": self.key, "costs": costs})
-            write_atomically(self.folder / f"{min(self.waiting):06}.safetensors", content)
-            self.waiting.clear()
-
-
-def _key(recipe: Recipe, seeds: Tensor, labels: Tensor, chunk: int) -> str:
-    """A digest of all that the images depend on."""
-    digest = hashlib.blake2b(fingerprint(recipe).encode(), digest_size=16)
-    for numbers in (seeds, labels, torch.tensor([chunk])):
-        digest.update(numbers.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def fingerprint(recipe: Recipe) -> str:
-    """A digest of a recipe, its networks' weights included, and of kdpp's and torch's versions.
+    """A digest of all that a recipe's images depend on but their seeds and labels.
 
-    Raises ValueError for settings that are not JSON-able.
+    That is the networks' weights, what the solver's plan does on these levels, the settings, the
+    size of a batch, and kdpp's and torch's versions. Raises ValueError for settings that are not
+    JSON-able.
     """
-    settings: list[Any] = [kdpp.__version__, torch.__version__]
-    for model in (recipe.student, recipe.teacher):
-        settings.append(None if model is None else _weights(model))
-    settings += [recipe.sampler, recipe.levels, recipe.cond_scale]
-    for table in (recipe.guidance, recipe.options):
-        try:
-            json.dumps(dict(table))
-        except TypeError as error:
-            raise ValueError(
-                f"images can be kept only where their settings are numbers, texts or lists: {error}"
-            ) from error
-        settings.append(sorted(table.items()))
-    # Not JSON, which would take a NoiseRange for a list of steps.
-    return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+    guidance = dict(recipe.guidance)
+    try:
+        json.dumps(guidance)
+    except TypeError as error:
+        raise ValueError(
+            f"images can be kept only where their settings are numbers, texts or lists: {error}"
+        ) from error
+    solver = recipe.solver
+    return digest([
+        kdpp.__version__, torch.__version__, CHUNK,
+        *(model and weights_digest(model) for model in (recipe.student, recipe.teacher)),
+        recipe.levels, solver.plan(recipe.levels, **recipe.options), solver.cfg_pp, solver.noise,
+        recipe.cond_scale,
+        sorted(guidance.items()),  # not as JSON, which would take a NoiseRange for a list of steps
+    ])  # fmt: skip
 
 
-def _weights(model: Model) -> str:
-    about = json.dumps(model.card.to_json(), sort_keys=True)
-    digest = hashlib.blake2b(about.encode(), digest_size=16)
-    for name, tensor in model.network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return f"{digest.hexdigest()} on {next(model.network.parameters()).device.type}"
+def weights_digest(model: Model) -> str:
+    """A digest of the weights, of what is known of them, and of the device that they are on."""
+    tensors = model.network.state_dict()
+    contents = (value.cpu().contiguous().flatten() for value in tensors.values())
+    return digest([
+        json.dumps(model.card.to_json(), sort_keys=True),
+        next(model.network.parameters()).device.type,
+        list(tensors), *(content.view(torch.uint8).numpy().tobytes() for content in contents),
+    ])  # fmt: skip

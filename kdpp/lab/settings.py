@@ -22,6 +22,7 @@ __all__ = [
     "as_dict",
     "fill",
     "from_json",
+    "read_option",
     "read_toml",
     "read_value",
     "setting",
@@ -91,18 +92,33 @@ def from_json(kind: type[S], values: Mapping[str, Any], path: str = "") -> S:
 def read_value(kind: type, name: str, text: str) -> Any:
     """The value that a flag's text stands for: TOML (``2e-3``, ``[1, 2]``, ``{width = 64}``).
 
-    A string needs no quotes, and ``none`` is None where the setting may be None.
+    A string needs no quotes, and ``none`` is None where the setting may be None. Where it may be a
+    number or a string, what reads as a number is one.
     """
     hint = get_type_hints(kind)[name]
     options = _options(hint)
     if type(None) in options and text.lower() == "none":
         return None
-    if any(option is str or get_origin(option) is Literal for option in options):
+    texts = [option is str or get_origin(option) is Literal for option in options]
+    if any(texts) and all(text or option is type(None) for text, option in zip(texts, options)):
         return text
+    return _toml_value(text)
+
+
+def read_option(text: str) -> tuple[str, Any]:
+    """Name and value of a flag ``--option NAME=VALUE``; ValueError for another text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option is {text!r}; it must be NAME=VALUE, such as eta=0.5")
+    return name.strip(), _toml_value(value)
+
+
+def _toml_value(text: str) -> Any:
+    """What the text is as TOML; the text itself where it is none."""
     try:
         return _toml().loads(f"value = {text}")["value"]
     except ValueError:
-        return text  # of the wrong type: `fill` says what it should be
+        return text
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -1,27 +1,44 @@
-"""What `kdpp compare` is to run: a TOML file, read fully and turned into cells before any work.
+"""What is to be measured: a TOML file of `kdpp compare`, or the flags of `kdpp evaluate`.
 
-At its top are the keys of `Spec`, in ``[students]`` names and their checkpoints, in ``[reference]``
-how the teacher's own samples are drawn (`Reference`), and in one or more ``[[grid]]`` a value, or a
-list of values, for each of the settings of `Combination`: a grid stands for all their combinations.
+At the top of a file are the keys of `Spec`, in ``[students]`` names and their checkpoints, in
+``[reference]`` how the teacher's own samples are drawn (`Reference`), and in one or more
+``[[grid]]`` a value, or a list of values, for each of the settings of `Combination`: a grid stands
+for all their combinations. All of it is read and turned into cells (`cells_of`) before any work.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from kdpp.checks import check_count, check_number
+from kdpp.checks import check_count
+from kdpp.lab.metrics import NEIGHBOURS
 from kdpp.lab.models import Model
-from kdpp.lab.sampling import SAMPLERS, levels_for
+from kdpp.lab.sampling import image_seeds, levels_for, solver_for
 from kdpp.lab.settings import fill, read_toml, setting, unknown
 
-__all__ = ["Cell", "Combination", "Guidance", "Reference", "Spec", "cells_of", "read_spec"]
+__all__ = [
+    "REFERENCE_SEED",
+    "Cell",
+    "Combination",
+    "Guidance",
+    "Reference",
+    "Spec",
+    "cells_of",
+    "check_spec",
+    "read_spec",
+]
 
 RENOISE = ("next", "current", "random")
+REFERENCE_SEED = 10**9
+"""The seed of the teacher's own samples. Those of a spec are lower: no cell is measured against
+samples from its own noise."""
+MOST = 100_000
+"""Results of a spec, cells × seeds, and combinations of a grid."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +46,12 @@ class Spec:
     """The keys at the top of a spec."""
 
     title: str = setting("A comparison", "the page's headline")
-    data: str = setting("digits", "what the images are compared with, see `load_data`")
-    features: str = setting("", "in what, see `load_features`; default: digits, or else pixels")
+    data: str = setting(
+        "", "what images are compared with, see `load_data`; default: the first student's data"
+    )
+    features: str = setting(
+        "", "in what, see `load_features`; default: digits for the digits, else pixels"
+    )
     images: int = setting(1000, "how many, of each cell and seed")
     seeds: int | tuple[int, ...] = setting(3, "so many, from 0; or a list of them")
     teacher: str | None = setting(None, "the checkpoint that guides")
@@ -40,7 +61,7 @@ class Spec:
     grid: tuple[dict[str, Any], ...] = setting((), "tables of settings of `Combination`")
 
     @property
-    def runs(self) -> tuple[int, ...]:
+    def seed_list(self) -> tuple[int, ...]:
         """The seeds, one by one."""
         return self.seeds if isinstance(self.seeds, tuple) else tuple(range(self.seeds))
 
@@ -56,43 +77,46 @@ class Reference:
 
     cond_scale: float = setting(math.nan, "the teacher's guidance scale; it must be given")
     steps: int = setting(50, "of the sampler")
-    sampler: str = setting("euler", "without sample_ and _tg")
-
-
-@dataclass(frozen=True)
-class Combination:
-    """One combination of a grid's settings, as it is written."""
-
-    student: str = setting("", "a name of [students]; it must be given")
-    sampler: str | None = setting(None, "without sample_ and _tg; default: the student's own")
-    steps: int | None = setting(None, "default: the student's own")
-    cond_scale: float = setting(1.0, "the student's guidance scale, or its input w")
-    teacher_scale: float = setting(0.0, "λ")
-    teacher_steps: int | tuple[int, ...] = setting(1, "k: the first k steps; or a list of steps")
-    renoise: str | float = setting("next", "σ_s: next, current, random, or a level")
-    renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
-    teacher_cfg_scale: float | None = setting(None, "default: the reference's cond_scale, or 1")
+    sampler: str = setting("euler", "a name of kdpp.SOLVERS")
 
 
 @dataclass(frozen=True)
 class Guidance:
     """How a cell is guided: keywords of `kdpp.TeacherGuidedDenoiser`."""
 
-    teacher_scale: float
-    teacher_steps: int | tuple[int, ...]
-    renoise: str | float
-    renoise_eta: float
-    teacher_cfg_scale: float
+    teacher_scale: float = setting(0.0, "λ, the share of the teacher's estimate")
+    teacher_steps: int | tuple[int, ...] = setting(1, "k: the first k steps; or a list of steps")
+    renoise: str | float = setting("next", "σ_s: next, current, random, or a level")
+    renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
+    teacher_cfg_scale: float | None = setting(
+        None, "the teacher's CFG scale; default: the reference's cond_scale, or 1"
+    )
+    extrapolate: bool = setting(False, "allow λ outside [0, 1]")
+
+
+@dataclass(frozen=True)
+class Combination(Guidance):
+    """One combination of a grid's settings, as it is written."""
+
+    student: str = setting("", "a name of [students]; it must be given")
+    sampler: str | None = setting(None, "a name of kdpp.SOLVERS; default: the student's own")
+    steps: int | None = setting(None, "default: the student's own")
+    options: dict[str, Any] = setting({}, "the sampler's own, such as {eta = 0.5}")
+    cond_scale: float = setting(1.0, "the student's CFG scale")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to sample, with nothing left open; those that sample alike are equal."""
+    """One way to sample, with nothing left open; those that sample alike are equal.
+
+    ``options`` holds those of the sampler that are not its defaults.
+    """
 
     student: str
     sampler: str
     levels: tuple[float, ...]
     cond_scale: float
+    options: tuple[tuple[str, float | str], ...] = ()
     guide: Literal["none", "teacher", "self"] = "none"
     guidance: Guidance | None = None
 
@@ -106,9 +130,9 @@ class Cell:
         return replace(self, guide="none", guidance=None)
 
     @property
-    def itself(self) -> Cell | None:
-        """The self control of a guided cell: the student, as it samples, in the teacher's place."""
-        if self.guidance is None:
+    def control(self) -> Cell | None:
+        """The self control of a cell that the teacher guides: the student in its place."""
+        if self.guidance is None or self.guide != "teacher":
             return None
         return replace(
             self, guide="self", guidance=replace(self.guidance, teacher_cfg_scale=self.cond_scale)
@@ -121,9 +145,10 @@ class Cell:
 
     def __str__(self) -> str:
         words = [self.student, self.sampler, f"steps {self.steps}", f"cond_scale {self.cond_scale}"]
+        words += [f"{name} {value}" for name, value in self.options]
         if self.guidance is not None:
             words.append(f"guided by {'the teacher' if self.guide == 'teacher' else 'itself'}")
-            words += [f"{name} {value}" for name, value in self.keywords.items()]
+            words += [f"{n} {value}" for n, value in self.keywords.items() if n != "extrapolate"]
         return ", ".join(words)
 
 
@@ -136,39 +161,42 @@ def read_spec(path: str | Path) -> Spec:
     """
     path = Path(path)
     spec = fill(Spec, read_toml(path), f"in {path}")
-    check_count("images", spec.images, 4)
-    if isinstance(spec.seeds, int):
-        check_count("seeds", spec.seeds, 1)
-    elif not spec.seeds or len(set(spec.seeds)) < len(spec.seeds) or min(spec.seeds) < 0:
-        raise ValueError(f"seeds is {list(spec.seeds)}; give one or more ≥ 0, each once")
-    if not spec.students:
-        raise ValueError(f'{path} names no student; add [students] with lines name = "checkpoint"')
-    for name, place in spec.students.items():
-        if not isinstance(place, str):
-            raise ValueError(f"student {name!r} is {place!r}; it must be text, a checkpoint")
-    if not spec.grid:
-        raise ValueError(f"{path} has no [[grid]]; add one that names a student")
-    _check_reference(spec)
-    digits = spec.data == "digits"
+    check_spec(spec)
     return replace(
         spec,
         data=_placed(spec.data, path),
-        features=_placed(spec.features or ("digits" if digits else "pixels"), path),
+        features=_placed(spec.features, path),
         teacher=spec.teacher and _placed(spec.teacher, path),
         students={name: _placed(place, path) for name, place in spec.students.items()},
     )
 
 
-def _check_reference(spec: Spec) -> None:
+def check_spec(spec: Spec) -> None:
+    """ValueError for values that cannot be; what the grids hold is checked by `cells_of`."""
+    check_count("images", spec.images, NEIGHBOURS + 1)
+    if isinstance(spec.seeds, int):
+        if check_count("seeds", spec.seeds, 1) > MOST:
+            raise ValueError(f"seeds is {spec.seeds}; give at most {MOST:,}")
+    elif not spec.seeds or len(set(spec.seeds)) < len(spec.seeds) or min(spec.seeds) < 0:
+        raise ValueError(f"seeds is {list(spec.seeds)}; give one or more ≥ 0, each once")
+    elif max(spec.seeds) >= REFERENCE_SEED:
+        raise ValueError(f"seeds holds {max(spec.seeds)}; they must be below {REFERENCE_SEED:,}")
+    image_seeds(0, spec.images)
+    if not spec.students:
+        raise ValueError('no student is named; add [students] with lines name = "checkpoint"')
+    for name, place in spec.students.items():
+        if not isinstance(place, str):
+            raise ValueError(f"student {name!r} is {place!r}; it must be text, a checkpoint")
+    if not spec.grid:
+        raise ValueError("there is no [[grid]]; add one that names a student")
     reference = spec.own_samples
     if reference is None:
         return
     if spec.teacher is None:
         raise ValueError("reference is the teacher's own samples; name the teacher")
     if math.isnan(reference.cond_scale):
-        raise ValueError("reference has no cond_scale; give the teacher's guidance scale")
-    if reference.sampler not in SAMPLERS:
-        raise ValueError(unknown("sampler of reference", reference.sampler, SAMPLERS))
+        raise ValueError("reference has no cond_scale; give the teacher's CFG scale")
+    solver_for(reference.sampler)
     check_count("steps of reference", reference.steps, 1)
 
 
@@ -177,7 +205,7 @@ def _placed(name: str, spec: Path) -> str:
     kind, colon, place = name.partition(":")
     if kind in ("inception", "clip") and colon:
         return f"{kind}:{spec.parent / place}"
-    return name if kind in ("digits", "pixels") else str(spec.parent / name)
+    return name if kind in ("", "digits", "pixels") else str(spec.parent / name)
 
 
 def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[str]]:
@@ -190,26 +218,32 @@ def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[
     Raises ValueError for an unknown name, a value that cannot be, guidance without a teacher, and
     guided steps that no combination of the grid has.
     """
+    several = len(spec.grid) > 1
     asked = [
         cell
         for number, grid in enumerate(spec.grid, 1)
-        for cell in _grid_cells(grid, f"of grid {number}", spec, models)
+        for cell in _grid_cells(grid, f" of grid {number}" * several, spec, models)
     ]
     kept = [cell for cell in asked if cell is not None]
     cells: dict[Cell, None] = {}
     for cell in kept:
         cells[cell.plain] = None
         cells[cell] = None
-        if spec.self_control and cell.itself is not None:
-            cells[cell.itself] = None
+        if spec.self_control and cell.control is not None:
+            cells[cell.control] = None
+    results = len(cells) * len(spec.seed_list)
+    if results > MOST:
+        raise ValueError(f"{results:,} results are to be had, cells × seeds; at most {MOST:,}")
     counts = {
-        "of steps that are not there, left out": len(asked) - len(kept),
-        "alike (λ or k is 0, or k reaches the last step), run once": len(kept) - len(set(kept)),
-        "not asked for, added as what changes are measured against": sum(
+        "combinations left out, whose guided steps do not exist": len(asked) - len(kept),
+        "combinations that sample like another one (λ or k is 0, or k reaches the last step)": (
+            len(kept) - len(set(kept))
+        ),
+        "plain students added, against which changes are measured": sum(
             cell.guide == "none" and cell not in kept for cell in cells
         ),
     }
-    return list(cells), [f"combinations {what}: {n}" for what, n in counts.items() if n]
+    return list(cells), [f"{what}: {n}" for what, n in counts.items() if n]
 
 
 def _grid_cells(
@@ -233,7 +267,7 @@ def _grid_cells(
     for steps, longest in absent.items():
         if steps not in present:
             raise ValueError(
-                f"teacher_steps {where} holds {_listed(steps)}; no combination has these steps, "
+                f"teacher_steps{where} holds {_listed(steps)}; no combination has these steps, "
                 f"the longest has {longest}"
             )
     return cells
@@ -244,9 +278,13 @@ def _combinations(grid: Mapping[str, Any], where: str) -> Iterator[Combination]:
     axes = {name: value if isinstance(value, list) else [value] for name, value in grid.items()}
     for name, values in axes.items():
         if not values:
-            raise ValueError(f"{name} {where} is an empty list; give a value, or leave it out")
+            raise ValueError(f"{name}{where} is an empty list; give a value, or leave it out")
+    if math.prod(map(len, axes.values())) > MOST:
+        raise ValueError(
+            f"the lists{where} have more than {MOST:,} combinations; make them shorter"
+        )
     for chosen in product(*axes.values()):
-        yield fill(Combination, dict(zip(axes, chosen)), where)
+        yield fill(Combination, dict(zip(axes, chosen)), where.strip())
 
 
 def _unguided(
@@ -254,24 +292,32 @@ def _unguided(
 ) -> Cell:
     """The combination without its guidance."""
     if not combination.student:
-        raise ValueError(f"student {where} is missing; name one of {', '.join(spec.students)}")
+        raise ValueError(f"student{where} is missing; name one of {', '.join(spec.students)}")
     if combination.student not in models:
-        raise ValueError(unknown(f"student {where}", combination.student, models))
+        raise ValueError(unknown(f"student{where}", combination.student, models))
     model = models[combination.student]
-    sampler = combination.sampler or model.sampler
-    if sampler not in SAMPLERS:
-        raise ValueError(unknown(f"sampler {where}", sampler, SAMPLERS))
+    try:
+        solver = solver_for(combination.sampler or model.sampler)
+        settings = solver.settings(combination.options)
+    except ValueError as error:
+        raise ValueError(f"{error}{where and f' (sampler{where})'}") from error
+    options = tuple((n, v) for n, v in settings.items() if v != solver.options[n].default)
     levels = levels_for(model, combination.steps)
-    return Cell(combination.student, sampler, levels, combination.cond_scale)
+    return Cell(combination.student, solver.name, levels, combination.cond_scale, options)
 
 
 def _guided(combination: Combination, base: Cell, where: str, spec: Spec) -> Cell:
     """The cell with the combination's guidance; without, where no step is left to guide."""
     if spec.teacher is None:
-        raise ValueError(f"teacher_scale {where} is not 0, and the spec names no teacher; add one")
+        raise ValueError(f"teacher_scale{where} is not 0, and no teacher is named; name one")
     if isinstance(combination.renoise, str) and combination.renoise not in RENOISE:
-        raise ValueError(f"{unknown(f'renoise {where}', combination.renoise, RENOISE)}, or a level")
-    check_number(f"teacher_scale {where}", combination.teacher_scale, 0.0, 1.0)
+        raise ValueError(f"{unknown(f'renoise{where}', combination.renoise, RENOISE)}, or a level")
+    outside = not 0.0 <= combination.teacher_scale <= 1.0
+    if outside and not combination.extrapolate:
+        raise ValueError(
+            f"teacher_scale{where} is {combination.teacher_scale!r}; it must be a number in "
+            "[0, 1], or any number with extrapolate = true"
+        )
     steps: Any = combination.teacher_steps
     if isinstance(steps, tuple):
         steps = tuple(sorted({i % base.steps for i in steps}))
@@ -282,10 +328,9 @@ def _guided(combination: Combination, base: Cell, where: str, spec: Spec) -> Cel
     scale = combination.teacher_cfg_scale
     if scale is None:
         scale = spec.own_samples.cond_scale if spec.own_samples else 1.0
-    guidance = Guidance(
-        combination.teacher_scale, steps, combination.renoise, combination.renoise_eta, scale
-    )
-    return replace(base, guide="teacher", guidance=guidance)
+    given = {field.name: getattr(combination, field.name) for field in fields(Guidance)}
+    given |= {"teacher_steps": steps, "teacher_cfg_scale": scale, "extrapolate": outside}
+    return replace(base, guide="teacher", guidance=Guidance(**given))
 
 
 def _has_steps(steps: int, wanted: int | tuple[int, ...]) -> bool:

@@ -1,11 +1,11 @@
 """``kdpp tune STUDENT TEACHER``: is guidance worth it for this pair, where, and how much?
 
-A *look* is one call of the teacher at one step, ``b = D_ψ^w(x̂ + σ_s ε, σ_s)``. Guidance moves the
-student's estimate x̂ along ``b - x̂``; what it can mend is the student's *miss*: where the teacher's
-own many steps from the student's state would have gone, less where the student's step went. Least
-squares of the miss on ``b - x̂`` gives λ*, and the share of the miss that it explains. The best look
-of each step is then tried in whole runs, and the best of these checked on samples that nothing was
-chosen by. See `tune`.
+A *look* is one call of the teacher at one step, ``b = D_ψ^ω(x̂ + σ_s ε, σ_s)``. Guidance moves the
+student's estimate x̂ along ``b - x̂``. The *miss* of a step is how far it ends from where the
+teacher's many steps lead from the same state. Least squares of the miss on ``b - x̂`` gives λ*, and
+the share of the miss that such a look can correct. The best look of each step is then tried in
+whole runs, and the best of these is checked on samples that played no part in the choice. See
+`tune`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,32 +27,30 @@ import kdpp
 from kdpp.checks import check_count, check_latent
 from kdpp.kinds import Denoiser
 from kdpp.lab import processes
+from kdpp.lab.console import say
+from kdpp.lab.files import locked, make_folder, write_atomically
 from kdpp.lab.looks import (
     EXPLAINED,
     SURE,
     VISIBLE,
     By,
     Change,
-    Cost,
     Distances,
+    Half,
     Look,
     Pair,
-    Part,
+    Price,
     Sampler,
     Trial,
     estimates,
     possible_looks,
     steps_of,
 )
-from kdpp.lab.sampling import (
-    INITIAL,
-    Recipe,
-    image_seeds,
-    levels_for,
-)
+from kdpp.lab.models import load_model
+from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, image_seeds, levels_for
 from kdpp.noise import SeededNoise
 
-__all__ = ["Change", "Cost", "Look", "Trial", "Tuning", "add_arguments", "run", "tune"]
+__all__ = ["Change", "Look", "Price", "Trial", "Tuning", "add_arguments", "run", "tune"]
 
 LEVELS = (0.3, 0.2)
 """Levels of late looks, beside each step's own level and the next one."""
@@ -66,17 +65,17 @@ class Tuning:
     """The answer of `tune`.
 
     Attributes:
-        by: whose look is worth its price: "teacher"; "student", where its own second look gains as
-            much; or None.
+        by: whose look is worth its price: "teacher"; "student", where a second look of its own
+            gains as much; or None.
         reason: why, in a sentence.
         settings: keywords for `kdpp.TeacherGuidedDenoiser`; without guidance ``teacher_steps=0``.
         looks: all that were measured, on the first half of the samples.
         trials: the best looks of each step, in whole runs of the same samples.
-        check: the chosen trial again, on the other half; None where none was.
+        check: the chosen trial again, on the other half; None where no trial was made.
         distance: mean squared distance of the unguided pictures to the teacher's run, on the other
             half, as a share of their variance.
         cost: of what is advised; None without guidance.
-        sampler, levels, guidance, samples, seed: what it was asked for.
+        sampler, levels, teacher_cfg_scale, samples, seed: what it was asked for.
         evaluations: what the tuning itself took, of student and teacher, for all samples.
     """
 
@@ -87,10 +86,10 @@ class Tuning:
     trials: tuple[Trial, ...]
     check: Trial | None
     distance: float
-    cost: Cost | None
+    cost: Price | None
     sampler: str
     levels: tuple[float, ...]
-    guidance: float
+    teacher_cfg_scale: float
     samples: int
     seed: int
     evaluations: tuple[int, int]
@@ -127,7 +126,7 @@ def tune(
     extra_args: Mapping[str, Any] | None = None,
     *,
     sampler: Sampler,
-    guidance: float = 1.0,
+    teacher_cfg_scale: float = 1.0,
     levels: Sequence[float] = LEVELS,
     bounds: tuple[float, float] | None = None,
     detail: int = DETAIL,
@@ -137,34 +136,34 @@ def tune(
 ) -> Tuning:
     """Whether, where and how much the teacher should guide the student.
 
-    Half of the samples, drawn by the seed, chooses; the other half checks. Along the student's own
-    runs, at step i from σ_i, with state x_i, estimate x̂ and noise N_i, the step would have gone
-    right had it gone where the teacher's many steps go::
+    Half of the samples, drawn by the seed, chooses; the other half checks. Step i of the student's
+    own run leads from the state x_i at σ_i, by the estimate x̂ and the noise N_i, to x_{i+1}. It
+    should lead to where the teacher's many steps lead::
 
         miss_i = (Φ_ψ(x_i; σ_i → σ_down) + N_i - x_{i+1}) / c_i
 
     with Φ_ψ the teacher's ODE, solved in many steps, σ_down the level that the step goes to before
-    it adds noise (0 for LCM's: there ``x̂ + miss`` is the teacher's endpoint; σ_{i+1} for Euler:
-    a student that follows the trajectory misses nothing), and c_i the weight of a revision. Over
-    samples and pixels, for each look ``b = D_ψ^w(x̂ + σ_s ε, σ_s)``::
+    it adds noise, and c_i the weight of a revision. For LCM σ_down is 0, and ``x̂ + miss`` is the
+    end of the teacher's run. For Euler it is σ_{i+1}: a student that follows the teacher's path
+    misses nothing. Over samples and pixels, for each look ``b = D_ψ^ω(x̂ + σ_s ε, σ_s)``::
 
         λ* = Σ<b - x̂, miss> / Σ|b - x̂|²      R² = Σ<b - x̂, miss>² / (Σ|b - x̂|² Σ|miss|²)
 
     with a jackknife's interval over samples, at 95 % for all looks together. At each step the look
-    with the largest R² runs guided to the end, and so does the student's own best look in the
-    teacher's place. Both are compared with the teacher in the student's place: the run from the
-    same noise in which every step is Φ_ψ. A gain counts that is sure, and 0.3 % of the pictures'
-    variance (25 dB below it) or more. Of the steps where the teacher's look gains, and more than
-    the control, that is chosen where it surely gains most; with a sampler that adds noise, of those
-    that gain half as much the latest: noise lets later steps make another picture of what an early
-    one brought nearer, and what the last one leaves stays. The other half of the samples checks the
-    choice: the teacher's gain must count there too, and exceed the control's.
+    with the largest R² is tried in runs that are guided to the end. So is, as a control, the
+    student's own best look in the teacher's place. Both are compared with the run from the same
+    noise in which the teacher takes every step, Φ_ψ. A gain counts if it is sure and at least 0.3 %
+    of the pictures' variance (25 dB below it). Chosen is the step where the teacher's look surely
+    gains most, of those where it gains more than the control. With a sampler that adds noise it is
+    the latest step that gains half as much: after an early step the noise of the later ones can
+    still lead to another picture, and nothing changes what the last step leaves. The other half of
+    the samples checks the choice: there too the gain must count, and exceed the control's.
 
-    Distances beyond the unguided ones' 90 % quantile count as that: there two runs have come to
-    different pictures, and by how much is chance.
+    Distances count up to the 90 % quantile of the unguided ones. Two runs that are farther apart
+    have come to different pictures, and how far those are apart is chance.
 
-    λ* makes a squared distance small. It says whether there is something to gain and roughly where;
-    of two settings that both gain it does not know which looks better.
+    λ* makes a squared distance small. It says whether guidance gains something, and roughly where;
+    of two settings that both gain it cannot say which looks better.
 
     Args:
         student, teacher: denoisers as `kdpp.TeacherGuidedDenoiser` takes them, in VE form.
@@ -174,16 +173,16 @@ def tune(
         extra_args: as the sampler takes them; tensors with x's batch size go by sample.
         sampler: one of kdpp's samplers, a partial of one, or its name; its noise comes from the
             seed. Churn is refused.
-        guidance: w of the teacher's own run, what the student is meant to reach. The looks have
-            this w and 1.
-        levels: σ_s of looks at every step above it, beside the step's own level and the next.
-            Those outside the models' trained range are left out.
+        teacher_cfg_scale: the CFG scale ω of the teacher's own run, which the student is meant to
+            reach. The looks have this scale and 1.
+        levels: σ_s to try at every step that starts above it, beside the step's own level and the
+            next. Those outside the models' trained range are left out.
         bounds: the pictures' range, (low, high): distances are measured clamped, as viewers see
             them. None for latents.
         detail: steps of the teacher's run from sigmas[0] to 0 (DPM-Solver++(2M), levels
             ``tan(φ)`` with evenly spaced φ).
-        max_batch: the most rows that a network is called with, as the wrapper has it; without it
-            all looks of a step, of half the samples, go in one call.
+        max_batch: the most rows of a network's call, as in the wrapper; without it all looks of a
+            step, of half the samples, go in one call.
         seed: of the split, of the sampler's noise and of the looks'.
         progress: show a bar, in network evaluations of one sample.
 
@@ -194,7 +193,9 @@ def tune(
             over with `kdpp.as_ve`); fewer than 20 samples; a student or teacher that answers
             with numbers that are not finite.
     """
-    pair = Pair(student, teacher, sampler, sigmas, extra_args or {}, guidance, detail, max_batch)
+    pair = Pair(
+        student, teacher, sampler, sigmas, extra_args or {}, teacher_cfg_scale, detail, max_batch
+    )
     check_latent(x)
     if len(x) < LEAST:
         raise ValueError(f"x holds {len(x)} samples; give {LEAST} or more, better 50 to 200")
@@ -202,10 +203,10 @@ def tune(
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     halves = order[: len(x) // 2].sort().values, order[len(x) // 2 :].sort().values
     seeds = torch.tensor(image_seeds(check_count("seed", seed, 0), len(x)))
-    fit, check = (pair.part(x, seeds, rows) for rows in halves)
+    fit, check = (pair.half(x, seeds, rows) for rows in halves)
     student_evaluations, teacher_evaluations = pair.expense(looks, *map(len, halves))
     if progress:
-        tqdm.write(
+        say(
             f"{len(x)} samples, {len(looks)} looks: at most {student_evaluations:,} evaluations of "
             f"the student, {teacher_evaluations:,} of the teacher"
         )
@@ -216,8 +217,8 @@ def tune(
 
 def _tune(
     pair: Pair,
-    fit: Part,
-    check: Part,
+    fit: Half,
+    check: Half,
     looks: Sequence[Look],
     bounds: tuple[float, float] | None,
     seed: int,
@@ -244,10 +245,10 @@ def _tune(
         trials=tuple(trials),
         check=checked,
         distance=float(fresh.plain.mean()) / fresh.variance,
-        cost=pair.cost(advised) if advised else None,
+        cost=pair.price_of(advised) if advised else None,
         sampler=_name(pair),
         levels=tuple(pair.levels),
-        guidance=pair.guidance,
+        teacher_cfg_scale=pair.teacher_cfg_scale,
         samples=len(fit.x) + len(check.x),
         seed=seed,
         evaluations=(pair.spent["student"], pair.spent["teacher"]),
@@ -286,7 +287,7 @@ def _judge(check: Trial | None) -> tuple[By | None, str]:
         return "teacher", said
     if check.change.high >= 0.0:
         return None, f"{said}: no gain is sure"
-    return None, f"{said}: below {100 * VISIBLE:.1g} % it is not to be seen"
+    return None, f"{said}: a gain below {100 * VISIBLE:.1g} % cannot be seen"
 
 
 def _name(pair: Pair) -> str:
@@ -305,10 +306,11 @@ def _said(change: Change) -> str:
 
 
 def _described(look: Look) -> str:
-    return f"σ_s = {look.renoise:.3g}, w = {look.cfg_scale:g}, {_kind(look.renoise_eta)}"
+    scale = f"CFG scale {look.cfg_scale:g}"
+    return f"σ_s = {look.renoise:.3g}, {scale}, {_noise(look.renoise_eta)}"
 
 
-def _kind(eta: float) -> str:
+def _noise(eta: float) -> str:
     return "fresh noise" if eta else "the student's noise"
 
 
@@ -317,7 +319,7 @@ def _verdict(tuning: Tuning) -> list[str]:
     if check is None or cost is None:
         return [
             f"Do not guide, no gain expected: {tuning.reason}.",
-            f"Unguided it is {100 * tuning.distance:.2g} % of the pictures' variance.",
+            f"Unguided that distance is {100 * tuning.distance:.2g} % of the pictures' variance.",
         ]
     look = check.look if tuning.guide else check.itself
     where = (
@@ -331,11 +333,11 @@ def _verdict(tuning: Tuning) -> list[str]:
             f"{_said(check.itself_change)}.",
         ]
         if check.own.high >= 0.0:
-            lines.append("That the teacher does more than this is not sure.")
+            lines.append("It is not sure that the teacher's look gains more than that.")
     else:
         lines = [
-            "Do not ask the teacher; a second look of the student's own does as much or more, at "
-            f"{where}: {tuning.reason}."
+            "Do not ask the teacher: the student's own second look gains as much or more. Guide "
+            f"{where}, with the student as its own teacher: {tuning.reason}."
         ]
     price = f"{cost.student} evaluations of the student and {cost.teacher} of the teacher"
     compute = f", {cost.compute:.2f} times the student's compute alone" if cost.compute else ""
@@ -349,7 +351,7 @@ def _table(tuning: Tuning) -> list[str]:
         place = look.step, look.renoise
         if look.by == "teacher" and (place not in best or look.explained > best[place].explained):
             best[place] = look
-    lines = [("step", "σ", "σ_s", "w", "ρ", "λ*", "interval", "R²", "student's")]
+    lines = [("step", "σ", "σ_s", "CFG", "ρ", "λ*", "interval", "R²", "student's")]
     lines += [
         (
             f"{look.step}",
@@ -367,9 +369,8 @@ def _table(tuning: Tuning) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines)]
     half = tuning.samples // 2
     return [
-        f"The teacher's best look at each step and level, on {half} samples; intervals at "
-        f"{100 * SURE:g} % for all {len(tuning.looks)} looks together; last, the student's R² in "
-        "its place",
+        f"The teacher's best look at each step and level, on {half} samples, with the student's R² "
+        f"in its place; intervals at {100 * SURE:g} % for all {len(tuning.looks)} looks together",
         *("  ".join(map(str.rjust, line, widths)) for line in lines),
         "",
         "Whole runs of these samples with the best look of each step; the squared distance to the "
@@ -389,16 +390,17 @@ def draw(tuning: Tuning) -> bytes:
     """
     figure = _figure()
     left, middle, right = figure.subplots(1, 3)
-    kinds = dict.fromkeys((k.by, k.cfg_scale, k.renoise_eta) for k in tuning.looks)
-    for k, (by, w, eta) in enumerate(kinds):
-        here = [k for k in tuning.looks if (k.by, k.cfg_scale, k.renoise_eta) == (by, w, eta)]
+    kinds = dict.fromkeys((look.by, look.cfg_scale, look.renoise_eta) for look in tuning.looks)
+    for k, (by, scale, eta) in enumerate(kinds):
+        kind = (by, scale, eta)
+        here = [o for o in tuning.looks if (o.by, o.cfg_scale, o.renoise_eta) == kind]
         left.plot(
             [look.step + 0.12 * (k - (len(kinds) - 1) / 2) for look in here],
             [look.explained for look in here],
             "o" if by == "teacher" else "x",
             color=f"C{k}" if by == "teacher" else ("grey", "black")[eta == 0.0],
             ms=4,
-            label=f"{by}, w = {w:g}, {_kind(eta)}",
+            label=f"{by}, CFG {scale:g}, {_noise(eta)}",
         )
     left.axhline(EXPLAINED, color="grey", lw=0.8, ls=":")
     left.set_title("R²: share of the miss that a look explains", fontsize=9)
@@ -419,7 +421,7 @@ def draw(tuning: Tuning) -> bytes:
         _bar(right, step + 0.1, tuning.check.change, "C3", "teacher, fresh samples")
         _bar(right, step + 0.2, tuning.check.itself_change, "black", "student, fresh samples")
     right.axhline(0.0, color="grey", lw=0.8)
-    right.set_title("change of the distance to the teacher's run, %", fontsize=9)
+    right.set_title("change of the distance to the teacher, %", fontsize=9)
     for axes in (left, middle, right):
         axes.set_xticks(range(len(tuning.levels) - 1))
         axes.set_xlim(-0.5, len(tuning.levels) - 1.5)
@@ -428,7 +430,7 @@ def draw(tuning: Tuning) -> bytes:
         if handles:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
             axes.legend(handles.values(), handles.keys(), ncols=2, fontsize=7, **below)
-    titles = {"teacher": "guide", "student": "a second look of the student's own", None: "do not"}
+    titles = {"teacher": "guide", "student": "the student's own second look", None: "do not guide"}
     figure.suptitle(f"{tuning.sampler}: {titles[tuning.by]}", fontsize=11)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)
@@ -453,76 +455,116 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
         "Say whether a teacher's guidance is worth it for a student, at which step, with which λ, "
-        "σ_s and w; write tuning.json and tuning.png."
+        "σ_s and CFG scale; write tuning.json and tuning.png."
     )
-    parser.add_argument("student", metavar="STUDENT", help="checkpoint, or digits:student")
-    parser.add_argument("teacher", metavar="TEACHER", help="checkpoint, or digits:teacher")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
-    parser.add_argument("--sampler", help="of kdpp, without sample_ and _tg (default: its own)")
-    parser.add_argument("--steps", type=int, help="default: those it was trained for, else 4")
-    parser.add_argument(
-        "--guidance", type=float, metavar="W",
+    add = parser.add_argument
+    add("student", metavar="STUDENT", help="checkpoint, or digits:student")
+    add("teacher", metavar="TEACHER", help="checkpoint, or digits:teacher")
+    add("--out", type=Path, required=True, help="folder for the two files")
+    add("--sampler", help="a solver, see `kdpp solvers` (default: the student's own)")
+    add("--steps", type=int, help="default: those it was trained for, else 4")
+    add(
+        "--teacher-cfg-scale", type=float, metavar="SCALE",
         help="the teacher's CFG scale (default: that which the student was distilled with)",
     )  # fmt: skip
-    parser.add_argument("--samples", type=int, default=100, help="50 to 200 suffice (default: 100)")
-    parser.add_argument("--max-batch", type=int, help="rows of a network's call (default: any)")
-    parser.add_argument("--seed", type=int, default=0, help="of all noise (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--samples", type=int, default=100, help="50 to 200 suffice (default: 100)")
+    add("--max-batch", type=int, help="rows of a network's call (default: any)")
+    add("--seed", type=int, default=0, help="of all noise (default: 0)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+
+
+RENAMED = {"--guidance": "--teacher-cfg-scale"}
+"""Flags of earlier versions, and what they are now."""
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Tune, print the answer and write ``tuning.json`` and ``tuning.png``, at the end only.
+    """Tune, write ``tuning.json`` and ``tuning.png`` at the end, and then print the answer.
 
     Raises, before any work, ImportError where matplotlib is missing, OSError where a checkpoint
-    cannot be read or the folder be made, ValueError for what does not fit together.
+    cannot be read or the folder be made, or another run writes to it, ValueError for what does not
+    fit together.
     """
-    from kdpp.lab.files import make_folder, write_atomically
-    from kdpp.lab.models import load_model
-
     _figure()
+    if not LEAST <= arguments.samples <= IMAGES:
+        raise ValueError(f"--samples is {arguments.samples}; give {LEAST} or more, say 100")
+    seeds = image_seeds(arguments.seed, arguments.samples)
+    recipe, scale = _recipe(arguments)
+    make_folder(arguments.out)
+    with locked(arguments.out), processes.single_thread():
+        tuning = _tuned(recipe, scale, seeds, arguments)
+        about = {"student": arguments.student, "teacher": arguments.teacher}
+        about |= {"kdpp": kdpp.__version__, "torch": torch.__version__}
+        about |= {"verdict": tuning.verdict, "code": tuning.code}
+        about["command"] = command = _command(tuning, recipe, arguments)
+        text = json.dumps(about | asdict(tuning), indent=1, ensure_ascii=False) + "\n"
+        files = {"tuning.json": text.encode(), "tuning.png": draw(tuning)}
+        for name, content in files.items():
+            write_atomically(arguments.out / name, content)
+    say(f"{tuning.table}\n\n{tuning.verdict}")
+    if command is not None:
+        say(f"\n{command}\n")
+    for name in files:
+        say(f"wrote {arguments.out / name}")
+
+
+def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, float]:
+    """How the student samples with its teacher, and the teacher's CFG scale."""
     device = processes.device(arguments.device)
     student, teacher = (load_model(name, device) for name in (arguments.student, arguments.teacher))
-    baked, guidance = student.card.guidance, arguments.guidance
-    if guidance is None:
+    baked, scale = student.card.guidance, arguments.teacher_cfg_scale
+    if scale is None:
         if baked is None:
             raise ValueError(
-                "the student's checkpoint names no CFG scale that it was distilled with; say which "
-                "one it is to reach: --guidance W"
+                "the student's checkpoint names no CFG scale that it was distilled with; name the "
+                "one that it is to reach: --teacher-cfg-scale SCALE"
             )
-        guidance = float(baked)
-    levels = levels_for(student, arguments.steps)
+        scale = float(baked)
     recipe = Recipe(
-        student, teacher, arguments.sampler or student.sampler, levels,
-        cond_scale=guidance if baked is None else 1.0,
+        student, teacher, arguments.sampler or student.sampler,
+        levels_for(student, arguments.steps),
+        cond_scale=scale if baked is None else 1.0,
     )  # fmt: skip
-    model = recipe.guided()
-    seeds = image_seeds(arguments.seed, arguments.samples)
-    make_folder(arguments.out)
+    attempt(recipe, "the student")
+    attempt(Recipe(teacher, None, "euler", recipe.levels, scale), "the teacher")
+    return recipe, scale
+
+
+def _tuned(
+    recipe: Recipe, scale: float, seeds: Sequence[int], arguments: argparse.Namespace
+) -> Tuning:
+    """`tune` for the recipe's student and teacher, from the noise of these seeds."""
+    student, model = recipe.student, recipe.guided()
+    device = next(student.network.parameters()).device
     like = torch.empty(len(seeds), *student.shape, device=device)
     labels = torch.tensor(seeds, device=device) % student.classes
-    with processes.single_thread():
-        tuning = tune(
-            model.student,
-            model.teachers[0].denoiser,
-            SeededNoise(like, seeds, INITIAL)() * levels[0],
-            levels,
-            {
-                "cond": labels,
-                "uncond": torch.full_like(labels, student.classes),
-                "cond_scale": recipe.cond_scale,
-            },
-            sampler=recipe.sampler,
-            guidance=guidance,
-            bounds=(-1.0, 1.0) if student.card.data.bounded else None,
-            max_batch=arguments.max_batch,
-            seed=arguments.seed,
-            progress=True,
-        )
-    print(f"{tuning.table}\n\n{tuning.verdict}")
-    about = {"student": arguments.student, "teacher": arguments.teacher}
-    about |= {"kdpp": kdpp.__version__, "torch": torch.__version__}
-    about |= {"verdict": tuning.verdict, "code": tuning.code}
-    text = json.dumps(about | asdict(tuning), indent=1, ensure_ascii=False) + "\n"
-    for name, content in ("tuning.json", text.encode()), ("tuning.png", draw(tuning)):
-        write_atomically(arguments.out / name, content)
-        print(f"wrote {arguments.out / name}")
+    return tune(
+        model.student,
+        model.teachers[0].denoiser,
+        SeededNoise(like, seeds, INITIAL)() * recipe.levels[0],
+        recipe.levels,
+        {
+            "cond": labels,
+            "uncond": torch.full_like(labels, student.classes),
+            "cond_scale": recipe.cond_scale,
+        },
+        sampler=recipe.sampler,
+        teacher_cfg_scale=scale,
+        bounds=(-1.0, 1.0) if student.card.data.bounded else None,
+        max_batch=arguments.max_batch,
+        seed=arguments.seed,
+        progress=True,
+    )
+
+
+def _command(tuning: Tuning, recipe: Recipe, arguments: argparse.Namespace) -> str | None:
+    """The `kdpp evaluate` that measures what is advised."""
+    if tuning.by is None:
+        return None
+    helper = arguments.teacher if tuning.guide else arguments.student
+    words = ["kdpp", "evaluate", arguments.student, "--teacher", helper]
+    settings = {"sampler": recipe.solver.name, "steps": recipe.steps}
+    settings |= {"cond_scale": recipe.cond_scale, **tuning.settings}
+    for name, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        words += [f"--{name.replace('_', '-')}", text]
+    return shlex.join([*words, "--out", "DIR"])

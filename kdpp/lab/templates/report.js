@@ -179,19 +179,69 @@
       const plain = byNumber.get(one.plain);
       if (plain) svg.append(line(plain, one, "pull", one.family));
     }
+    const taken = points.flatMap((one) => { // what a label must not cover: marks and bars
+      const [at, height] = place(one), [mean, half] = value(one);
+      return [[at - 7, height - 7, at + 7, height + 7],
+        [at - 4, y.place(mean + half), at + 4, y.place(mean - half)]];
+    });
     for (const one of points) {
       const [mean, half] = value(one), [at, height] = place(one);
       const paint = `stroke:${paintOf(one.family)}`;
       const [top, low] = [y.place(mean + half), y.place(mean - half)];
       const bars = [[at, at, top, low], [at - 4, at + 4, top, top], [at - 4, at + 4, low, low]];
       const group = element("g", { class: "point", "data-cell": one.cell },
-        element("title", {}, `${one.label}\n${metric.title}: ${one.figures[metric.name][2]}\n` +
-          `${across.hint}: ${format(one.costs[across.name])}`),
+        element("title", {}, tell(one, metric)),
         ...bars.map(([x1, x2, y1, y2]) => element("line", { class: "bar", x1, x2, y1, y2, style: paint })),
         mark(one.guide, one.family, at, height));
       svg.append(group);
     }
+    for (const guide of ["teacher", "self"]) {
+      for (const one of points.filter((one) => one.guide === guide)) {
+        svg.append(...tag(one, place(one), taken, bottom));
+      }
+    }
+    const detail = element("p", { class: "detail", "aria-live": "polite" }, READ);
+    figure.append(detail);
+    svg.addEventListener("pointerdown", (event) => {
+      const box = svg.getBoundingClientRect(), size = width / box.width;
+      const [across, down] = [(event.clientX - box.left) * size, (event.clientY - box.top) * size];
+      const away = (one) => Math.hypot(place(one)[0] - across, place(one)[1] - down);
+      const reach = Math.min(Math.min(...points.map(away)) + 5, 40); // marks may cover each other
+      const near = points.filter((one) => away(one) < reach);
+      detail.textContent = near.map((one) => tell(one, metric)).join("\n\n") || READ;
+      const cells = new Set(near.map((one) => String(one.cell)));
+      for (const point of svg.querySelectorAll(".point")) {
+        point.classList.toggle("chosen", cells.has(point.dataset.cell));
+      }
+    });
     return figure;
+  }
+
+  const READ = "Tap a mark to read what it is.";
+  function tell(one, metric) {
+    return `${one.label}\n${metric.title}: ${one.figures[metric.name][2]}\n` +
+      `${across.hint}: ${format(one.costs[across.name])}`;
+  }
+
+  // A guided point's settings beside it, or its λ alone, where there is room: they cover nothing.
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = `11px ${getComputedStyle(document.body).fontFamily}`; // as .tag
+  function tag(one, [at, height], taken, bottom) {
+    for (const text of one.tags) {
+      const wide = pen.measureText(text).width;
+      const found = [
+        [at + 9, height + 4], [at - 9 - wide, height + 4],
+        [at - wide / 2, height - 11], [at - wide / 2, height + 20],
+      ].find(([left, base]) => left > LEFT && left + wide < width && base > TOP + 8 &&
+        base < bottom && !taken.some(([a, b, c, d]) =>
+          left < c && left + wide > a && base - 11 < d && base + 3 > b));
+      if (found) {
+        const [left, base] = found;
+        taken.push([left, base - 11, left + wide, base + 3]);
+        return [element("text", { class: "tag", x: left, y: base }, text)];
+      }
+    }
+    return [];
   }
 
   function draw() {
