@@ -104,7 +104,7 @@ def test_kdpps_own_stands_in_for_k_diffusion(without_k_diffusion, state):
 def test_the_demo_samples_without_k_diffusion():
     """The images of all ways but the longest, as they are with it (where it is installed)."""
     code = (
-        "from kdpp.digits.ways import *\n"
+        "from kdpp.digits.demo import *\nfrom kdpp.digits.ways import build_ways\n"
         "torch.set_num_threads(1)\n"
         "*ways, _ = build_ways(Counted(load_student()), Counted(load_teacher())).values()\n"
         "for way in ways:\n"
