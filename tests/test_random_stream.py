@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kdpp
+import needs
 import problems
 from problems import (
     SHAPE,
@@ -249,3 +250,31 @@ def test_a_guided_run_is_the_unguided_one_until_its_first_revision(solver):
         record(solver, problem, x, {"teacher_scale": scale}, **OPTIONS)
         firsts.append(problem.student.calls[0].output)
     assert torch.equal(*firsts)
+
+
+ETAS = [
+    (solver, options)
+    for solver in filter(needs.namesake, SOLVERS)
+    for options in [{}, *([{"eta": 0.0}] if "eta" in solver.options else [])]
+]
+
+
+@needs.k_diffusion
+@pytest.mark.parametrize("solver, options", ETAS, ids=str)
+def test_only_noise_that_a_step_uses_is_drawn(solver, options):
+    """The stream ends where k-diffusion leaves it; where no noise is used, where it began."""
+
+    def ends(sample, model):
+        torch.manual_seed(5)
+        x = SIGMAS[0] * torch.randn(2, *SHAPE, dtype=torch.float64)
+        began = torch.get_rng_state()
+        sample(model, x, SIGMAS, disable=True, **options)
+        return began, torch.get_rng_state()
+
+    def student(x, sigma):
+        return x / 2
+
+    guided = kdpp.TeacherGuidedDenoiser(student, student, teacher_steps=0)
+    (began, ours), (_, theirs) = ends(solver.sample, guided), ends(needs.namesake(solver), student)
+    used = solver.noise != "none" and not options and "s_churn" not in solver.options
+    assert torch.equal(ours, theirs if used else began)
