@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdpp.lab.settings import unknown
+from kdpp.solver import unknown
 
 __all__ = ["Data", "load_data"]
 

@@ -16,8 +16,9 @@ from kdpp.digits import checkpoints
 from kdpp.kinds import Denoiser
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.networks import CFG_MINUS_ONE, VEDenoiser, VNetwork, build
-from kdpp.lab.settings import from_json, unknown
+from kdpp.lab.settings import from_json
 from kdpp.lab.weights import fill_network, read_weights, write_weights
+from kdpp.solver import unknown
 
 __all__ = [
     "FILE",

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from kdpp.lab import schedules
 from kdpp.lab.diffusion import stretched
-from kdpp.lab.settings import unknown
+from kdpp.solver import unknown
 
 __all__ = [
     "CFG_MINUS_ONE",

@@ -30,9 +30,8 @@ from kdpp.lab.files import digest, make_folder, write_atomically
 from kdpp.lab.models import Model
 from kdpp.lab.networks import CFG_MINUS_ONE
 from kdpp.lab.schedules import schedule
-from kdpp.lab.settings import unknown
 from kdpp.noise import SeededNoise, read_seeds
-from kdpp.solver import Solver, solver_of
+from kdpp.solver import Solver, solver_of, unknown
 
 __all__ = [
     "GUIDANCE",

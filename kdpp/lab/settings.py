@@ -9,14 +9,15 @@ What is stored as JSON is read back into dataclasses by the same rules (`from_js
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from kdpp.solver import unknown
 
 __all__ = [
     "as_dict",
@@ -28,7 +29,6 @@ __all__ = [
     "setting",
     "to_flag",
     "to_toml",
-    "unknown",
 ]
 
 S = TypeVar("S")
@@ -40,13 +40,6 @@ def setting(default: Any, help: str, *, low: float = -math.inf, high: float = ma
     if isinstance(default, dict):  # each instance has its own
         return dataclasses.field(default_factory=lambda: dict(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
-
-
-def unknown(what: str, name: object, known: Collection[str]) -> str:
-    """A sentence about a name that is not known: the nearest one, and all of them."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"unknown {what} {name!r}; {hint}known: {', '.join(sorted(known)) or 'none'}"
 
 
 def fill(kind: type[S], values: Mapping[str, Any], where: str = "") -> S:

@@ -19,7 +19,8 @@ from kdpp.checks import check_count
 from kdpp.lab.metrics import NEIGHBOURS
 from kdpp.lab.models import Model
 from kdpp.lab.sampling import image_seeds, levels_for, solver_for
-from kdpp.lab.settings import fill, read_toml, setting, unknown
+from kdpp.lab.settings import fill, read_toml, setting
+from kdpp.solver import unknown
 
 __all__ = [
     "REFERENCE_SEED",

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kdpp.lab.console import say
-from kdpp.lab.settings import fill, read_toml, read_value, setting, to_flag, unknown
+from kdpp.lab.settings import fill, read_toml, read_value, setting, to_flag
+from kdpp.solver import unknown
 
 __all__ = ["add_arguments", "run"]
 
