@@ -104,7 +104,7 @@ class Solver:
 
     Attributes:
         name: its short name, ``"euler"`` for ``kdpp.sample_euler_tg``.
-        steps: the plan: ``(sigmas, **options)`` to `kdpp.plan.Step`s.
+        steps: the plan, a function of ``(sigmas, **options)`` that gives each `kdpp.plan.Step`.
         order: the order of convergence of a run to the ODE's solution (at η = 0); None for one
             that does not follow the ODE. Tests measure it.
         order_from: the number of steps from which the order is seen.
