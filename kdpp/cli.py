@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(given)
     except KeyboardInterrupt as stop:
         kept = "what is finished is kept; give the same command again, and it goes on"
-        said = str(stop) or (kept if given[0] in KEEPS else "nothing was written")
-        print(f"\nkdpp: stopped: {said}", file=sys.stderr)
+        left = kept if given[0] in KEEPS else "nothing was written"
+        print(f"\nkdpp: {str(stop) or f'stopped; {left}'}", file=sys.stderr)
         return 130
     except (ImportError, OSError, ValueError, ArithmeticError, MemoryError) as error:
         print(f"kdpp: {str(error) or type(error).__name__}", file=sys.stderr)

@@ -203,7 +203,7 @@ def test_ctrl_c(arguments, place, words, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(*place, interrupted)
     assert main([*arguments, "--out", str(tmp_path)]) == 130
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines[-1].startswith("kdpp: stopped: ") and words in lines[-1]
+    assert lines[-1].startswith("kdpp: stopped; ") and words in lines[-1]
     assert not any("Traceback" in line for line in lines)
 
 

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         ValueError: an unknown method, setting or value; data or teacher that do not fit; a folder
             with another run.
         FloatingPointError: a loss or a weight is not finite.
-        SystemExit: it was stopped by Ctrl-C, and said how to go on; the status is 130.
+        KeyboardInterrupt: it was stopped; the message says from where it will go on.
     """
     from kdpp.lab.methods import load_methods
 
@@ -74,11 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(unknown("argument", others[0], flags))
     if found.out is None:
         raise ValueError("train into which folder? --out DIR")
-    try:
-        _train(chosen, found)
-    except KeyboardInterrupt as stop:
-        print(f"kdpp: {stop or 'stopped; give the same command again'}", file=sys.stderr)
-        raise SystemExit(130) from stop
+    _train(chosen, found)
 
 
 def _import_files(arguments: argparse.Namespace) -> None:
