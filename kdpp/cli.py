@@ -13,7 +13,7 @@ from types import ModuleType
 
 from kdpp._version import __version__
 from kdpp.lab.console import say
-from kdpp.lab.plugins import import_file, load_entry_points
+from kdpp.lab.plugins import import_file, load_entry_points, place_of
 from kdpp.solver import SOLVERS, solver_of, unknown
 
 LAB = ("train", "evaluate", "compare", "tune")
@@ -27,6 +27,8 @@ COMMANDS = {
 }
 KEEPS = {"train", "evaluate", "compare"}
 """The commands that keep what is finished, so that the same one goes on."""
+EXPECTED = (ImportError, OSError, ValueError, ArithmeticError, MemoryError)
+"""What a user can mend."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         left = kept if given[0] in KEEPS else "nothing was written"
         print(f"\nkdpp: {str(stop) or f'stopped; {left}'}", file=sys.stderr)
         return 130
-    except (ImportError, OSError, ValueError, ArithmeticError, MemoryError) as error:
-        print(f"kdpp: {str(error) or type(error).__name__}", file=sys.stderr)
+    except Exception as error:
+        place = place_of(error)  # a mistake in a file of the user's own
+        if place is None and not isinstance(error, EXPECTED):
+            raise
+        said = f"{place}: {type(error).__name__}: {error}" if place else str(error)
+        print(f"kdpp: {said or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 

@@ -13,6 +13,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 from kdpp.plan import VE, Space, Step, check_falling, merge_close
@@ -141,7 +142,8 @@ class Solver:
 
         The steps of the last schedules are kept, so a second call costs nothing.
 
-        Raises ValueError for other levels, and for an unknown option or one out of its range.
+        Raises ValueError for other levels, for an unknown option or one out of its range, and where
+        the solver's own plan is no plan over these levels.
         """
         return _planned(self, tuple(map(float, sigmas)), space, **self.settings(options))
 
@@ -234,7 +236,33 @@ def _planned(
     check_falling(levels)
     if len(levels) < 2:
         return ()
-    return tuple(solver.steps(merge_close(map(space.sigma, levels)), **settings))
+    sigmas = merge_close(map(space.sigma, levels))
+    steps = tuple(solver.steps(sigmas, **settings))
+    _check(solver, sigmas, steps)
+    return steps
+
+
+def _check(solver: Solver, sigmas: tuple[float, ...], steps: tuple[Step, ...]) -> None:
+    """ValueError for a plan that cannot be its solver's: it would give wrong images in silence."""
+    if [(step.sigma, step.sigma_next) for step in steps] != [*pairwise(sigmas)]:
+        levels = ", ".join(f"{step.sigma:g} to {step.sigma_next:g}" for step in steps)
+        raise ValueError(
+            f"the plan of {solver.name!r} must give one step for each pair of levels; over "
+            f"{', '.join(f'{sigma:g}' for sigma in sigmas)} it gave {levels or 'no step'}"
+        )
+    made = 0
+    for i, step in enumerate(steps):
+        where = f"step {i} of the plan of {solver.name!r}"
+        if step.history > made:
+            raise ValueError(f"{where} weighs {step.history} earlier estimates; there are {made}")
+        made += len(step.stages)
+        if solver.noise == "none":
+            row = step.stages[-1].row
+            if any(stage.row.noise is not None for stage in step.stages):
+                raise ValueError(f'{where} draws noise, and the solver says noise="none"')
+            end = row.target + sum(weight for weight, _ in row.past)
+            if not (end == step.sigma_next or abs(end - step.sigma_next) <= 1e-9 * step.sigma):
+                raise ValueError(f"{where} ends at σ = {end:g} and not at {step.sigma_next:g}")
 
 
 SOLVERS: dict[str, Solver] = {}
@@ -310,6 +338,6 @@ def solver_of(sampler: Any) -> tuple[Solver, dict[str, Any]]:
 def unknown(what: str, name: object, known: Iterable[str]) -> str:
     """A sentence about an unknown name: the nearest known one, and all of them."""
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1)
+    near = difflib.get_close_matches(str(name).lower(), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown {what} {name!r}; {hint}known: {', '.join(names) or 'none'}"

@@ -8,15 +8,14 @@ Estimates are functions `(x, sigma) -> x0`, with `sigma` a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, expm1, inf, log, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from problems import Problem, Tape, accepts, pairs
+from problems import pairs
 
 Estimate = Callable[[Tensor, float], Tensor]
 Noise = Callable[[float, float], Tensor]
@@ -346,27 +345,3 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "dpmpp_2s_ancestral_cfg_pp": dpmpp_2s_ancestral_cfg_pp,
     "dpmpp_2m_cfg_pp": dpmpp_2m_cfg_pp,
 }
-
-
-def expected(
-    solver: Any,
-    problem: Problem,
-    x: Tensor,
-    sigmas: Tensor,
-    guidance: Mapping[str, Any],
-    **options: Any,
-) -> Tensor:
-    """What `problem.sample` with the same arguments must give; needs the same global seed."""
-    known = {name: value for name, value in options.items() if accepts(solver, name)}
-    tape = Tape(x, problem.noise_seed + 1)
-    revise = Revision(
-        problem.teacher_estimate,
-        lambda: tape(),
-        scale=guidance.get("teacher_scale", 0.1),
-        steps=guidance.get("teacher_steps", 1),
-        renoise=guidance.get("renoise", "next"),
-        eta=guidance.get("renoise_eta", 1.0),
-    )
-    solve = REFERENCES[solver.name]
-    noise = Tape(x, problem.noise_seed)
-    return solve(problem.estimate, problem.unconditional, revise, x, sigmas, noise, **known)

@@ -135,6 +135,27 @@ def test_a_solver_of_ones_own_in_every_command(solvers, capsys, tmp_path):
     assert "wrote" in found
 
 
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("x = 1 / (sigmas[0] - sigmas[0])", "ZeroDivisionError: float division by zero"),
+        ("x = None.steps", "AttributeError: 'NoneType' object has no attribute 'steps'"),
+        ("Step.single(2.0, 1.0, Row(1.0, 1.0))", "ValueError: the weights of Row(target=1.0"),
+    ],
+)
+def test_a_mistake_in_a_file_of_ones_own_is_named_by_its_line(
+    mistake, words, solvers, capsys, tmp_path
+):
+    mine = tmp_path / "mine.py"
+    plan = f"@solver(order=1)\ndef mistaken(sigmas):\n    {mistake}\n    return []\n"
+    mine.write_text(f"from kdpp.plan import Row, Step\nfrom kdpp.solver import solver\n{plan}")
+    assert f"kdpp: {mine}, line 5: {words}" in refused(
+        capsys, "evaluate", *SMALL, "--sampler", "mistaken", "--out", tmp_path / "e",
+        "--import", mine,
+    )  # fmt: skip
+    assert not (tmp_path / "e").exists()
+
+
 def test_a_solver_of_an_installed_package(solvers, capsys, tmp_path, monkeypatch):
     """Found by its entry point, in the group kdpp.solvers; one that fails is named."""
     (tmp_path / "theirs.py").write_text(MINE.replace("NAME", "theirs"))

@@ -84,20 +84,38 @@ def test_extras_are_declared(extra):
     assert extra in importlib.metadata.metadata("kdpp").get_all("Provides-Extra")
 
 
-def test_the_page_on_adding_a_solver():
-    """Its code, under 30 lines, is a solver; the property tests run over it unasked and pass."""
+@pytest.fixture
+def solvers():
+    """What a page enters is gone after the test."""
+    before = dict(kdpp.SOLVERS)
+    yield kdpp.SOLVERS
+    kdpp.SOLVERS.clear()
+    kdpp.SOLVERS.update(before)
+
+
+def test_the_page_on_adding_a_solver(tmp_path, solvers):
+    """Its solvers, under 20 lines each, pass the property tests, which run over them unasked."""
     page = ROOT / "docs" / "adding_a_solver.md"
-    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    assert len([line for line in code.splitlines() if line.strip()]) < 30
+    codes = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert all(len([line for line in code.splitlines() if line.strip()]) < 20 for code in codes)
+    file = tmp_path / "mine.py"
+    file.write_text("\n".join(codes), encoding="utf-8")
     suites = ["properties", "order", "parity", "cost", "input", "random_stream", "flow", "calls"]
-    suites += ["guidance", "capture"]
+    suites += ["guidance", "capture", "solver"]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", "-k", "ralston",
-         *(f"tests/test_{name}.py" for name in suites)],
-        cwd=ROOT, env={**os.environ, "KDPP_SOLVER_PAGE": str(page)}, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider",
+         "-k", "ralston or res_2m", *(f"tests/test_{name}.py" for name in suites)],
+        cwd=ROOT, env={**os.environ, "KDPP_IMPORT": str(file)}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 60
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 120
+    exec(compile("\n".join(codes), "page", "exec"), {"__name__": "page"})
+    sigmas = [14.6, 7.0, 2.0, 0.5, 0.1]
+    theirs = solvers["dpmpp_2m_sde"].plan(sigmas, eta=0.0, solver_type="heun")
+    for ours, same in zip(solvers["res_2m"].plan(sigmas), theirs):
+        assert ours.stages[0].row.direction == pytest.approx(
+            same.stages[0].row.direction, abs=1e-14
+        )
 
 
 def test_the_first_page_runs_as_it_stands():
@@ -160,7 +178,7 @@ def commands(page):
 
 @pytest.mark.parametrize(
     "page, count",
-    [("README.md", 5), *((f"docs/{name}.md", n) for name, n in
+    [("README.md", 6), *((f"docs/{name}.md", n) for name, n in
      {"training": 3, "evaluating": 1, "comparing": 1, "tuning": 1}.items())],
 )  # fmt: skip
 def test_the_lab_s_commands_run_as_they_stand(page, count, tmp_path, monkeypatch):

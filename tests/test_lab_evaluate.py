@@ -414,7 +414,7 @@ def test_two_processes_of_which_one_is_lost(by_one, monkeypatch, sampled):
     out = by_one.parent / "two"
     done = launch(out, 2, "accelerate", DIES="1")
     assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr
-    left = [path for path in (out / "cells").iterdir() if not path.is_dir()]
+    left = [path for path in (out / "cells").glob("[!.]*") if not path.is_dir()]
     names = {path.stem for path in left}
     batches = [path for path in (out / "cells").glob("*/*.safetensors")
                if path.parent.stem not in names]  # fmt: skip

@@ -9,7 +9,7 @@ import kdpp
 import needs
 import problems
 import reference
-import reference_more
+import references
 from problems import (
     SCHEDULES,
     Echo,
@@ -25,9 +25,6 @@ from problems import (
 )
 
 SOLVERS = problems.on_schedules(kdpp.SOLVERS)
-REFERENCES = reference.REFERENCES
-PAPERS_OWN = set(REFERENCES)
-REFERENCES.update(reference_more.REFERENCES)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 GUIDANCE_OFF = {
     "scale 0": {"teacher_scale": 0.0, "teacher_steps": 3},
@@ -109,8 +106,10 @@ def k_diffusion(solver, problem, x, sigmas, **options):
 @needs.k_diffusion
 def test_every_solver_has_something_to_be_compared_with():
     """A solver that is added needs a namesake in k-diffusion or a reference of its own."""
-    lonely = [s.name for s in SOLVERS if needs.namesake(s) is None and s.name not in REFERENCES]
-    assert not lonely, f"write a reference for {lonely} in tests/reference.py"
+    lonely = [
+        s.name for s in SOLVERS if needs.namesake(s) is None and s.name not in references.REFERENCES
+    ]
+    assert not lonely, f"write a reference for {lonely} in tests/reference_more.py"
 
 
 @needs.k_diffusion
@@ -248,17 +247,17 @@ GUIDANCE = [
 @over_everything
 def test_with_a_teacher_it_is_the_reference(solver, options, guidance):
     """λ > 0: every solver, setting and renoise agrees with the literal formulas to 1e-12."""
-    if solver.name not in REFERENCES:
+    if solver.name not in references.REFERENCES:
         pytest.skip("no reference is written for this solver")
     problem = Problem()
     for sigmas in SCHEDULES.values():
         x = problem.start(sigmas)
         torch.manual_seed(16)
-        expected = reference.expected(solver, problem, x, sigmas, guidance, **options)
+        expected = references.expected(solver, problem, x, sigmas, guidance, **options)
         torch.manual_seed(16)
         found = problem.sample(solver, x, sigmas, guidance, **options)
         # Slopes that divide by σ and weights of several signs round a little more.
-        bound = 1e-12 if solver.name in PAPERS_OWN else 1e-11
+        bound = 1e-12 if solver.name in references.PAPERS_OWN else 1e-11
         assert relative(found, expected) <= bound, sigmas
 
 
@@ -266,11 +265,11 @@ def test_with_a_teacher_it_is_the_reference(solver, options, guidance):
 @pytest.mark.parametrize("solver", SOLVERS, ids=name_of)
 def test_every_guidance_scale_agrees_with_the_reference(solver, cond_scale):
     """The student's and the teacher's CFG scales enter where the formulas have them."""
-    if solver.name not in REFERENCES:
+    if solver.name not in references.REFERENCES:
         pytest.skip("no reference is written for this solver")
     problem, sigmas = Problem(cond_scale=cond_scale, teacher_cfg_scale=cond_scale), karras(6)
     x, guidance = problem.start(sigmas), {"teacher_scale": 0.3, "teacher_steps": 3}
-    expected = reference.expected(solver, problem, x, sigmas, guidance)
+    expected = references.expected(solver, problem, x, sigmas, guidance)
     assert relative(problem.sample(solver, x, sigmas, guidance), expected) <= 1e-12
 
 
@@ -300,7 +299,7 @@ def test_2s_with_its_middle_point_elsewhere(cfg_pp, r, eta):
     x = problem.start(sigmas)
     name = "dpmpp_2s_ancestral_cfg_pp" if cfg_pp else "dpmpp_2s_ancestral"
     solver = kdpp.SOLVERS[name]
-    expected = reference.expected(solver, problem, x, sigmas, guidance, eta=eta, r=r)
+    expected = references.expected(solver, problem, x, sigmas, guidance, eta=eta, r=r)
     found = problem.sample(solver, x, sigmas, guidance, eta=eta, r=r)
     assert relative(found, expected) <= TOLERANCE[torch.float64]
 

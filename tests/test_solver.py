@@ -9,7 +9,7 @@ import torch
 import kdpp
 import problems
 from kdpp import Option
-from kdpp.plan import FLOW
+from kdpp.plan import FLOW, Row, Step, euler_row
 from kdpp.solver import SOLVERS, Solver, solver, solver_of
 
 SIGMAS = [14.6, 4.0, 1.2, 0.4, 0.0]
@@ -148,6 +148,51 @@ def test_a_solvers_own_mistake_is_raised_once(entered):
     assert isinstance(broken, Solver) and kdpp.SOLVERS["broken"] is broken
     with pytest.raises(ValueError, match="there is a solver named 'broken' already"):
         solver(order=1, name="broken")(lambda sigmas: [])
+
+
+def euler_to(fraction, noise=None):
+    """Rows to a fraction of each next level, which but for fraction 1 is no solver."""
+
+    def rows(sigmas):
+        for sigma, sigma_next in itertools.pairwise(sigmas):
+            row = euler_row(sigma, fraction * sigma_next, noise)
+            yield Step.single(sigma, sigma_next, row)
+
+    return rows
+
+
+def too_deep(sigmas):
+    """A two-step rule that forgets that its first step has no estimate before it."""
+    for sigma, sigma_next in itertools.pairwise(sigmas):
+        ratio = sigma_next / sigma
+        yield Step.single(sigma, sigma_next, Row(sigma_next, 1.0, (0.5 - ratio, -0.5)))
+
+
+WRONG = {
+    "the last step is missing": (
+        lambda sigmas: [*euler_to(1.0)(sigmas)][:-1],
+        r"one step for each pair of levels; .* it gave 14.6 to 4, 4 to 1.2, 1.2 to 0.4$",
+    ),
+    "every step twice": (
+        lambda sigmas: [step for step in euler_to(1.0)(sigmas) for _ in range(2)],
+        "one step for each pair of levels",
+    ),
+    "no steps": (lambda sigmas: [], "it gave no step"),
+    "short of the level": (euler_to(0.7), r"step 0 of .* ends at σ = 2.8 and not at 4"),
+    "noise that it denies": (euler_to(1.0, noise=0.1), 'step 0 of .* draws noise, and .*"none"'),
+    "a memory it has not": (too_deep, "step 0 of .* weighs 1 earlier estimates; there are 0"),
+}
+
+
+@pytest.mark.parametrize("plan, sentence", WRONG.values(), ids=WRONG)
+def test_a_plan_that_is_none_is_refused(entered, plan, sentence):
+    """It would run, and give wrong images without a word."""
+    with pytest.raises(ValueError, match=sentence):
+        solver(order=1, name="wrong")(plan).plan(SIGMAS)
+
+
+def test_such_a_plan_that_is_right_is_taken(entered):
+    assert len(solver(order=1, name="right")(euler_to(1.0)).plan(SIGMAS)) == 4
 
 
 @pytest.mark.parametrize("sigmas", [[5.0, 1e-20, 0.0], [1e-10, 1e-20, 0.0], [80.0, 1e-300, 0.0]])

@@ -10,7 +10,7 @@ import torch
 import kdpp
 import needs
 import problems
-import reference
+import references
 from kdpp.kdiffusion import external, layers
 from kdpp.solver import solver_of
 from problems import (
@@ -91,13 +91,13 @@ def plain_function(model):
 @over_solvers
 def test_any_kind_can_be_student_or_teacher(solver, kind):
     """k-diffusion's denoisers and plain callables, each on both sides, give the reference."""
-    if solver.name not in reference.REFERENCES:
+    if solver.name not in references.REFERENCES:
         pytest.skip("no reference is written for this solver")
     guidance = {"teacher_scale": 0.4, "teacher_steps": 2}
     for student, teacher in ((kind(1), mixture(1)), (mixture(0), kind(2))):
         problem = Problem(student=student, teacher=teacher)
         x = problem.start(SIGMAS)
-        expected = reference.expected(solver, problem, x, SIGMAS, guidance)
+        expected = references.expected(solver, problem, x, SIGMAS, guidance)
         assert relative(problem.sample(solver, x, SIGMAS, guidance), expected) <= 1e-10
 
 

@@ -9,7 +9,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["import_file", "load_entry_points"]
+__all__ = ["import_file", "load_entry_points", "place_of"]
+
+
+_IMPORTED: set[str] = set()
+"""The files that were imported."""
 
 
 def import_file(path: str | Path) -> ModuleType:
@@ -31,25 +35,26 @@ def _import(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file; its name must end in .py")
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    _IMPORTED.add(name)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise ImportError(
-            f"{_place(error, path)}: {type(error).__name__}: {error}", path=str(path)
-        ) from error
+        syntax = f"{path}, line {error.lineno}" if isinstance(error, SyntaxError) else None
+        place = syntax or place_of(error) or path
+        raise ImportError(f"{place}: {type(error).__name__}: {error}", path=name) from error
     return module
 
 
-def _place(error: Exception, path: Path) -> str:
-    """The file, and the last of its lines that the error came by."""
-    line = error.lineno if isinstance(error, SyntaxError) else None
-    trace = error.__traceback__
+def place_of(error: Exception) -> str | None:
+    """The last line of an imported file that the error came by; None where it came by none."""
+    place, trace = None, error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
+        file = trace.tb_frame.f_code.co_filename
+        if file in _IMPORTED:
+            place = f"{file}, line {trace.tb_lineno}"
         trace = trace.tb_next
-    return str(path) if line is None else f"{path}, line {line}"
+    return place
 
 
 @cache

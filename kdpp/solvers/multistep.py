@@ -41,6 +41,10 @@ Slope = Callable[[float, float, float], tuple[float, float]]
 """``(sigma, sigma_next, sigma_down) -> (c, h)``: a rule's factor, and the length of the step."""
 
 
+noiseless: Split = partial(ancestral_split, eta=0.0, s_noise=0.0)
+"""All the way down, and no noise."""
+
+
 def two_estimates(sigmas: Sequence[float], split: Split, slope: Slope) -> Iterator[Step]:
     """``x̂_new + σ_down/σ·(x - d) + c/r·(d - d_prev) + noise·n``, with ``r = h_prev/h``.
 
@@ -82,7 +86,7 @@ def midpoint(sigma: float, sigma_next: float, sigma_down: float) -> tuple[float,
 @solver(order=2)
 def dpmpp_2m(sigmas: Sequence[float]) -> Iterator[Step]:
     """`two_estimates` without noise, c that of the midpoint rule."""
-    return two_estimates(sigmas, partial(ancestral_split, eta=0.0, s_noise=0.0), midpoint)
+    return two_estimates(sigmas, noiseless, midpoint)
 
 
 @dpmpp_2m.public
