@@ -274,11 +274,19 @@ def _check_tensor(rows: Rows) -> None:
 
 
 def by_sample(value: Any, batch: int) -> bool:
-    """Whether a value has an entry for each sample: a tensor's rows, or a list's texts."""
+    """Whether a value has an entry for each sample: a tensor's rows, or a list's texts.
+
+    Lists of anything else go to every call: (height, width) is one. ValueError for texts beside
+    something else, such as None for an empty one.
+    """
     if isinstance(value, Tensor):
         return value.ndim > 0 and len(value) == batch
-    texts = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    return texts and len(value) == batch
+    if not isinstance(value, list | tuple) or len(value) != batch:
+        return False
+    texts = [isinstance(one, str) for one in value]
+    if any(texts) and not all(texts):
+        raise ValueError(f"extra_args holds {value!r}; texts beside anything else cannot be shared")
+    return all(texts)
 
 
 def _equal(a: Any, b: Any) -> bool:

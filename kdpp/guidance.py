@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -45,8 +46,14 @@ def sds_scale(
     """
     check_number("step_size", step_size, 0.0, math.inf)
     noise = FLOW.sigma if flow else VE.sigma
-    # Divided twice: the square of a small level would be 0.
-    return lambda step, sigma: min(largest, step_size / noise(sigma) / noise(sigma))
+
+    def scale(step: int, sigma: float) -> float:
+        level = noise(sigma)
+        if level == 0.0:
+            return largest if step_size else 0.0
+        return min(largest, step_size / level / level)  # the square of a small level would be 0
+
+    return scale
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,8 @@ class Teacher:
             )
         if not isinstance(self.extra_args, Mapping | None):
             raise TypeError(f"extra_args is {self.extra_args!r}; it must be a dict")
+        if self.extra_args is not None:
+            object.__setattr__(self, "extra_args", dict(self.extra_args))
         if self.extra_args and "cond_scale" in self.extra_args:
             raise ValueError(
                 "a teacher's CFG scale is its cfg_scale; take cond_scale out of extra_args"
@@ -277,8 +286,10 @@ def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:
 
 def _check_steps(steps: Any) -> None:
     if isinstance(steps, NoiseRange):
-        numeric = all(isinstance(bound, numbers.Real) for bound in steps)
-        if not (numeric and 0.0 <= steps.low <= steps.high):
+        low = high = math.nan
+        with suppress(TypeError, ValueError, OverflowError):  # the last of whole numbers too large
+            low, high = map(float, steps)
+        if not 0.0 <= low <= high:
             raise ValueError(f"teacher_steps is {steps}; it must have 0 ≤ low ≤ high")
     elif isinstance(steps, Collection) and not isinstance(steps, str):
         for step in steps:
@@ -291,12 +302,13 @@ def _check_steps(steps: Any) -> None:
 def _check_renoise(renoise: Any) -> None:
     if callable(renoise) or renoise in ("next", "current", "random"):
         return
-    number = isinstance(renoise, numbers.Real) and not isinstance(renoise, bool)
-    if not (number and 0.0 < renoise < math.inf):
-        raise ValueError(
-            f'renoise is {renoise!r}; it must be "next", "current", "random", a noise level > 0 '
-            "or a function of (step, sigma, sigma_next)"
-        )
+    with suppress(ValueError):
+        if check_number("renoise", renoise) > 0.0:
+            return
+    raise ValueError(
+        f'renoise is {renoise!r}; it must be "next", "current", "random", a noise level > 0 '
+        "or a function of (step, sigma, sigma_next)"
+    )
 
 
 def _check_level(renoise: Renoise, space: Space) -> None:

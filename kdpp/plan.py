@@ -35,6 +35,12 @@ __all__ = [
 ]
 
 
+CANCELS = 1e12
+"""Weights that sum to 1 and are larger together: of float32's 7 digits they leave none."""
+LEAST = 1e-30
+"""The lowest level above 0: lower ones are not numbers of float32."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One linear update of x: ``target·x/σ + denoised·x̂_new + Σ_j direction[j]·d_j + noise·n``.
@@ -63,13 +69,19 @@ class Row:
         return max((j + 1 for j, weight in enumerate(self.direction) if weight), default=0)
 
     def check(self, sigma: float) -> None:
-        """ValueError unless the weights of x, x̂_new, d_j and x_j sum to one.
+        """ValueError unless the weights of x, x̂_new, d_j and x_j sum to one, without cancelling.
 
         Only then does moving x0 move the result by as much; other weights are a wrong solver.
         """
         past = (weight / sigma_j for weight, sigma_j in self.past)
         weights = (level_ratio(sigma, self.target), self.denoised, *self.direction, *past)
-        if not abs(sum(weights) - 1.0) <= 1e-12 * max(1.0, sum(map(abs, weights))):
+        size = sum(map(abs, weights))
+        if size > CANCELS:
+            raise ValueError(
+                f"the step from σ = {sigma!r} to {self.target!r} weighs estimates by {size:.0e}, "
+                "which leaves nothing but rounding: leave out levels so close to 0, or end at 0"
+            )
+        if not abs(sum(weights) - 1.0) <= 1e-12 * max(1.0, size):
             raise ValueError(f"the weights of {self} from σ = {sigma!r} sum to {sum(weights)!r}")
 
 
@@ -148,10 +160,12 @@ FLOW = Space(
 
 
 def check_falling(sigmas: Sequence[float]) -> None:
-    """ValueError unless the levels are ≥ 0, finite and never rise."""
+    """ValueError unless the levels are 0 or at least `LEAST`, finite and never rise."""
     for sigma in sigmas:
-        if not 0.0 <= sigma < math.inf:
-            raise ValueError(f"sigmas holds {sigma!r}; every level must be a finite number ≥ 0")
+        if not (sigma == 0.0 or LEAST <= sigma < math.inf):
+            raise ValueError(
+                f"sigmas holds {sigma!r}; every level must be a finite number ≥ {LEAST}, or 0"
+            )
     for sigma, sigma_next in pairwise(sigmas):
         if sigma_next > sigma:
             raise ValueError(

@@ -73,6 +73,8 @@ class Option:
             kind = numbers.Integral if isinstance(self.default, int) else numbers.Real
             if not isinstance(value, kind) or isinstance(value, bool):
                 return False
+        if isinstance(value, numbers.Integral) and abs(int(value)) > LARGEST:
+            return False
         number: Any = value
         above = self.low < number if self.above else self.low <= number
         return above and number <= self.high and (number < math.inf or self.default == math.inf)
@@ -88,6 +90,8 @@ class Option:
         return f"{what} {'>' if self.above else '≥'} {self.low:g}"
 
 
+LARGEST = 2**1023
+"""No larger whole number is a float."""
 ANCESTRAL = {"eta": Option(1.0, low=0.0), "s_noise": Option(1.0, low=0.0)}
 """The options of solvers that add noise: η, 0 for the ODE, and the factor of the noise."""
 CHURN = {
@@ -261,7 +265,7 @@ def _check(solver: Solver, sigmas: tuple[float, ...], steps: tuple[Step, ...]) -
             if any(stage.row.noise is not None for stage in step.stages):
                 raise ValueError(f'{where} draws noise, and the solver says noise="none"')
             end = row.target + sum(weight for weight, _ in row.past)
-            if not (end == step.sigma_next or abs(end - step.sigma_next) <= 1e-9 * step.sigma):
+            if not (end == step.sigma_next or abs(end - step.sigma_next) <= 1e-6 * step.sigma):
                 raise ValueError(f"{where} ends at σ = {end:g} and not at {step.sigma_next:g}")
 
 

@@ -6,6 +6,7 @@ import copy
 import numbers
 from collections.abc import Mapping
 from functools import partial
+from threading import Lock, RLock
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -21,7 +22,8 @@ __all__ = ["Stack", "Stacked", "stack_teachers"]
 
 BOOKKEEPING = frozenset(vars(nn.Module()))  # torch's own attributes: hooks, the training flag, …
 INTERCHANGEABLE = (numbers.Number, Mapping, (list, tuple))  # 1 and 1.0; what was read from JSON
-LABELS = ("name", "path", "name_or_path", "commit_hash", "transformers_version")
+LABELS = ("name_or_path", "commit_hash", "transformers_version")
+HARMLESS = (type(Lock()), type(RLock()), torch.Generator)
 ACTIVE_IN_TRAINING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
@@ -174,6 +176,7 @@ def parts(value: Any) -> dict[str, Any] | None:
         inside |= {k: w if w is None else form(w) for k, w in value._parameters.items()}
         inside |= {k: w if w is None else form(w) for k, w in value._buffers.items()}
         inside |= value._modules
+        inside["shared weights"] = shared(value)
         if isinstance(value, ACTIVE_IN_TRAINING) and getattr(value, "p", None) != 0.0:
             inside["training"] = value.training
     elif isinstance(value, partial):
@@ -182,6 +185,7 @@ def parts(value: Any) -> dict[str, Any] | None:
         inside = {"__func__": value.__func__, "__self__": value.__self__}
     elif isinstance(value, FunctionType):
         inside = {"__code__": value.__code__, "__defaults__": value.__defaults__}
+        inside["__kwdefaults__"] = value.__kwdefaults__
         inside |= {f"__closure__[{i}]": c for i, c in enumerate(value.__closure__ or ())}
     elif isinstance(value, CellType):
         inside = {} if value == CellType() else {"cell_contents": value.cell_contents}
@@ -194,6 +198,14 @@ def parts(value: Any) -> dict[str, Any] | None:
     return {f".{name}": part for name, part in inside.items() if not is_label(name)}
 
 
+def shared(module: nn.Module) -> dict[str, str]:
+    """Of weights that are in a module more than once: every name's first one."""
+    first: dict[int, str] = {}
+    named = module.named_parameters(remove_duplicate=False)
+    names = {name: first.setdefault(id(weight), name) for name, weight in named}
+    return {name: origin for name, origin in names.items() if name != origin}
+
+
 def form(weight: Tensor) -> str:
     """What weights that are stacked have in common."""
     return f"a {weight.dtype} tensor of shape {tuple(weight.shape)} on {weight.device}"
@@ -202,15 +214,15 @@ def form(weight: Tensor) -> str:
 def equal(one: Any, other: Any) -> bool:
     """Whether two pieces say the same.
 
-    Those that can be told apart by identity alone, such as locks and random generators, do; classes
-    and modules do only if they are one.
+    Those that can be told apart by identity alone do only if they are one; locks and random
+    generators always do.
     """
     if isinstance(one, Tensor):
         return form(one) == form(other) and torch.equal(one, other)
+    if isinstance(one, HARMLESS):
+        return True
     if isinstance(one, type | ModuleType):
         return False
-    if type(one).__eq__ is object.__eq__:  # type: ignore[comparison-overlap]
-        return True
     if isinstance(one, numbers.Number) and one != one:  # NaN
         return bool(other != other)
     same = one == other

@@ -1,6 +1,7 @@
 """Network calls: fused, capped, shared by stacked teachers; borrowed teachers come and go."""
 
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import pytest
@@ -230,6 +231,14 @@ def test_texts_go_with_their_samples(max_batch):
     assert torch.allclose(found, torch.cat(alone), atol=1e-12)
 
 
+def test_texts_beside_something_else_are_refused():
+    """They would go whole to every call."""
+    model = kdpp.TeacherGuidedDenoiser(reading, reading, teacher_cfg_scale=1.0, max_batch=1)
+    x = seeded(2, *problems.SHAPE, seed=5)
+    with pytest.raises(ValueError, match=r"extra_args holds \[None, 'bb'\]; texts beside"):
+        run(EULER, model, x, karras(3), extra_args={"cond": [None, "bb"]})
+
+
 def test_teachers_of_one_network_whose_keywords_differ_are_asked_apart():
     """Other texts, or conditions of another length: two calls, and the images of two networks."""
 
@@ -429,6 +438,34 @@ class Scaled:
         return x * self.factor
 
 
+class Slotted:
+    """The same without a ``__dict__``."""
+
+    __slots__ = ("factor",)
+
+    def __init__(self, factor):
+        self.factor = factor
+
+
+def keyed(factor):
+    def times(x, *, factor=factor):
+        return x * factor
+
+    return times
+
+
+class Tied(nn.Module):
+    """Two weights that are one, or not."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(2))
+        self.b = self.a if tied else nn.Parameter(torch.ones(2))
+
+
+DTYPES = (torch.float16, torch.float32)
+
+
 def dropout(p, training):
     return nn.Dropout(p).train(bool(training))
 
@@ -452,6 +489,13 @@ DIFFERENT = {
     "a bias": ("bias is ", lambda: [nn.Linear(2, 2), nn.Linear(2, 2, bias=False)]),
     "a size": ("one.out_features is 5 and 6", lambda: [Net(0), Net(1, width=6)]),
     "dropout's flag": ("act.training", lambda: [Activated(0, dropout(0.1, t)) for t in (1, 0)]),
+    "a number's dtype": ("dtype is ", lambda: [Activated(0, dtype=d) for d in DTYPES]),
+    "an operator": ("act is ", lambda: [Activated(0, itemgetter(j)) for j in (0, 1)]),
+    "an object's slots": ("act is ", lambda: [Activated(0, Slotted(f)) for f in (2, 3)]),
+    "a keyword's default": ("act.__kwdefaults__", lambda: [Activated(0, keyed(f)) for f in (2, 3)]),
+    "a name that steers": ("name is 'a' and 'b'", lambda: [Activated(0, name=n) for n in "ab"]),
+    "tied weights": ("shared weights", lambda: [Tied(False), Tied(True)]),
+    "tied weights first": ("shared weights", lambda: [Tied(True), Tied(False)]),
     "a third": ("1 and 3 .* act is", lambda: [Activated(0), Activated(1), Activated(2, nn.Tanh())]),
 }  # fmt: skip
 
@@ -483,7 +527,7 @@ ALIKE = {
     "dropout of nothing": lambda: [Activated(0, dropout(0.0, t)) for t in (1, 0)],
     "frozen weights": lambda: [Activated(0).requires_grad_(False), Activated(1)],
     "hooks": lambda: [Activated(0), hooked()],
-    "names": lambda: [Activated(0, name=n, _name_or_path=n, config={"_version": n}) for n in "ab"],
+    "names": lambda: [Activated(0, _name_or_path=n, config={"_version": n}) for n in "ab"],
     "nan": lambda: [Activated(0, floor=float("nan")) for _ in range(2)],
     "1 and 1.0": lambda: [Activated(0, rates=[1, 2]), Activated(0, rates=(1.0, 2.0))],
     "functions of one line": lambda: [Activated(0, times(2)), Activated(1, times(2))],

@@ -172,6 +172,30 @@ def test_a_number_is_finite(value):
         check_number("scale", value, 0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        {"renoise": 10**400},
+        {"teacher_steps": kdpp.NoiseRange(0, 10**400)},
+        {"teacher_scale": 10**400},
+    ],
+    ids=lambda guidance: next(iter(guidance)),
+)
+def test_guidance_of_400_digits_is_refused(guidance):
+    (name,) = guidance
+    with pytest.raises(ValueError, match=name):
+        model = kdpp.TeacherGuidedDenoiser(
+            NeverCalled(), NeverCalled(), teacher_cfg_scale=1.0, **guidance
+        )
+        kdpp.sample_euler_tg(model, torch.ones(2, 1, 2, 2), [2.0, 1.0, 0.0], disable=True)
+
+
+@pytest.mark.parametrize("option", ["eta", "s_noise"])
+def test_an_option_of_400_digits_is_refused(option):
+    with pytest.raises(ValueError, match=rf"{option} is 1000.*; it must be a number ≥ 0"):
+        kdpp.SOLVERS["euler_ancestral"].plan([2.0, 1.0], **{option: 10**400})
+
+
 def test_a_cfg_scale_of_400_digits_is_refused():
     pair = kdpp.TeacherGuidedDenoiser(NeverCalled(), NeverCalled(), teacher_scale=0.0)
     extra = {"cond": torch.ones(2), "uncond": torch.ones(2), "cond_scale": 10**400}

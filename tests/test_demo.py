@@ -22,6 +22,17 @@ def small(tmp_path_factory):
     return demo.run_demo(0, out, seeds=2, images=300), out
 
 
+def test_nobody_reads_what_is_printed(tmp_path, monkeypatch):
+    """As under `| head -1`, each line written at once: no failure, and the files are there."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        demo.run_demo(0, tmp_path, seeds=2, images=20)
+        monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_ways_and_evaluations(small):
     """Each way to sample is there, with the evaluations that its networks really made."""
     ways, _ = small

@@ -177,6 +177,8 @@ def test_sds_scale():
     levels = [8.0, 2.0, 1.5, 1.0, 0.1]
     assert [scale(3, sigma) for sigma in levels] == [0.5 / 64, 0.125, 0.5 / 2.25, 0.3, 0.3]
     assert sds_scale(2.0)(0, 0.5) == 1.0
+    assert sds_scale(1e-3)(0, 1e-200) == sds_scale(1e-3)(0, 0.0) == 1.0
+    assert sds_scale(0.0)(0, 1e-200) == sds_scale(0.0)(0, 0.0) == 0.0
     settings = {"teacher_steps": 4}
     numbers = [scale(0, float(sigma)) for sigma in SIGMAS[1:-1]] + [0.0]
     found = sample(EULER, guided(teacher_scale=scale, **settings))

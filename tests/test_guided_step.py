@@ -208,6 +208,14 @@ def test_a_list_of_scales_is_copied():
     assert found.isfinite().all()
 
 
+def test_a_teachers_own_arguments_are_copied():
+    """What is put into the dict later is not there."""
+    arguments = {"cond": torch.zeros(2)}
+    teacher = kdpp.Teacher(mixture(1), extra_args=arguments, cfg_scale=1.0)
+    arguments["cond_scale"] = 9.0
+    assert "cond_scale" not in teacher.extra_args
+
+
 def test_a_teachers_cfg_scale_has_one_name():
     """cond_scale in a Teacher's extra_args would be passed over: it is refused."""
     with pytest.raises(ValueError, match=r"cfg_scale; take cond_scale out"):

@@ -367,6 +367,12 @@ def test_better_is_green_and_worse_is_not():
     assert shown("lower", 1.0, "higher") == shown("higher", -1.0, "lower") == "worse"
     assert shown("lower", -1.0, "none seen") == "none"
     assert shown(None, -1.0, "lower") == ""
+    style = (files("kdpp.lab") / "templates" / "report.css").read_text(encoding="utf-8")
+    for name, greener in (("better", True), ("worse", False)):
+        (variable,) = re.findall(rf"\.{name} {{ color: var\(--(\w+)\); }}", style)
+        colours = re.findall(rf"--{variable}: #(..)(..)..;", style)
+        assert len(colours) == 2  # light and dark
+        assert all((int(green, 16) > int(red, 16)) is greener for red, green in colours)
 
 
 def test_a_table_runs_no_formula(finished, tmp_path):

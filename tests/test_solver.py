@@ -195,10 +195,30 @@ def test_such_a_plan_that_is_right_is_taken(entered):
     assert len(solver(order=1, name="right")(euler_to(1.0)).plan(SIGMAS)) == 4
 
 
-@pytest.mark.parametrize("sigmas", [[5.0, 1e-20, 0.0], [1e-10, 1e-20, 0.0], [80.0, 1e-300, 0.0]])
+TINY = [[14.6, 1e-20, 0.0], [5.0, 1.0, 1e-20, 0.0], [1e-20, 5e-21], [1e-20, 1e-25, 0.0],
+        [5.0, 1e-29, 0.0], [1e-28, 1e-30, 0.0]]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("sigmas", TINY, ids=str)
 @on_schedules
-def test_tiny_levels_make_no_division_by_zero(solver, sigmas):
-    """Plans of levels near the end of float64."""
-    for step in solver.plan(sigmas):
-        for stage in step.stages:
-            assert math.isfinite(stage.row.target)
+def test_tiny_levels_give_finite_images_or_are_refused(solver, sigmas, dtype):
+    """A second-order step to such a level weighs estimates by 1/σ, and only rounding is left."""
+    model = kdpp.TeacherGuidedDenoiser(
+        lambda x, sigma, cond: 0.1 * x, lambda x, sigma, cond: 0.2 * x,
+        teacher_steps=3, teacher_cfg_scale=1.0, max_batch=None,
+    )  # fmt: skip
+    x = torch.ones(1, 1, 8, 8, dtype=dtype) * sigmas[0]
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    try:
+        extra_args = {"cond": torch.ones(1), "uncond": torch.zeros(1), "cond_scale": 1.5}
+        images = kdpp.sample(solver, model, x, levels, extra_args, disable=True)
+    except ValueError as error:
+        assert "leaves nothing but rounding" in str(error)
+    else:
+        assert images.isfinite().all()
+
+
+def test_levels_that_float32_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=r"holds 1e-200; every level must be .* ≥ 1e-30"):
+        SOLVERS["euler"].plan([5.0, 1e-200, 0.0])

@@ -19,6 +19,7 @@ from kdpp.digits.checkpoints import load_classifier, load_student, load_teacher
 from kdpp.digits.data import load_data
 from kdpp.digits.metrics import features_of, measure
 from kdpp.digits.ways import LATE, STRONG, WEAK, Counted, Way, build_ways
+from kdpp.lab.console import say
 from kdpp.lab.files import make_folder, write_atomically
 
 SEEDS = 5
@@ -34,10 +35,9 @@ def run_demo(seed: int, out: Path, seeds: int = SEEDS, images: int = IMAGES) -> 
     Raises ImportError where scikit-learn or matplotlib is missing, OSError where ``out`` cannot be
     written: both before any sampling.
     """
-    print(
+    say(
         f"{seeds} seeds of {images} digits each, sampled with and without a teacher; takes about a "
-        f"minute.\nThe table and two pictures go to {out}: table.txt, grids.png, guided_step.png.",
-        flush=True,
+        f"minute.\nThe table and two pictures go to {out}: table.txt, grids.png, guided_step.png."
     )
     from kdpp.digits import pictures
 
@@ -68,8 +68,8 @@ def run_demo(seed: int, out: Path, seeds: int = SEEDS, images: int = IMAGES) -> 
     drawn = [ways[name] for name in DRAWN]
     pictures.draw_grids(drawn, real, labels, seed, out / "grids.png")
     pictures.draw_guided_step(ways["strong"], seed, out / "guided_step.png")
-    print(text)
-    print(f"\nwrote table.txt, grids.png and guided_step.png into {out}")
+    say(text)
+    say(f"\nwrote table.txt, grids.png and guided_step.png into {out}")
     return ways
 
 
