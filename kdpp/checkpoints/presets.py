@@ -46,7 +46,7 @@ class Preset:
         boundary_scalings: whether it was trained with LCM's (`kdpp.LCMDenoiser`).
         expert_boundary: τ at and above which the first of two networks is asked.
         paper: whether sampler, λ, k and the teacher's CFG are those of Distillation++ (Park et al.
-            2025). Otherwise they are carried over from the paper's student of the same kind.
+            2025; SDXL, 4 steps). Otherwise λ is that of its students with such a sampler, untried.
         run: whether it was run on the real weights for this table.
         source: where the levels come from.
         note: what else to know; where sources differ, how.
@@ -105,7 +105,7 @@ class Preset:
             table = log_sigmas().exp().tolist()
             return (*(table[t] for t in self.timesteps[i]), 0.0)
         if self.shift_of_size is None:
-            return (*self.taus[i], 0.0)
+            return (*map(float, self.taus[i]), 0.0)
         shift = self.shift_of_size((size[0] // 16) * (size[1] // 16), steps)
         return (*(_shift(tau, shift) for tau in self.taus[i]), 0.0)
 
@@ -250,7 +250,6 @@ _LCM = Preset(
     cond_scale=8.0,
     guidance_input=True,
     boundary_scalings=True,
-    paper=True,
     source="Luo et al. 2023, arXiv 2310.04378; model card SimianLuo/LCM_Dreamshaper_v7",
     note="Its guidance is an input of the network: w = cond_scale - 1.",
 )
@@ -366,6 +365,7 @@ PRESETS: dict[str, Preset] = {
             name="lcm-sdxl",
             what="LCM of SDXL",
             architecture="SDXL",
+            paper=True,
             source="Luo et al. 2023, arXiv 2310.04378; model card latent-consistency/lcm-sdxl",
         ),
         _LCM_LORA,
@@ -374,6 +374,7 @@ PRESETS: dict[str, Preset] = {
             name="lcm-lora-sdxl",
             what="LCM-LoRA of SDXL",
             architecture="SDXL",
+            paper=True,
             source="Luo et al. 2023, arXiv 2311.05556; model card latent-consistency/lcm-lora-sdxl",
         ),
         _DMD2,
