@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from kdpp.checkpoints import files
 from kdpp.checkpoints.files import CheckpointFacts, inspect
 from kdpp.checkpoints.presets import fitting, named
 from kdpp.cli import main
@@ -393,7 +394,7 @@ LORAS = {
     ),
     "qwen": (
         pair("transformer_blocks.0.img_mlp.net.0.proj", *KOHYA, 3072),
-        "Qwen-Image", "unknown", ("transformer",),
+        "Qwen-Image", "plain", ("transformer",),
     ),
     "wan": (
         pair("diffusion_model.blocks.0.self_attn.q", *PEFT, 5120),
@@ -491,6 +492,13 @@ def test_quantised(tensors, said, tmp_path):
         assert facts.quantised in str(facts)
 
 
+@pytest.mark.parametrize(
+    ("number", "shown"), [(5, "5 "), (12_345, "12.3 k"), (2_567_000_000, "2.57 B")]
+)
+def test_numbers_are_shown_short(number, shown):
+    assert files._count(number, "B") == shown
+
+
 def test_precision_by_bytes(tmp_path):
     tensors = {"a": torch.zeros(6, dtype=FP8), "b": torch.zeros(1, dtype=HALF)}
     facts = inspect(write(tmp_path / "a.safetensors", {}, **tensors))
@@ -569,7 +577,7 @@ def test_a_folder_that_contradicts_itself(folder):
     assert facts.prediction is None and "contradicts itself" in str(facts)
 
 
-def test_folders_that_are_refused(folder, tmp_path):
+def test_folders_that_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"has no model_index\.json; give a folder"):
         inspect(tmp_path)
     root = folder()
@@ -586,6 +594,10 @@ def test_folders_that_are_refused(folder, tmp_path):
     (root / "model_index.json").write_text("{oops")
     with pytest.raises(ValueError, match=r"model_index\.json is damaged, it is not JSON"):
         inspect(root)
+    with monkeypatch.context() as small:
+        small.setattr(files, "JSON_CAP", 3)
+        with pytest.raises(ValueError, match=r"model_index\.json has more than 3 bytes"):
+            inspect(root)
     (root / "model_index.json").write_text("[]")
     with pytest.raises(ValueError, match="does not hold a table"):
         inspect(root)
@@ -739,7 +751,8 @@ METADATA = st.dictionaries(
     st.text(max_size=6) | JSON.map(json.dumps),
     max_size=3,
 )
-DTYPES = st.sampled_from(["F16", "F32", "BF16", "I64", "U8", "F8_E4M3", "BOOL", "F4", "X"])
+BITS = {"F16": 16, "F32": 32, "BF16": 16, "I64": 64, "U8": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+        "BOOL": 8, "C64": 64}  # fmt: skip
 
 
 def only_facts_or_errors(path):
@@ -761,22 +774,26 @@ def test_any_header(tmp_path_factory, header, data, length):
     )
 
 
-@settings(max_examples=300, deadline=None)
+SHAPES = st.tuples(st.sampled_from(sorted(BITS)), st.lists(st.integers(0, 3), max_size=4))
+WHOLE = [sorted(shapes) for shapes, *_ in (*ORIGINAL.values(), *LORAS.values())]
+
+
+@settings(max_examples=500, deadline=None)
 @given(
-    shapes=st.dictionaries(
-        NAMES.filter(lambda name: name != "__metadata__"),
-        st.tuples(DTYPES, st.lists(st.integers(0, 3), max_size=5)), max_size=8,
+    shapes=st.dictionaries(NAMES, SHAPES, max_size=4),
+    whole=st.sampled_from(WHOLE).flatmap(
+        lambda keys: st.fixed_dictionaries(dict.fromkeys([*keys, "x.alpha"], SHAPES))
     ),
     metadata=METADATA,
-)  # fmt: skip
-def test_any_tensors(tmp_path_factory, shapes, metadata):
-    """Headers that hold together, with real keys in any shape and dtype."""
-    header, end = {"__metadata__": metadata}, 0
-    for key, (dtype, shape) in shapes.items():
-        bits = {"F32": 32, "I64": 64, "F4": 4, "F16": 16, "BF16": 16}.get(dtype, 8)
-        size = torch.Size(shape).numel() * bits // 8
+)
+def test_any_tensors(tmp_path_factory, shapes, whole, metadata):
+    """Headers that hold together: all keys of a real file, in any shape and dtype, and others."""
+    header, end = {}, 0
+    for key, (dtype, shape) in {**shapes, **whole}.items():
+        size = torch.Size(shape).numel() * BITS[dtype] // 8
         header[key] = entry(end, end + size, shape, dtype)
         end += size
+    header["__metadata__"] = metadata
     path = raw(tmp_path_factory.getbasetemp() / "b.safetensors", header, bytes(end))
     only_facts_or_errors(path)
 
@@ -787,6 +804,13 @@ def test_any_bytes(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "c.safetensors"
     path.write_bytes(content)
     only_facts_or_errors(path)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["inspect", "--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "FILE" in said and "--import" not in said
 
 
 def test_the_command(tmp_path, capsys):

@@ -218,6 +218,7 @@ LORA_LAYOUTS = (
     ("diffusers", r"^(unet|transformer|transformer_2|text_encoder\w*)\."),
     ("ComfyUI", r"^(model\.)?diffusion_model\."),
     ("peft", r"lora_[AB]"),
+    ("plain", r"lora"),
 )
 """Of several whose pattern is found in a key, the first."""
 LORA_TARGETS = (
@@ -254,7 +255,7 @@ def lora_layers(entries: Network) -> Layers:
 
 
 def lora_layout(layers: Layers) -> str:
-    """Whose names its keys have."""
+    """Whose names its keys have; "plain" for the network's own without a prefix."""
     keys = [f"{layer}.{part}" for layer, parts in layers.items() for part in parts]
     for name, pattern in LORA_LAYOUTS:
         if any(re.search(pattern, key) for key in keys):

@@ -65,7 +65,8 @@ class LoraFacts:
     """What a LoRA is.
 
     Attributes:
-        layout: whose names its keys have: "kohya", "diffusers", "peft", "ComfyUI" or "LyCORIS".
+        layout: whose names its keys have: "kohya", "diffusers", "peft", "ComfyUI", "LyCORIS", or
+            "plain" for the network's own without a prefix.
         targets: the networks that it changes.
         layers: how many layers it changes.
         ranks: the lowest and the highest; None where its form has none.
@@ -125,11 +126,11 @@ class CheckpointFacts:
         lora = self.lora
         snr = {True: ", zero terminal SNR", False: "", None: ""}[self.zero_snr]
         said = f"{PREDICTIONS[self.prediction]}{snr} ({self.said_by})" if self.prediction else ""
+        unknown = "not one that kdpp knows" if self.kind in ("LoRA", "unknown") else ""
         unsaid = "" if lora or self.kind != "model" else f"not said by the file{snr}"
         lines = {
             "kind": ", with ".join(filter(None, [self.kind, " and ".join(self.parts)])),
-            "architecture": " ".join(filter(None, [self.architecture, self.variant]))
-            or "not one that kdpp knows",
+            "architecture": f"{self.architecture} {self.variant}" if self.architecture else unknown,
             "layout": self.layout,
             "changes": lora and f"{' and '.join(lora.targets)}, {lora.layers} layers",
             "rank": lora and lora.ranks and _range(lora.ranks),
@@ -138,9 +139,9 @@ class CheckpointFacts:
             "guidance": "an input of the network" if self.guidance_input else "",
             "precision": ", ".join(f"{kind} {_percent(share)}" for kind, share in self.precision),
             "quantised": self.quantised,
-            "size": f"{_count(self.parameters)} parameters, {_count(self.bytes)}B",
+            "size": f"{_count(self.parameters, 'B').strip()} parameters, {_count(self.bytes)}B",
         }
-        shown = [f"{name:14}{text}" for name, text in lines.items() if text]
+        shown = [f"{name:14}{text}".rstrip() for name, text in lines.items() if text]
         return "\n".join([str(self.path), *shown, *(f"{'note':14}{note}" for note in self.notes)])
 
 
@@ -491,9 +492,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 # Words -----------------------------------------------------------------------------------------
 
 
-def _count(number: int) -> str:
+def _count(number: int, billion: str = "G") -> str:
     """1234567 as "1.23 M"."""
-    for power, unit in ((12, "T"), (9, "G"), (6, "M"), (3, "k")):
+    for power, unit in ((12, "T"), (9, billion), (6, "M"), (3, "k")):
         if number >= 10**power:
             return f"{number / 10**power:.3g} {unit}"
     return f"{number} "
