@@ -461,6 +461,26 @@ def test_presets_by_the_usual_names(file, shapes, preset, tmp_path):
     assert (fitting(facts)[:1] == (found,)) == (found is not None)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "fits"),
+    [
+        (under(LDM, SD35_LARGE), {"sd35-turbo"}),
+        (under(LDM, SD35_MEDIUM), set()),
+        (FLUX2, {"flux2-klein"}),
+        ({**FLUX2, "guidance_in.in_layer.weight": (8, 8)}, set()),
+        (patches(5120, 16), {"wan22-lightning-t2v"}),
+        (patches(5120, 36), {"wan22-lightning-i2v"}),
+        (patches(1536, 16), set()),
+        (LORAS["wan"][0], {"wan22-lightning-t2v", "wan22-lightning-i2v"}),
+        (LORAS["flux"][0], set()),
+    ],
+)
+def test_presets_that_fit(shapes, fits, tmp_path):
+    """Those of the architecture and its variant; for a LoRA those that come as one."""
+    facts = inspect(write(tmp_path / "a.safetensors", shapes))
+    assert {preset.name for preset in fitting(facts)} == fits
+
+
 # Quantised weights --------------------------------------------------------------------------------
 
 LAYER = "double_blocks.0.img_attn.qkv"
