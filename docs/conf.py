@@ -15,7 +15,7 @@ myst_heading_anchors = 3
 default_role = "py:obj"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
-exclude_patterns = ["_build", "solver_table.md"]
+exclude_patterns = ["_build", "presets_table.md", "solver_table.md"]
 html_theme = "furo"
 html_title = "kdpp"
 

@@ -1,4 +1,4 @@
-"""The command line: ``kdpp solvers``, ``kdpp demo``, and the lab's commands."""
+"""The command line: ``kdpp solvers``, ``kdpp demo``, ``kdpp inspect``, and the lab's commands."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ LAB = ("train", "evaluate", "compare", "tune")
 COMMANDS = {
     "solvers": "name the solvers, or say what one does and takes",
     "demo": "sample embedded digits, with and without a teacher",
+    "inspect": "say what a checkpoint file is, and which presets fit it",
     "train": "train a teacher or a student, by the methods of the papers",
     "evaluate": "measure a model's images",
     "compare": "run a grid of students, samplers and settings, and report it on one page",
     "tune": "say whether a teacher is worth its calls for a student, and where",
 }
+TAKES_NO_FILES = {"demo", "inspect"}
+"""The commands that need no solvers or methods of one's own."""
 KEEPS = {"train", "evaluate", "compare"}
 """The commands that keep what is finished, so that the same one goes on."""
 EXPECTED = (ImportError, OSError, ValueError, ArithmeticError, MemoryError)
@@ -66,6 +69,9 @@ def _run(given: Sequence[str]) -> None:
 
         run_demo(settings.seed, settings.out)
         return
+    if command == "inspect":
+        say(_inspected(settings.path))
+        return
     load_entry_points("kdpp.solvers")
     for path in settings.imports:
         import_file(path)
@@ -88,12 +94,15 @@ def _parser(
         parsers[name] = commands.add_parser(
             name, help=purpose, description=purpose, allow_abbrev=False
         )
-        if name != "demo":
+        if name not in TAKES_NO_FILES:
             parsers[name].add_argument(
                 "--import", dest="imports", action="append", default=[], metavar="FILE.py",
                 help="first run a file that makes solvers or methods of your own; may be repeated",
             )  # fmt: skip
     parsers["solvers"].add_argument("name", nargs="?", metavar="SOLVER", help="one of them")
+    parsers["inspect"].add_argument(
+        "path", type=Path, metavar="FILE", help="a safetensors file, or a folder of diffusers"
+    )
     add = parsers["demo"].add_argument
     add("--seed", type=_seed, default=0, help="the first of the seeds (default: 0)")
     add("--out", type=Path, default=Path("kdpp-demo"), help="folder for table and pictures")
@@ -136,6 +145,22 @@ def _solver(name: str) -> str:
     said = inspect.getdoc(solver.sample or solver.steps) or ""
     call = f"kdpp.{solver.sample.__name__}" if solver.sample else f'kdpp.sample("{solver.name}", …)'
     return f"{solver}\n\n{said.replace('``', '')}\n\nIn Python: {call}"
+
+
+def _inspected(path: Path) -> str:
+    """What a checkpoint is, and the presets that fit it."""
+    from kdpp.checkpoints.files import inspect as inspect_file
+    from kdpp.checkpoints.presets import fitting, named
+
+    facts = inspect_file(path)
+    preset = named(facts)
+    others = ", ".join(other.name for other in fitting(facts) if other is not preset)
+    lines = [str(facts)]
+    if preset is not None:
+        lines.append(f"{'preset':14}{preset.name}, by the file's name: {preset.what}")
+    if others:
+        lines.append(f"{'others':14}{others}" if preset else f"{'presets':14}{others}")
+    return "\n".join(lines)
 
 
 def _seed(text: str) -> int:
