@@ -224,6 +224,10 @@ def test_cfg_that_keeps_the_norm():
     cosine = torch.cosine_similarity(networks.packed(found), networks.packed(guided), dim=2)
     torch.testing.assert_close(cosine, torch.ones_like(cosine))
     assert torch.equal(keeping(X, tau, cond=cond, uncond=uncond), plain(X, tau, cond=cond))
+    told = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
+    model = kdpp.TeacherGuidedDenoiser(keeping, keeping, teacher_scale=0.0, max_batch=1)
+    split = kdpp.sample_euler_tg(model, X, torch.tensor([0.5, 0.0]), told, disable=True)
+    torch.testing.assert_close(split, keeping(X, tau, **told))
     zero = keeping(X, torch.zeros(2), cond=cond, uncond=uncond, cond_scale=4.0)
     assert torch.equal(zero, X)
 

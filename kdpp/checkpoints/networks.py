@@ -212,12 +212,11 @@ class CompVisModel(Network):
         self, unet: Any, schedule: Any, *, prediction: str | None = None, device: Any = None
     ) -> None:
         super().__init__(unet)
-        self.parameterization = {"epsilon": "eps", "v_prediction": "v"}.get(
-            prediction_of(unet, schedule, prediction), ""
-        )
-        if not self.parameterization:
-            raise ValueError("a UNet that predicts x0 has no CompVis form; take as_denoiser")
         self.register_buffer("alphas_cumprod", table_of(unet, schedule, device))
+        said = prediction_of(unet, schedule, prediction)
+        if said == "sample":
+            raise ValueError("a UNet that predicts x0 has no CompVis form; take as_denoiser")
+        self.parameterization = "v" if said == "v_prediction" else "eps"
 
     def apply_model(self, x: Tensor, t: Tensor, cond: Any = None, **guidance: Tensor) -> Tensor:
         """The prediction for ``x = x_σ/sqrt(1+σ²)`` at the timestep t, of shape (batch,)."""
@@ -289,8 +288,9 @@ def as_denoiser(
         check_flow(network, schedule, prediction, lcm)
         denoiser = FlowDenoiser(Network(network), kind.time_scale)
     else:
+        table = table_of(network, schedule, device)
         make = DENOISERS[prediction_of(network, schedule, prediction)]
-        denoiser = make(Network(network), table_of(network, schedule, device), quantize=False)
+        denoiser = make(Network(network), table, quantize=False)
         if type(schedule).__name__ == "LCMScheduler" if lcm is None else lcm:
             scaling = config_of(schedule).get("timestep_scaling", 10.0)
             denoiser = LCMDenoiser(denoiser, timestep_scaling=scaling)
@@ -351,6 +351,8 @@ class NormKeepingCFG(OwnCFG):
     Args:
         model: a denoiser with x of shape (batch, channels, height, width), both sides even.
     """
+
+    divisible = True  # each row's guidance is its own
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         given = conditioning_of(self.model, "model", extra_args)
