@@ -176,6 +176,15 @@ def test_a_transformer_in_16_bits_takes_float32_latents(name):
         assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
+def test_a_unet_in_16_bits_answers_in_float32():
+    unet = tiny.unet().bfloat16()
+    model = CompVisModel(unet, tiny.euler())
+    found = model.apply_model(X, torch.tensor([5.0, 900.0]), TEXT.bfloat16())
+    assert found.dtype == torch.float32
+    wanted = unet(X.bfloat16(), torch.tensor([5.0, 900.0]), TEXT.bfloat16()).sample
+    assert torch.equal(found, wanted.float())
+
+
 def test_a_compiled_network_is_recognised():
     """torch.compile's module stands for the one inside it."""
     unet = tiny.unet()
@@ -214,7 +223,8 @@ def test_experts_share_the_levels():
 
 def test_cfg_that_keeps_the_norm():
     """Patch by patch the guided velocity is as long as the conditional one, and as CFG's points."""
-    plain = kdpp.FlowDenoiser(lambda x, t, cond: x * cond)
+    rows = []
+    plain = kdpp.FlowDenoiser(lambda x, t, cond: rows.append(len(x)) or x * cond)
     keeping, tau = NormKeepingCFG(plain), torch.full((2,), 0.5)
     cond, uncond = drawn(2, 4, 8, 12, seed=2), drawn(2, 4, 8, 12, seed=3)
     found = (X - keeping(X, tau, cond=cond, uncond=uncond, cond_scale=4.0)) / 0.5
@@ -226,7 +236,9 @@ def test_cfg_that_keeps_the_norm():
     assert torch.equal(keeping(X, tau, cond=cond, uncond=uncond), plain(X, tau, cond=cond))
     told = {"cond": cond, "uncond": uncond, "cond_scale": 4.0}
     model = kdpp.TeacherGuidedDenoiser(keeping, keeping, teacher_scale=0.0, max_batch=1)
+    rows.clear()
     split = kdpp.sample_euler_tg(model, X, torch.tensor([0.5, 0.0]), told, disable=True)
+    assert rows == [2, 2]  # one sample at a time, with both its halves
     torch.testing.assert_close(split, keeping(X, tau, **told))
     zero = keeping(X, torch.zeros(2), cond=cond, uncond=uncond, cond_scale=4.0)
     assert torch.equal(zero, X)
