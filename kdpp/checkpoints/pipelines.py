@@ -90,8 +90,7 @@ def encode_z_image(
     pipe: Any, prompts: Texts, negatives: Texts, **options: Any
 ) -> tuple[Cond, Cond]:
     def half(prompts: Texts, options: Cond) -> list[Tensor]:
-        copied = prompts and list(prompts)  # the pipeline writes into it
-        texts, _ = pipe.encode_prompt(copied, do_classifier_free_guidance=False, **options)
+        texts, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
         return list(texts)
 
     return padded(*in_turn(half, prompts, negatives, options))
@@ -241,6 +240,7 @@ def encode(
     family, network = family_of(pipe), network_of(pipe)
     if prompt is None and options.get("prompt_embeds") is None:
         raise ValueError("give a prompt, or prompt_embeds")
+    # Copies: Z-Image's pipeline writes into its list.
     prompts = [prompt] if isinstance(prompt, str) else prompt and list(prompt)
     negatives = negative_prompt
     if isinstance(negatives, str):
