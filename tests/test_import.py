@@ -207,6 +207,8 @@ def imports(module):
         ("memory", {"kinds"}),
         ("editing", {"checks", "denoisers", "guidance", "kinds", "noise", "plan", "solver"}),
         ("rollouts", {"checks", "denoisers", "driver", "guidance", "kinds", "noise", "plan"}),
+        ("checkpoints/networks", {"checks", "denoisers", "kinds", "models", "standin"}),
+        ("checkpoints/pipelines", {"checkpoints.networks", "checks", "denoisers", "memory"}),
         ("kdiffusion", {"standin"}),
         ("standin", set()),
     ],

@@ -591,8 +591,8 @@ def test_senseless_settings_are_refused(value):
 # ----------------------------------------------------------------------------------- docs
 
 
-def page(last="```"):
-    """docs/models.md, and the variables after its examples, up to one that holds ``last``."""
+def test_the_page_runs():
+    """Every example of docs/models.md, one after the other, as a reader would type them."""
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(examples) >= 4
@@ -600,42 +600,5 @@ def page(last="```"):
     variables = {}
     for example in examples:
         exec(compile(example, "docs/models.md", "exec"), variables)
-        if last in example:
-            break
-    return text, variables
-
-
-def test_the_page_runs():
-    """Every example of docs/models.md, one after the other, as a reader would type them."""
-    pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
-    text, _ = page()
     for name in kdpp.models.__all__:
         assert name in text, name
-
-
-def test_the_pages_unet_is_sampled_as_diffusers_samples_it():
-    """The levels and the latents of its Euler scheduler with trailing timesteps."""
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
-    _, variables = page(last="import diffusers")
-    unet, cond, student, x = (variables[name] for name in ("unet", "cond", "student", "x"))
-    scheduler = diffusers.EulerDiscreteScheduler.from_config(
-        variables["scheduler"].config, timestep_spacing="trailing"
-    )
-    scheduler.set_timesteps(4)
-    assert torch.allclose(scheduler.sigmas, variables["sigmas"], rtol=1e-5)
-    latents = x
-    for t in scheduler.timesteps:
-        noise = unet(scheduler.scale_model_input(latents, t), t, **cond).sample
-        latents = scheduler.step(noise, t, latents).prev_sample
-    alone = kdpp.TeacherGuidedDenoiser(student, student, teacher_steps=0)
-    found = kdpp.sample_euler_tg(alone, x, variables["sigmas"], {"cond": cond}, disable=True)
-    assert relative(found, latents) < 1e-4
-
-
-def test_the_pages_embedding_of_w_is_diffusers():
-    """To the rounding of sines of 7,000 radians; in w's dtype."""
-    diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
-    embedding, w = page()[1]["embedding"], torch.tensor([0.0, 1.5, 7.0])
-    theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding
-    torch.testing.assert_close(embedding(w, 8), theirs(None, w, 8), rtol=0, atol=1e-3)
-    assert embedding(w.half(), 8).dtype == torch.float16

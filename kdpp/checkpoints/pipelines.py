@@ -1,0 +1,390 @@
+"""From loaded pipelines of diffusers and a prompt to a student, a teacher and their conditions.
+
+`from_pipelines` does it in one call. It is made of `denoiser_of`, for the network, and `encode`,
+for the prompt. `latent_shape` says what noise to start from, `pipeline_sigmas` at which levels the
+pipeline itself would sample, and `decode` makes pictures of latents. Pipelines stay as they are.
+
+Latents are those that the network is asked about: scaled, not packed, (batch, channels, height,
+width), and for Wan (batch, channels, frames, height, width).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdpp.checkpoints.networks import (
+    Experts,
+    NormKeepingCFG,
+    architecture_of,
+    as_denoiser,
+    latent_channels,
+    scheduler_sigmas,
+)
+from kdpp.checks import check_count
+from kdpp.denoisers import map_tensors
+from kdpp.memory import without_adapters
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "decode",
+    "denoiser_of",
+    "encode",
+    "family_of",
+    "from_pipelines",
+    "latent_shape",
+    "network_of",
+    "pipeline_sigmas",
+]
+
+Cond = dict[str, Any]
+Texts = list[str] | None
+
+
+# How each family encodes its prompts: (cond, uncond), the network's arguments ---------------------
+
+
+def encode_sd(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    texts = pipe.encode_prompt(
+        prompts, num_images_per_prompt=1, do_classifier_free_guidance=True,
+        negative_prompt=negatives, **options,
+    )  # fmt: skip
+    return {"encoder_hidden_states": texts[0]}, {"encoder_hidden_states": texts[1]}
+
+
+def encode_sdxl(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    """Without the time ids, which `encode` adds."""
+    cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(
+        prompts, negative_prompt=negatives, **options
+    )
+    return (
+        {"encoder_hidden_states": cond, "added_cond_kwargs": {"text_embeds": pooled}},
+        {"encoder_hidden_states": uncond, "added_cond_kwargs": {"text_embeds": pooled_uncond}},
+    )
+
+
+def encode_sd3(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    others = {"prompt_2": None, "prompt_3": None, **options}
+    cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(
+        prompts, negative_prompt=negatives, **others
+    )
+    return (
+        {"encoder_hidden_states": cond, "pooled_projections": pooled},
+        {"encoder_hidden_states": uncond, "pooled_projections": pooled_uncond},
+    )
+
+
+def encode_flux(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    def half(prompts: Texts, options: Cond) -> Cond:
+        text, pooled, _ = pipe.encode_prompt(prompts, **{"prompt_2": None, **options})
+        return {"encoder_hidden_states": text, "pooled_projections": pooled}
+
+    return in_turn(half, prompts, negatives, options)
+
+
+def encode_z_image(
+    pipe: Any, prompts: Texts, negatives: Texts, **options: Any
+) -> tuple[Cond, Cond]:
+    def half(prompts: Texts, options: Cond) -> list[Tensor]:
+        texts, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
+        return list(texts)
+
+    return padded(*in_turn(half, prompts, negatives, options))
+
+
+def encode_qwen_image(
+    pipe: Any, prompts: Texts, negatives: Texts, **options: Any
+) -> tuple[Cond, Cond]:
+    def half(prompts: Texts, options: Cond) -> list[Tensor]:
+        options = {"max_sequence_length": 512, **options}  # what the pipeline itself asks for
+        texts, mask = pipe.encode_prompt(prompts, **options)
+        rows = list(texts)
+        return rows if mask is None else [row[kept] for row, kept in zip(rows, mask.bool())]
+
+    return padded(*in_turn(half, prompts, negatives, options))
+
+
+def encode_wan(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    options = {"max_sequence_length": 512, **options}  # what the pipeline itself asks for
+    texts = pipe.encode_prompt(prompts, negative_prompt=negatives, **options)
+    return {"encoder_hidden_states": texts[0]}, {"encoder_hidden_states": texts[1]}
+
+
+def in_turn(
+    half: Callable[[Texts, Cond], Any], prompts: Texts, negatives: Texts, options: Cond
+) -> tuple[Any, Any]:
+    """Both halves by one function; of the options about prompts, each has its own."""
+    shared = {key: value for key, value in options.items() if "prompt" not in key}
+    own = {key: value for key, value in options.items() if key not in shared}
+    other = {key: own.pop(key) for key in list(own) if key.startswith("negative_")}
+    cond = half(prompts, shared | own)
+    if negatives is None and not other:
+        negatives = [""] * len(prompts or options["prompt_embeds"])
+    renamed = {key.removeprefix("negative_"): value for key, value in other.items()}
+    return cond, half(negatives, shared | renamed)
+
+
+def padded(*halves: list[Tensor]) -> tuple[Cond, Cond]:
+    """Texts of many lengths as one tensor each, with zeros behind, and a mask if any has some."""
+    longest = max(len(text) for half in halves for text in half)
+    made = []
+    for texts in halves:
+        rows = [nn.functional.pad(text, (0, 0, 0, longest - len(text))) for text in texts]
+        made.append({"encoder_hidden_states": torch.stack(rows)})
+    if any(len(text) < longest for half in halves for text in half):
+        for one, texts in zip(made, halves):
+            lengths = torch.tensor([[len(text)] for text in texts])
+            mask = torch.arange(longest) < lengths
+            one["encoder_hidden_states_mask"] = mask.to(texts[0].device)
+    return made[0], made[1]
+
+
+class Family(NamedTuple):
+    """What kdpp knows of a class of pipelines."""
+
+    encode: Callable[..., tuple[Cond, Cond]]
+    """``(pipe, prompts, negatives, **options) -> (cond, uncond)``."""
+    network: str = "transformer"
+    """The pipeline's network."""
+    even: bool = False
+    """Whether it spaces levels evenly before the shift (`scheduler_sigmas`)."""
+    video: bool = False
+    """Whether its VAE is one for videos."""
+    cfg: Callable[[nn.Module], nn.Module] | None = None
+    """Its own kind of CFG, if that is not the usual one."""
+
+
+FAMILIES = {
+    "StableDiffusionPipeline": Family(encode_sd, "unet"),
+    "LatentConsistencyModelPipeline": Family(encode_sd, "unet"),
+    "StableDiffusionXLPipeline": Family(encode_sdxl, "unet"),
+    "StableDiffusion3Pipeline": Family(encode_sd3),
+    "FluxPipeline": Family(encode_flux, even=True),
+    "ZImagePipeline": Family(encode_z_image, even=True),
+    "QwenImagePipeline": Family(encode_qwen_image, even=True, video=True, cfg=NormKeepingCFG),
+    "WanPipeline": Family(encode_wan, video=True),
+}
+"""Every pipeline that kdpp knows, by the name of its class in diffusers."""
+
+
+def family_of(pipe: Any) -> Family:
+    """The pipeline's entry in `FAMILIES`; TypeError for a class that is not there."""
+    for kind in type(pipe).__mro__:
+        if kind.__name__ in FAMILIES:
+            return FAMILIES[kind.__name__]
+    raise TypeError(
+        f"{type(pipe).__name__} is not a pipeline that kdpp knows; it knows diffusers' "
+        f"{', '.join(FAMILIES)} (diffusers.AutoPipelineForText2Image.from_pipe makes one of a "
+        "pipeline for image to image)"
+    )
+
+
+def network_of(pipe: Any) -> Any:
+    """Its UNet or transformer; TypeError for a pipeline that is not known or was loaded without."""
+    name = family_of(pipe).network
+    network = getattr(pipe, name, None)
+    if network is None:
+        raise TypeError(f"this {type(pipe).__name__} was loaded without its {name}")
+    return network
+
+
+def denoiser_of(pipe: Any, *, lcm: bool | None = None) -> nn.Module:
+    """The pipeline's network as a denoiser, by its scheduler (`as_denoiser`).
+
+    Two networks, as Wan 2.2 has them, are one denoiser (`Experts`). CFG is as the pipeline does it,
+    which for Qwen-Image is `NormKeepingCFG`. ``lcm`` is that of `as_denoiser`.
+
+    Raises TypeError or ValueError for a pipeline that is not in `FAMILIES`, without a network, or
+    whose scheduler does not fit it.
+    """
+    family, network = family_of(pipe), network_of(pipe)
+    settings = {"device": pipe._execution_device, "lcm": lcm}
+    denoiser = as_denoiser(network, pipe.scheduler, **settings)
+    second, boundary = getattr(pipe, "transformer_2", None), pipe.config.get("boundary_ratio")
+    if second is not None and boundary is not None:
+        denoiser = Experts(denoiser, as_denoiser(second, pipe.scheduler, **settings), boundary)
+    return denoiser if family.cfg is None else family.cfg(denoiser)
+
+
+@torch.no_grad()
+def encode(
+    pipe: Any,
+    prompt: str | Sequence[str] | None,
+    negative_prompt: str | Sequence[str] | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """``{"cond": …, "uncond": …}`` of prompts, by the pipeline's own text encoders.
+
+    What `as_denoiser` describes, in the network's dtype, with one row for each prompt.
+
+    Args:
+        prompt: one text, or one for each picture. None: its embeddings are among the options.
+        negative_prompt: one for all, or one for each. None: what the pipeline takes then, the empty
+            text or (SDXL) zeros.
+        height, width: the size of the pictures in pixels, which SDXL is told; None: the size that
+            its UNet was trained at.
+        options: what ``pipe.encode_prompt`` takes, such as ``clip_skip``, ``prompt_2`` or
+            ``prompt_embeds`` (then with ``negative_prompt_embeds``).
+
+    Raises:
+        TypeError: the pipeline is not one of `FAMILIES`.
+        ValueError: there is no prompt, or the number of negative prompts is not that of prompts.
+    """
+    family, network = family_of(pipe), network_of(pipe)
+    if prompt is None and options.get("prompt_embeds") is None:
+        raise ValueError("give a prompt, or prompt_embeds")
+    # Copies: Z-Image's pipeline writes into its list.
+    prompts = [prompt] if isinstance(prompt, str) else prompt and list(prompt)
+    negatives = negative_prompt
+    if isinstance(negatives, str):
+        negatives = [negatives] * len(prompts or options["prompt_embeds"])
+    if prompts and negatives is not None and len(negatives) != len(prompts):
+        raise ValueError(
+            f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one for all, or "
+            "one for each"
+        )
+    negatives = negatives and list(negatives)
+    halves = family.encode(pipe, prompts, negatives, device=pipe._execution_device, **options)
+    if family.encode is encode_sdxl:
+        side = network.config.sample_size * pipe.vae_scale_factor
+        size = (side if height is None else height, side if width is None else width)
+        for half in halves:
+            ids = half["encoder_hidden_states"].new_tensor([*size, 0, 0, *size])
+            rows = ids.expand(len(half["encoder_hidden_states"]), -1)
+            half["added_cond_kwargs"]["time_ids"] = rows.contiguous()
+    cond, uncond = map_tensors(
+        halves, lambda text: text.to(network.dtype) if text.is_floating_point() else text
+    )
+    return {"cond": cond, "uncond": uncond}
+
+
+def from_pipelines(
+    pipe: Any,
+    teacher_pipe: Any = None,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    **options: Any,
+) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Student, teacher and ``extra_args`` of two loaded pipelines and a prompt::
+
+        student, teacher, extra_args = from_pipelines(pipe, teacher_pipe, "a lighthouse", "blurry")
+        model = kdpp.TeacherGuidedDenoiser(student, teacher, teacher_scale=0.1)
+        latents = kdpp.sample_euler_tg(model, noise * sigmas[0], sigmas, extra_args)
+        pictures = decode(pipe, latents)
+
+    Args:
+        pipe: the student's pipeline, whose text encoders encode the prompt for both.
+        teacher_pipe: the teacher's. None, or ``pipe`` itself: the student without its LoRAs
+            (`kdpp.without_adapters`), or, where it has none, the student once more.
+        prompt, negative_prompt, height, width, options: as in `encode`.
+
+    Raises:
+        TypeError: a pipeline is not one of `FAMILIES`, lacks its network, or has a scheduler
+            without the levels that its network needs.
+        ValueError: student and teacher do not share latents or texts, or a prompt is missing.
+    """
+    student, network = denoiser_of(pipe), network_of(pipe)
+    if teacher_pipe is not None and teacher_pipe is not pipe:
+        check_alike(pipe, teacher_pipe)
+        teacher = denoiser_of(teacher_pipe)
+    elif getattr(network, "peft_config", None):
+        teacher = without_adapters(denoiser_of(pipe, lcm=False))
+    else:
+        teacher = student
+    sizes = {"height": height, "width": width}
+    return student, teacher, encode(pipe, prompt, negative_prompt, **sizes, **options)
+
+
+def check_alike(pipe: Any, teacher_pipe: Any) -> None:
+    """ValueError where one prompt and one latent do not serve both."""
+    student, teacher = network_of(pipe), network_of(teacher_pipe)
+    names = f"the student ({type(pipe).__name__}) and the teacher ({type(teacher_pipe).__name__})"
+    channels = latent_channels(student), latent_channels(teacher)
+    if channels[0] != channels[1]:
+        raise ValueError(
+            f"{names} have latents of {channels[0]} and {channels[1]} channels; they must share "
+            "one latent space (a kdpp.Teacher with maps= can lie in another)"
+        )
+    widths = [one.config.get(architecture_of(one).text_width) for one in (student, teacher)]
+    if family_of(pipe).encode is not family_of(teacher_pipe).encode or widths[0] != widths[1]:
+        raise ValueError(
+            f"{names} take different texts (of width {widths[0]} and {widths[1]}): make the "
+            "teacher by hand, kdpp.Teacher(denoiser_of(teacher_pipe), "
+            "extra_args=encode(teacher_pipe, prompt))"
+        )
+
+
+# Latents ------------------------------------------------------------------------------------------
+
+
+def latent_shape(pipe: Any, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
+    """The shape of one picture's latent: (channels, height, width); Wan's has frames, too.
+
+    Raises:
+        ValueError: a size in pixels, or a number of frames, that the network cannot be asked for.
+    """
+    network = network_of(pipe)
+    wan = family_of(pipe).encode is encode_wan
+    scale = pipe.vae_scale_factor_spatial if wan else pipe.vae_scale_factor
+    unit = scale if family_of(pipe).network == "unet" else 2 * scale
+    for name, size in (("height", height), ("width", width)):
+        if check_count(name, size, unit) % unit:
+            raise ValueError(f"{name} is {size}; it must be a multiple of {unit}")
+    every = pipe.vae_scale_factor_temporal if wan else 1
+    if (check_count("frames", frames, 1) - 1) % every or (frames > 1 and not wan):
+        allowed = f"1 more than a multiple of {every}" if wan else "1: this is a model of pictures"
+        raise ValueError(f"frames is {frames}; it must be {allowed}")
+    between = ((frames - 1) // every + 1,) if wan else ()
+    return (latent_channels(network), *between, height // scale, width // scale)
+
+
+def pipeline_sigmas(pipe: Any, steps: int, height: int, width: int) -> Tensor:
+    """The levels at which the pipeline samples a picture of that size in n steps, and 0.
+
+    They are the pipeline's own, whatever its student was trained at; see `trailing_sigmas` and
+    `flow_sigmas`.
+    """
+    rows, columns = latent_shape(pipe, height, width)[-2:]
+    tokens = (rows // 2) * (columns // 2)
+    return scheduler_sigmas(pipe.scheduler, steps, tokens=tokens, even=family_of(pipe).even)
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """The pictures of latents: numbers in [0, 1], (batch, 3, height, width), Wan's with frames.
+
+    The VAE decodes ``latents / scaling_factor + shift_factor``, or, where it knows the mean and the
+    deviation of each channel, ``latents · std / scaling_factor + mean``. One in float16 that would
+    overflow (SDXL's, ``force_upcast``) does so in float32.
+    """
+    vae, config = pipe.vae, pipe.vae.config
+    upcast = vae.dtype == torch.float16 and config.get("force_upcast", False)
+    pictures_only = family_of(pipe).video and latents.ndim == 4
+    z = latents.to(pipe._execution_device, torch.float32)
+    z = z.unsqueeze(2) if pictures_only else z
+    factor, mean, std = (config.get(f) for f in ("scaling_factor", "latents_mean", "latents_std"))
+    z = z / (1.0 if factor is None else factor)
+    if mean is not None and std is not None:
+        over_channels = (1, -1, *[1] * (z.ndim - 2))
+        z = z * z.new_tensor(std).view(over_channels) + z.new_tensor(mean).view(over_channels)
+    else:
+        z = z + (config.get("shift_factor") or 0.0)
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        pictures: Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+    finally:
+        if upcast:
+            vae.to(torch.float16)
+    pictures = pictures[:, :, 0] if pictures_only else pictures
+    return (pictures.float() / 2.0 + 0.5).clamp(0.0, 1.0)
