@@ -1,4 +1,4 @@
-"""The command line: ``kdpp solvers``, ``kdpp demo``, ``kdpp inspect``, and the lab's commands."""
+"""The command line: ``kdpp solvers``, ``kdpp demo``, ``kdpp generate``, ``kdpp inspect``, the lab's commands."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from kdpp.lab.plugins import import_file, load_entry_points, place_of
 from kdpp.solver import SOLVERS, solver_of, unknown
 
 LAB = ("train", "evaluate", "compare", "tune")
+MODULES = {name: f"kdpp.lab.{name}" for name in LAB}
+MODULES["generate"] = "kdpp.checkpoints.generate"
+"""The commands with a module of their own."""
 COMMANDS = {
     "solvers": "name the solvers, or say what one does and takes",
     "demo": "sample embedded digits, with and without a teacher",
+    "generate": "draw pictures of a model, alone or with a teacher's help",
     "inspect": "say what a checkpoint file is, and which presets fit it",
     "train": "train a teacher or a student, by the methods of the papers",
     "evaluate": "measure a model's images",
@@ -28,7 +32,7 @@ COMMANDS = {
 }
 TAKES_NO_FILES = {"demo", "inspect"}
 """The commands that need no solvers or methods of one's own."""
-KEEPS = {"train", "evaluate", "compare"}
+KEEPS = {"generate", "train", "evaluate", "compare"}
 """The commands that keep what is finished, so that the same one goes on."""
 EXPECTED = (ImportError, OSError, ValueError, ArithmeticError, MemoryError)
 """What a user can mend."""
@@ -59,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: Sequence[str]) -> None:
     command = given[0] if given else ""
     # The other commands' modules need not be imported.
-    module = import_module(f"kdpp.lab.{command}") if command in LAB else None
+    module = import_module(MODULES[command]) if command in MODULES else None
     parsers: dict[str, argparse.ArgumentParser] = {}
     settings, others = _parser(parsers, command, module).parse_known_args(given)
     if others:

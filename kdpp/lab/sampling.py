@@ -44,6 +44,7 @@ __all__ = [
     "fingerprint",
     "image_seeds",
     "levels_for",
+    "sample_seeds",
     "solver_for",
     "weights_digest",
 ]
@@ -398,18 +399,37 @@ def _read(recipe: Recipe, seeds: Sequence[int], labels: Tensor | None) -> tuple[
 def _sample(recipe: Recipe, seeds: Tensor, labels: Tensor, device: torch.device) -> Tensor:
     """The images of one batch."""
     like = torch.empty(len(seeds), *recipe.student.shape, device=device)
-    model = recipe.guided(SeededNoise(like, seeds, RENOISE))
-    solver = recipe.solver
-    noise = None if solver.noise == "none" else SeededNoise(like, seeds, SOLVER)
-    x = SeededNoise(like, seeds, INITIAL)() * recipe.levels[0]
     cond = labels.to(device)
     uncond = torch.full_like(cond, recipe.student.classes)
     extra_args = {"cond": cond, "uncond": uncond, "cond_scale": recipe.cond_scale}
-    sigmas = torch.tensor(recipe.levels, device=device)
-    with _seeded(int(seeds[0]), device):  # for what has no seeds of its own: random renoise levels
-        return kdpp.sample(
-            solver, model, x, sigmas, extra_args, None, True, noise, **recipe.options
-        ).cpu()
+    return sample_seeds(
+        recipe.guided, like, seeds, recipe.levels, extra_args, recipe.solver, recipe.options
+    ).cpu()
+
+
+def sample_seeds(
+    guided: Callable[[SeededNoise], kdpp.TeacherGuidedDenoiser],
+    like: Tensor,
+    seeds: Tensor,
+    levels: Sequence[float],
+    extra_args: dict[str, Any],
+    solver: Solver,
+    options: Mapping[str, Any],
+) -> Tensor:
+    """The latents of some seeds in one run, each from streams of its own.
+
+    Args:
+        guided: makes the model from the noise sampler that renoising takes.
+        like: of the latents' shape, (batch, …), dtype and device; its numbers are not used.
+        seeds: int64 (batch,).
+        levels, extra_args, solver, options: as in `kdpp.sample`.
+    """
+    model = guided(SeededNoise(like, seeds, RENOISE))
+    noise = None if solver.noise == "none" else SeededNoise(like, seeds, SOLVER)
+    x = SeededNoise(like, seeds, INITIAL)() * levels[0]
+    sigmas = torch.tensor(levels, device=like.device)
+    with _seeded(int(seeds[0]), like.device):  # for what has no seeds: random renoise levels
+        return kdpp.sample(solver, model, x, sigmas, extra_args, None, True, noise, **options)
 
 
 @contextmanager

@@ -1,0 +1,296 @@
+"""``kdpp generate --student MODEL --out DIR``: pictures, alone or with a teacher's help.
+
+A picture depends on its seed and the request alone, whoever draws it beside which others: every
+seed has streams of its own for the initial noise, the solver's and the renoise noise, and each
+picture is a run of its own unless ``--batch`` says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+import kdpp
+from kdpp.checkpoints.pairs import LabPair, Picture, PipelinePair, open_pair
+from kdpp.checkpoints.places import place_of
+from kdpp.checkpoints.requests import Guide, Request, png, read_png, read_texts, texts_of
+from kdpp.checkpoints.sheets import Tile, sheet
+from kdpp.lab import processes
+from kdpp.lab.console import say
+from kdpp.lab.files import make_folder, write_atomically
+from kdpp.lab.sampling import sample_seeds
+from kdpp.lab.settings import fill, read_option, read_value
+from kdpp.solver import solver_of
+
+__all__ = ["add_arguments", "run"]
+
+GUIDES: dict[Guide, str] = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
+OWN = ("options", "digests")
+"""The settings that have no flag of their name."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments: the settings of a `Request`, and which pictures."""
+    parser.description = (
+        "Draw pictures of a student, with a teacher's help if one is named. The student is a "
+        "checkpoint of the lab or a folder as diffusers saves it. A run that was stopped goes on "
+        "where it was; under `accelerate launch` the processes share the pictures."
+    )
+    for entry in fields(Request):
+        if entry.name not in OWN:
+            flag = f"--{entry.name.replace('_', '-')}"
+            parser.add_argument(flag, metavar="VALUE", help=_help(entry))
+    add = parser.add_argument
+    add("--option", action="append", default=[], metavar="NAME=VALUE",
+        help="of the sampler, such as eta=0.5; `kdpp solvers NAME` names them")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="a text file, a prompt in each line")
+    add("--seed", metavar="SEEDS", help="7, 0-99 or [3, 5] (default: 0)")
+    add("--like", type=Path, metavar="FILE.png", help="draw a picture of kdpp generate once more")
+    add("--compare", action="store_true",
+        help="draw each alone, with the teacher and with itself, and a sheet of them")  # fmt: skip
+    add("--batch", type=int, default=1,
+        help="pictures in a run; more than 1 may change their last bits (default: 1)")  # fmt: skip
+    add("--out", type=Path, required=True, help="folder for the pictures")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+
+
+def _help(entry: Any) -> str:
+    about = entry.metadata["help"]
+    return about if entry.default is None or entry.default == "" else (
+        f"{about} (default: {str(entry.default).lower()})"
+    )  # fmt: skip
+
+
+class Job(NamedTuple):
+    """A picture to be drawn, by whose help, and its file."""
+
+    picture: Picture
+    guide: Guide
+    path: Path
+
+
+class Drawn(NamedTuple):
+    """Pixels (height, width, 1 or 3), and what they cost.
+
+    ``student`` and ``teacher`` are evaluations of the networks, both halves of CFG counted.
+    """
+
+    pixels: Tensor
+    student: float
+    teacher: float
+    seconds: float
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Draw the pictures; with ``--compare`` a sheet, ``sheet.png``, too.
+
+    Raises, before any picture is drawn, ImportError where a package is missing, OSError where a
+    file cannot be read or the folder be made, ValueError for what does not fit together.
+    """
+    request, pictures, guide = wanted(arguments)
+    rank, size = processes.share()
+    device = processes.device(arguments.device)
+    with processes.single_thread() if device.type == "cpu" else nullcontext():
+        pair = open_pair(request, device)
+        if arguments.compare and request.teacher is None:
+            raise ValueError("--compare needs a teacher: --teacher MODEL")
+        guides = tuple(GUIDES) if arguments.compare else (guide,)
+        make_folder(arguments.out)
+        jobs = [
+            Job(picture, one, arguments.out / _name(picture, one if arguments.compare else None))
+            for picture in pictures
+            for one in guides
+        ]
+        mine = [job for i, job in enumerate(jobs) if i // len(guides) % size == rank]
+        costs = arguments.out / f"costs-{rank}.json"
+        draw_all(pair, mine, arguments.batch, costs, progress=rank == 0)
+    if rank == 0:
+        while not all(job.path.exists() for job in jobs):
+            time.sleep(0.1)
+        if arguments.compare:
+            content = sheet(tiles(jobs, arguments.out), len(guides))
+            write_atomically(arguments.out / "sheet.png", content)
+        say(f"wrote {len(jobs)} picture{'s' * (len(jobs) > 1)} to {arguments.out}")
+
+
+def wanted(arguments: argparse.Namespace) -> tuple[Request, list[Picture], Guide]:
+    """The request, the pictures that are to be drawn, and by whose help."""
+    given = {
+        entry.name: read_value(Request, entry.name, text)
+        for entry in fields(Request)
+        if entry.name not in OWN and (text := getattr(arguments, entry.name)) is not None
+    }
+    if arguments.option:
+        given["options"] = dict(map(read_option, arguments.option))
+    if arguments.like is not None:
+        request, seed, guide = read_png(arguments.like)
+        request = again(request, given)
+        seeds = [seed] if arguments.seed is None else read_seeds(arguments.seed)
+    else:
+        request = fill(Request, given)
+        guide = "none" if request.teacher is None and request.teacher_scale is None else "teacher"
+        guide = "self" if guide == "teacher" and request.teacher is None else guide
+        seeds = read_seeds(arguments.seed or "0")
+    if given.keys() >= {"steps", "sigmas"}:
+        raise ValueError("--steps and --sigmas say the same; give one of them")
+    if not request.student:
+        raise ValueError("which model? --student MODEL")
+    prompts: dict[int | None, str | None] = {None: request.prompt}
+    if arguments.prompts is not None:
+        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        prompts = dict(enumerate(line.strip() for line in lines if line.strip()))
+        if not prompts:
+            raise ValueError(f"{arguments.prompts} holds no prompt")
+        request = replace(request, prompt=prompts[0])
+    pictures = [
+        Picture(seed, prompt, request.label, line)
+        for line, prompt in prompts.items()
+        for seed in seeds
+    ]
+    return request, pictures, guide
+
+
+def again(request: Request, given: Mapping[str, Any]) -> Request:
+    """A picture's request with other settings, and with the places of its models.
+
+    They are those that are given, or where they were last read. With other settings than places
+    it is another picture, which may have other models.
+    """
+    places = {
+        role: place_of(request.digests.get(role, "")) or name
+        for role, name in request.places.items()
+    }
+    changed: dict[str, Any] = {**places, **given}
+    if given.keys() - {"student", "teacher"}:
+        changed["digests"] = {}
+    if given.keys() & {"steps", "sigmas", "preset"}:  # they say the levels anew
+        changed = {"steps": None, "sigmas": None, **changed}
+    return replace(request, **changed)
+
+
+def read_seeds(text: str) -> list[int]:
+    """The seeds of ``7``, ``0-99`` or ``[3, 5]``; ValueError for anything else."""
+    first, dash, last = text.partition("-")
+    try:
+        if dash:
+            seeds = list(range(int(first), int(last) + 1))
+        elif text.strip().startswith("["):
+            seeds = [int(seed) for seed in json.loads(text)]
+        else:
+            seeds = [int(text)]
+    except (ValueError, TypeError):
+        seeds = []
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
+        raise ValueError(f"--seed is {text!r}; give 7, 0-99 or [3, 5], each below 2^63")
+    return seeds
+
+
+def draw_all(
+    pair: LabPair | PipelinePair, jobs: Sequence[Job], batch: int, costs: Path, progress: bool
+) -> None:
+    """Draw and write what is not there yet; keep in ``costs`` what each file has cost."""
+    known: dict[str, Any] = json.loads(costs.read_bytes()) if costs.exists() else {}
+    with tqdm(total=len(jobs), desc="pictures", unit="picture", disable=not progress) as bar:
+        for guide in dict.fromkeys(job.guide for job in jobs):
+            own = [job for job in jobs if job.guide == guide]
+            left = [job for job in own if not is_there(pair.request, job)]
+            bar.update(len(own) - len(left))
+            for start in range(0, len(left), batch):
+                some = left[start : start + batch]
+                for job, drawn in zip(some, draw(pair, [job.picture for job in some], guide)):
+                    texts = texts_of(requested(pair.request, job), job.picture.seed, guide)
+                    write_atomically(job.path, png(drawn.pixels.squeeze(-1), texts))
+                    known[job.path.name] = drawn[1:]
+                write_atomically(costs, json.dumps(known).encode())
+                bar.update(len(some))
+
+
+def requested(request: Request, job: Job) -> Request:
+    """The request of one picture: with its own prompt and label."""
+    return replace(request, prompt=job.picture.prompt, label=job.picture.label)
+
+
+def is_there(request: Request, job: Job) -> bool:
+    """Whether the picture's file was drawn by this very request."""
+    if not job.path.exists():
+        return False
+    if read_texts(job.path) != texts_of(requested(request, job), job.picture.seed, job.guide):
+        raise ValueError(f"{job.path} is a picture of other settings; name another folder")
+    return True
+
+
+def draw(pair: LabPair | PipelinePair, pictures: Sequence[Picture], guide: Guide) -> list[Drawn]:
+    """The pictures of a batch."""
+    request = pair.request
+    assert request.sampler is not None and request.sigmas is not None
+    like = torch.empty(len(pictures), *pair.shape, device=pair.device)
+    seeds = torch.tensor([picture.seed for picture in pictures])
+    teacher = pair.teacher if guide == "teacher" else pair.student
+    guidance = {"teacher_steps": 0} if guide == "none" else request.guidance
+    if guide == "self":
+        guidance = {**guidance, "teacher_cfg_scale": request.cond_scale}
+
+    def guided(noise: Any) -> kdpp.TeacherGuidedDenoiser:
+        return kdpp.TeacherGuidedDenoiser(
+            pair.student, teacher, renoise_noise_sampler=noise, **guidance
+        )
+
+    solver, _ = solver_of(request.sampler)
+    extra_args = pair.extra_args(pictures)
+    with torch.no_grad(), counted(pair.networks) as counts:
+        start = time.perf_counter()
+        latents = sample_seeds(
+            guided, like, seeds, request.sigmas, extra_args, solver, request.options
+        )
+        pixels = pair.pixels(latents)
+        seconds = (time.perf_counter() - start) / len(pictures)
+    student, asked = (count / len(pictures) for count in counts)
+    return [Drawn(one, student, asked, seconds) for one in pixels]
+
+
+@contextmanager
+def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """[evaluations of the student's network, of the teacher's], counted up inside."""
+    counts = [0, 0]
+
+    def count(place: int, network: nn.Module, inputs: tuple[Any, ...]) -> None:
+        counts[place] += len(inputs[0])
+
+    different = dict.fromkeys(networks)  # one network in both roles counts as the student's
+    hooks = [one.register_forward_pre_hook(partial(count, i)) for i, one in enumerate(different)]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tiles(jobs: Sequence[Job], out: Path) -> list[Tile]:
+    """The pictures of a sheet, with what each has cost."""
+    costs: dict[str, Any] = {}
+    for path in out.glob("costs-*.json"):
+        costs |= json.loads(path.read_bytes())
+    made = []
+    for job in jobs:
+        student, teacher, seconds = costs.get(job.path.name, (0, 0, 0.0))
+        evaluations = f"{student:g} + {teacher:g}" if teacher else f"{student:g}"
+        title = f"seed {job.picture.seed}, {GUIDES[job.guide]}"
+        made.append(Tile(job.path, title, f"{evaluations} evaluations, {seconds:.2g} s"))
+    return made
+
+
+def _name(picture: Picture, guide: Guide | None) -> str:
+    """A picture's file: the line of its prompt, its seed, its guide."""
+    line = "" if picture.line is None else f"{picture.line:05}-"
+    return f"{line}{picture.seed:05}{f'-{guide}' if guide else ''}.png"

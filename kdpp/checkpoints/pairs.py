@@ -1,0 +1,286 @@
+"""A student and its teacher, loaded for a request: of the lab, or two pipelines of diffusers.
+
+A pair fills in what the request leaves open, and makes the conditions and the pixels of pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdpp.checkpoints.networks import Network
+from kdpp.checkpoints.pipelines import (
+    check_alike,
+    decode,
+    denoiser_of,
+    encode,
+    latent_shape,
+    network_of,
+    pipeline_sigmas,
+)
+from kdpp.checkpoints.places import remember
+from kdpp.checkpoints.presets import PRESETS, Preset, named
+from kdpp.checkpoints.requests import Request
+from kdpp.lab.models import Model, load_model
+from kdpp.lab.sampling import Recipe, denoiser_for, levels_for, solver_for, weights_digest
+from kdpp.memory import without_adapters
+from kdpp.solver import unknown
+
+__all__ = ["LabPair", "Picture", "PipelinePair", "open_pair"]
+
+INDEX = "model_index.json"
+"""The file by which a folder of diffusers is known."""
+
+
+class Picture(NamedTuple):
+    """Which picture: its seed, and what it shows."""
+
+    seed: int
+    prompt: str | None = None
+    label: int | None = None
+    line: int | None = None
+    """Of a file of prompts, from 0."""
+
+
+def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
+    """Load what the request names.
+
+    Raises OSError for files that are not there, ValueError or TypeError for what these models
+    cannot do, or for weights that are not those that the request was made with (`digests`).
+    """
+    folder = (Path(request.student) / INDEX).is_file()
+    pair = PipelinePair(request, device) if folder else LabPair(request, device)
+    found = pair.request.digests
+    for role, name in request.places.items():
+        if request.digests.get(role, found[role]) != found[role]:
+            raise ValueError(
+                f"{name} is not the {role} that the picture was made with: its weights have the "
+                f"digest {found[role]}, and the picture's {request.digests[role]}"
+            )
+    remember({found[role]: name for role, name in request.places.items() if Path(name).exists()})
+    return pair
+
+
+class LabPair:
+    """Models of the lab (`kdpp.lab.models.load_model`), which draw classes.
+
+    Attributes:
+        request: with nothing left open.
+        student, teacher: denoisers; without a teacher both are the student.
+        shape: of one latent.
+    """
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        for name in ("prompt", "negative", "preset"):
+            if getattr(request, name) is not None:
+                raise ValueError(f"a model of the lab takes no {name}; it draws a class: --label N")
+        if request.dtype != "float32":
+            raise ValueError("models of the lab are float32; leave --dtype out")
+        model = load_model(request.student, device)
+        teacher = None if request.teacher is None else load_model(request.teacher, device)
+        if len(model.shape) != 3 or model.shape[0] not in (1, 3) or not model.card.data.bounded:
+            raise ValueError(
+                f"{request.student} does not make pictures but data of shape {list(model.shape)}"
+            )
+        side = (request.height or model.shape[1], request.width or model.shape[2])
+        if side != model.shape[1:]:
+            raise ValueError(f"{request.student} draws {model.shape[2]} x {model.shape[1]} pixels")
+        if request.label is not None and not 0 <= request.label < model.classes:
+            raise ValueError(f"label is {request.label}; it must be in 0 … {model.classes - 1}")
+        levels = request.sigmas or levels_for(model, request.steps)
+        plain = teacher is None or teacher.card.guidance is None
+        self.request = replace(
+            _guided(request, 0.1, 1, 2.0 if plain else 1.0),
+            sampler=request.sampler or model.sampler,
+            sigmas=levels,
+            steps=len(levels) - 1,
+            cond_scale=1.0 if request.cond_scale is None else request.cond_scale,
+            width=model.shape[2],
+            height=model.shape[1],
+            digests={"student": weights_digest(model)}
+            | ({"teacher": weights_digest(teacher)} if teacher else {}),
+        )
+        self._check(model, teacher)
+        steps = len(levels) - 1
+        self.student = denoiser_for(model, steps)
+        self.teacher = denoiser_for(teacher or model, steps)
+        self.networks = (model.network, (teacher or model).network)
+        self.shape, self.classes, self.device = model.shape, model.classes, device
+
+    def _check(self, model: Model, teacher: Model | None) -> None:
+        """ValueError for what a recipe of these models cannot be."""
+        request = self.request
+        guidance = request.guidance if teacher else {}
+        assert request.sampler and request.sigmas and request.cond_scale is not None
+        Recipe(
+            model, teacher, request.sampler, request.sigmas, request.cond_scale, guidance,
+            request.options,
+        )  # fmt: skip
+
+    def extra_args(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """Labels as ``cond``, "no label" as ``uncond``."""
+        labels = [p.seed % self.classes if p.label is None else p.label for p in pictures]
+        cond = torch.tensor(labels, device=self.device)
+        uncond = torch.full_like(cond, self.classes)
+        return {"cond": cond, "uncond": uncond, "cond_scale": self.request.cond_scale}
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """uint8 (batch, height, width, channels), on the CPU."""
+        return _pixels(latents / 2.0 + 0.5)
+
+
+class PipelinePair:
+    """Two pipelines of diffusers, from folders; the attributes are `LabPair`'s.
+
+    The teacher's text encoders and VAE are not loaded: the student's serve both. Without a teacher
+    the student stands in its place, without its LoRAs if it has some.
+    """
+
+    def __init__(self, request: Request, device: torch.device) -> None:
+        if request.label is not None:
+            raise ValueError("these models take a prompt and no label")
+        if request.prompt is None:
+            raise ValueError("say what the picture shows: --prompt TEXT")
+        preset = preset_of(request)
+        dtype = getattr(torch, request.dtype)
+        self.pipe = pipe = load_pipeline(request.student, dtype, device)
+        self.student = denoiser_of(pipe)
+        if request.teacher is not None:
+            parts = [name for name in pipe.components if name.startswith(("text_", "tokenizer"))]
+            without = dict.fromkeys([*parts, "vae", "image_encoder", "safety_checker"])
+            teacher = load_pipeline(request.teacher, dtype, device, without)
+            check_alike(pipe, teacher)
+            self.teacher = denoiser_of(teacher)
+        elif getattr(network_of(pipe), "peft_config", None):
+            self.teacher = without_adapters(denoiser_of(pipe, lcm=False))
+        else:
+            self.teacher = self.student
+        self.networks = tuple(_asked(one) for one in (self.student, self.teacher))
+        height, width = self._size(request)
+        steps = request.steps if preset is None else request.steps or preset.steps[0]
+        levels = request.sigmas
+        if levels is None and preset is not None:
+            levels = preset.sigmas(steps, (height, width))
+        elif levels is None:
+            if steps is None:
+                raise ValueError("say how the student is sampled: --preset NAME, or --steps N")
+            levels = tuple(pipeline_sigmas(pipe, steps, height, width).tolist())
+        scale = preset.cond_scale if preset else 1.0
+        lcm = type(pipe.scheduler).__name__ == "LCMScheduler"
+        self.request = replace(
+            _guided(
+                request,
+                preset.teacher_scale if preset else 0.1,
+                preset.teacher_steps if preset else 1,
+                preset.teacher_cfg_scale if preset else 7.5,
+            ),
+            preset=preset.name if preset else None,
+            sampler=request.sampler or (preset.sampler if preset else "lcm" if lcm else "euler"),
+            sigmas=levels,
+            steps=len(levels) - 1,
+            cond_scale=scale if request.cond_scale is None else request.cond_scale,
+            width=width,
+            height=height,
+            digests={role: folder_digest(Path(name)) for role, name in request.places.items()},
+        )
+        assert self.request.sampler is not None
+        solver_for(self.request.sampler)
+        self.shape, self.device = latent_shape(pipe, height, width), device
+        self._texts = lru_cache(maxsize=8)(self._encoded)
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        """(height, width) of the pictures; by default those of the model's training."""
+        side = getattr(self.pipe, "default_sample_size", None) or getattr(
+            network_of(self.pipe).config, "sample_size", None
+        )
+        if not isinstance(side, int) and None in (request.height, request.width):
+            raise ValueError("say the size of the pictures: --width and --height")
+        pixels = side * self.pipe.vae_scale_factor if isinstance(side, int) else 0
+        return request.height or pixels, request.width or pixels
+
+    def _encoded(self, prompts: tuple[str, ...]) -> dict[str, Any]:
+        request = self.request
+        sizes = {"height": request.height, "width": request.width}
+        return encode(self.pipe, list(prompts), request.negative, **sizes)
+
+    def extra_args(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """The prompts, encoded, as ``cond``; the negative prompt as ``uncond``."""
+        texts = self._texts(tuple(p.prompt or "" for p in pictures))
+        return {**texts, "cond_scale": self.request.cond_scale}
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """uint8 (batch, height, width, 3), on the CPU."""
+        return _pixels(decode(self.pipe, latents))
+
+
+def preset_of(request: Request) -> Preset | None:
+    """The preset that the request names; else the one that the student's name tells of."""
+    if request.preset is not None:
+        if request.preset not in PRESETS:
+            raise ValueError(unknown("preset", request.preset, PRESETS))
+        return PRESETS[request.preset]
+    from kdpp.checkpoints.files import inspect
+
+    return None if request.sigmas or request.steps else named(inspect(request.student))
+
+
+def load_pipeline(
+    folder: str, dtype: torch.dtype, device: torch.device, without: dict[str, None] | None = None
+) -> Any:
+    """A pipeline from a folder as diffusers saves it, from safetensors and no network."""
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ImportError(
+            'pipelines need diffusers: pip install "kdpp[diffusers]" transformers'
+        ) from error
+    if not (Path(folder) / INDEX).is_file():
+        raise FileNotFoundError(f"there is no {INDEX} in {folder}; give a folder of diffusers")
+    load: Any = diffusers.DiffusionPipeline.from_pretrained
+    new = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
+    given = {"dtype" if new else "torch_dtype": dtype, **(without or {})}
+    pipe = load(folder, local_files_only=True, use_safetensors=True, **given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def folder_digest(folder: Path) -> str:
+    """A digest of the content of a folder's weights and settings."""
+    blake = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".json", ".txt"):
+            blake.update(str(path.relative_to(folder)).encode())
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    blake.update(block)
+    return blake.hexdigest()
+
+
+def _guided(request: Request, scale: float, steps: int, cfg_scale: float) -> Request:
+    """The request with these settings of guidance where it has none."""
+    return replace(
+        request,
+        teacher_scale=scale if request.teacher_scale is None else request.teacher_scale,
+        teacher_steps=steps if request.teacher_steps is None else request.teacher_steps,
+        teacher_cfg_scale=(
+            cfg_scale if request.teacher_cfg_scale is None else request.teacher_cfg_scale
+        ),
+    )
+
+
+def _asked(denoiser: nn.Module) -> nn.Module:
+    """The network inside a denoiser, whose calls are its evaluations."""
+    return next(module for module in denoiser.modules() if isinstance(module, Network))
+
+
+def _pixels(pictures: Tensor) -> Tensor:
+    """Numbers in [0, 1], (batch, channels, height, width), as uint8 with the channels last."""
+    pixels = pictures.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu()

@@ -1,0 +1,278 @@
+"""``kdpp generate``: pictures from the command line, of lab models and of pipelines."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("sklearn")
+
+from kdpp.checkpoints import places
+from kdpp.checkpoints.pairs import load_pipeline
+from kdpp.checkpoints.pipelines import latent_shape, network_of
+from kdpp.checkpoints.requests import read_texts
+from kdpp.cli import main
+from kdpp.lab.models import load_model, save_model
+from kdpp.lab.sampling import INITIAL, Recipe, draw, levels_for
+from kdpp.noise import SeededNoise
+
+LAB = ("--student", "digits:student", "--teacher", "digits:teacher")
+
+
+@pytest.fixture(autouse=True)
+def notes(tmp_path, monkeypatch):
+    """Notes of places that are the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def run(out, *words):
+    """The command's exit status."""
+    return main(["generate", *map(str, words), "--out", str(out)])
+
+
+def pictures(folder):
+    """The bytes of every picture, by its name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!s]*.png"))}
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return torch.tensor(list(image.tobytes()))
+
+
+# The lab's models ---------------------------------------------------------------------------------
+
+
+def test_a_lab_models_pictures_are_its_images(tmp_path):
+    """Those that `draw` makes of the same seeds, as pixels."""
+    assert run(tmp_path, *LAB, "--seed", "3-5", "--teacher-scale", 0.5, "--label", 4) == 0
+    student, teacher = map(load_model, (LAB[1], LAB[3]))
+    guidance = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0}
+    recipe = Recipe(student, teacher, "lcm", levels_for(student), guidance=guidance)
+    x = draw(recipe, [3, 4, 5], torch.tensor([4, 4, 4]), chunk=1).x
+    wanted = x.div(2).add(0.5).clamp(0, 1).mul(255).round().long().flatten(1)
+    assert sorted(pictures(tmp_path)) == ["00003.png", "00004.png", "00005.png"]
+    for seed, expected in zip((3, 4, 5), wanted):
+        assert torch.equal(pixels(tmp_path / f"{seed:05}.png").long(), expected)
+
+
+def test_a_picture_depends_on_its_seed_and_the_request_alone(tmp_path):
+    """Four in one run are four runs, bit for bit; without a label a seed has its own class."""
+    assert run(tmp_path / "four", *LAB, "--seed", "0-3") == 0
+    for seed in range(4):
+        assert run(tmp_path / "one", *LAB, "--seed", seed) == 0
+    assert len(pictures(tmp_path / "four")) == 4
+    assert pictures(tmp_path / "four") == pictures(tmp_path / "one")
+    assert run(tmp_path / "three", *LAB, "--seed", "3", "--label", 3) == 0
+    same, seven = (pixels(tmp_path / name / "00003.png") for name in ("one", "three"))
+    assert torch.equal(same, seven)
+    assert run(tmp_path / "batch", *LAB, "--seed", "0-3", "--batch", 4) == 0
+    for name in pictures(tmp_path / "batch"):
+        apart = pixels(tmp_path / "batch" / name).int() - pixels(tmp_path / "one" / name).int()
+        assert apart.abs().max() <= 1
+
+
+def test_like_draws_the_same_file_again(tmp_path):
+    """With every setting, bit for bit, and no other argument."""
+    settings = (*LAB, "--sampler", "euler_ancestral", "--option", "eta=0.7", "--steps", 5,
+                "--teacher-steps", "[0, 2]", "--renoise", "random", "--seed", 11)  # fmt: skip
+    assert run(tmp_path / "a", *settings) == 0
+    assert run(tmp_path / "b", "--like", tmp_path / "a" / "00011.png") == 0
+    assert pictures(tmp_path / "a") == pictures(tmp_path / "b") != {}
+    assert run(tmp_path / "c", "--like", tmp_path / "a" / "00011.png", "--steps", 4) == 0
+    assert pictures(tmp_path / "c") != pictures(tmp_path / "a")
+
+
+def test_like_finds_a_file_by_what_it_holds(tmp_path, capsys):
+    """A picture names no folder; another model in its place is refused."""
+    model = load_model("digits:student")
+    (tmp_path / "secret").mkdir()
+    file = tmp_path / "secret" / "mine.safetensors"
+    save_model(file, model.network, model.card)
+    assert run(tmp_path / "a", "--student", file, "--seed", 2) == 0
+    picture = tmp_path / "a" / "00002.png"
+    assert b"secret" not in picture.read_bytes()
+    assert run(tmp_path / "b", "--like", picture) == 0
+    moved = shutil.move(file, tmp_path / "elsewhere.safetensors")
+    capsys.readouterr()
+    assert run(tmp_path / "c", "--like", picture) == 1
+    assert "mine.safetensors" in capsys.readouterr().err
+    shutil.copy(moved, tmp_path / "mine.safetensors")
+    assert run(tmp_path / "d", "--like", picture, "--student", tmp_path / "mine.safetensors") == 0
+    assert pictures(tmp_path / "b") == pictures(tmp_path / "d") == pictures(tmp_path / "a")
+    assert run(tmp_path / "e", "--like", picture, "--student", "digits:teacher") == 1
+    assert "is not the student that the picture was made with" in capsys.readouterr().err
+
+
+def test_places_that_cannot_be_noted_are_no_failure(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    places.remember({"digest": str(tmp_path)})
+    assert places.place_of("digest") is None
+    assert run(tmp_path / "a", "--student", "digits:student") == 0
+
+
+def test_compare_draws_three_ways_and_a_sheet(tmp_path):
+    """Alone, with the teacher, with itself: three different pictures of one seed."""
+    assert run(tmp_path, *LAB, "--compare", "--seed", "0-1", "--teacher-scale", 0.5) == 0
+    made = pictures(tmp_path)
+    assert sorted(made) == [f"0000{i}-{guide}.png" for i in (0, 1)
+                            for guide in ("none", "self", "teacher")]  # fmt: skip
+    assert len({bytes(pixels(tmp_path / name).tolist()) for name in made}) == 6
+    assert run(tmp_path / "alone", "--student", "digits:student") == 0
+    alone = pixels(tmp_path / "alone" / "00000.png")
+    assert torch.equal(pixels(tmp_path / "00000-none.png"), alone)
+    costs = json.loads((tmp_path / "costs-0.json").read_text())
+    assert {name[6:-4]: cost[:2] for name, cost in costs.items() if name.startswith("00000")} == {
+        "none": [4, 0], "teacher": [4, 2], "self": [5, 0],
+    }  # fmt: skip
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width == 3 * 216 + 16 and sheet.height == 2 * 256 + 16
+
+
+def test_a_run_goes_on_where_it_was_and_keeps_other_pictures(tmp_path, capsys):
+    """What is there is not drawn again; a picture of other settings is not replaced."""
+    assert run(tmp_path, *LAB, "--seed", "0-1") == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    assert run(tmp_path, *LAB, "--seed", "0-3") == 0
+    assert len(pictures(tmp_path)) == 4
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert run(tmp_path, *LAB, "--seed", "0-1", "--teacher-scale", 0.3) == 1
+    assert "is a picture of other settings; name another folder" in capsys.readouterr().err
+
+
+def test_the_settings_are_there_as_web_uis_read_them(tmp_path):
+    assert run(tmp_path, *LAB, "--seed", 7, "--teacher-steps", "[0, 2]") == 0
+    last = read_texts(tmp_path / "00007.png")["parameters"].splitlines()[-1]
+    values = dict(part.split(": ", 1) for part in last.split(", ") if ": " in part)
+    assert values["Steps"] == "4" and values["Sampler"] == "lcm" and values["Seed"] == "7"
+    assert values["Size"] == "8x8" and values["Model"] == '"digits:student"'
+    assert 'kdpp teacher steps: "(0, 2)"' in last
+
+
+def test_two_processes_draw_what_one_does(tmp_path):
+    """Each its share of the pictures, into one folder."""
+    words = ["generate", *LAB, "--seed", "0-4", "--compare"]
+    assert run(tmp_path / "one", *words[1:]) == 0
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "kdpp", *words, "--out", str(tmp_path / "two")],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
+    assert len(list((tmp_path / "two").glob("costs-*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "which model? --student MODEL"),
+        ((*LAB, "--seed", "9-3"), "--seed is '9-3'; give 7, 0-99 or [3, 5]"),
+        ((*LAB, "--seed", "-1"), "--seed is '-1'"),
+        ((*LAB, "--label", 10), "label is 10; it must be in 0 … 9"),
+        ((*LAB, "--prompt", "a boat"), "takes no prompt; it draws a class: --label N"),
+        ((*LAB, "--width", 16), "digits:student draws 8 x 8 pixels"),
+        ((*LAB, "--teacher-scale", 2), "teacher_scale"),
+        ((*LAB, "--sampler", "oiler"), "did you mean 'euler'"),
+        ((*LAB, "--dtype", "float16"), "models of the lab are float32"),
+        (("--student", "digits:student", "--compare"), "--compare needs a teacher"),
+        (("--student", "nowhere.safetensors"), "nowhere.safetensors"),
+        ((*LAB, "--steps", 2, "--sigmas", "[2, 1, 0]"), "give one of them"),
+        (("--like", "nothing.png"), "nothing.png"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_before_any_work(words, sentence, capsys, tmp_path):
+    assert run(tmp_path / "out", *words) == 1
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("kdpp: ")]
+    assert sentence in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_without_settings_is_refused(tmp_path, capsys):
+    Image.new("L", (8, 8)).save(tmp_path / "bare.png")
+    (tmp_path / "text.png").write_text("no picture")
+    for name, sentence in (("bare", "does not say how it was made"), ("text", "is not a picture")):
+        assert run(tmp_path / "out", "--like", tmp_path / f"{name}.png") == 1
+        assert sentence in capsys.readouterr().err
+
+
+# Pipelines of diffusers ---------------------------------------------------------------------------
+
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
+tiny = pytest.importorskip("tiny_pipelines", reason="needs diffusers and transformers")
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl", "sd3", "flux"])
+def folders(request, tmp_path_factory):
+    """A student's and a teacher's folder, as diffusers saves them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    for role, seed in (("student", 0), ("teacher", 7)):
+        pipe = getattr(tiny, request.param)()
+        tiny.tiny(network_of(pipe), seed=seed)
+        pipe.save_pretrained(folder / role)
+    return folder
+
+
+def pair(folders):
+    return ("--student", folders / "student", "--teacher", folders / "teacher", "--steps", 2,
+            "--prompt", "a red boat", "--width", 24, "--height", 16)  # fmt: skip
+
+
+def test_a_pipelines_pictures(folders, tmp_path):
+    """In its size; like those of its own pipeline; the teacher is felt, and `--like` repeats it."""
+    assert run(tmp_path / "a", *pair(folders), "--compare", "--teacher-scale", 0.5) == 0
+    made = {name: pixels(tmp_path / "a" / f"00000-{name}.png") for name in ("none", "teacher")}
+    with Image.open(tmp_path / "a" / "00000-none.png") as image:
+        assert image.size == (24, 16) and image.mode == "RGB"
+    assert not torch.equal(*made.values())
+    pipe = load_pipeline(str(folders / "student"), torch.float32, torch.device("cpu"))
+    shape = latent_shape(pipe, 16, 24)
+    like = torch.empty(1, *shape)
+    noise = SeededNoise(like, torch.tensor([0]), INITIAL)()
+    packed = isinstance(pipe, diffusers.FluxPipeline)
+    own = pipe("a red boat", height=16, width=24, num_inference_steps=2, output_type="pt",
+               guidance_scale=1.0, return_dict=False,
+               latents=pipe._pack_latents(noise, *noise.shape) if packed else noise)[0]  # fmt: skip
+    wanted = own.clamp(0, 1).mul(255).round()[0].permute(1, 2, 0).flatten()
+    assert (made["none"] - wanted).abs().max() <= 1
+    assert run(tmp_path / "b", "--like", tmp_path / "a" / "00000-teacher.png") == 0
+    (again,) = pictures(tmp_path / "b").values()
+    assert again == (tmp_path / "a" / "00000-teacher.png").read_bytes()
+
+
+def test_prompts_from_a_file(folders, tmp_path):
+    """A picture for every prompt and seed; each is the one of its prompt alone."""
+    (tmp_path / "prompts.txt").write_text("a red boat\n\nthe green hill\n")
+    words = [*pair(folders), "--seed", "4-5"]
+    del words[words.index("--prompt") : words.index("--prompt") + 2]
+    assert run(tmp_path / "all", *words, "--prompts", tmp_path / "prompts.txt") == 0
+    names = sorted(pictures(tmp_path / "all"))
+    assert names == ["00000-00004.png", "00000-00005.png", "00001-00004.png", "00001-00005.png"]
+    assert run(tmp_path / "one", *words, "--prompt", "the green hill") == 0
+    same = (tmp_path / "one" / "00005.png").read_bytes()
+    assert (tmp_path / "all" / "00001-00005.png").read_bytes() == same
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--label", 3), "take a prompt and no label"),
+        (("--width", 25), "width is 25; it must be a multiple of"),
+        (("--preset", "nothing"), "unknown preset 'nothing'"),
+        (("--teacher", "digits:teacher"), "there is no model_index.json in digits:teacher"),
+    ],
+)
+def test_what_a_pipeline_cannot_is_said(folders, words, sentence, tmp_path, capsys):
+    assert run(tmp_path / "out", *pair(folders), *words) == 1
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
