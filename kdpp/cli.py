@@ -1,4 +1,4 @@
-"""The command line: ``kdpp solvers``, ``kdpp demo``, ``kdpp generate``, ``kdpp inspect``, the lab's commands."""
+"""The command line of kdpp: demo, solvers, checkpoints, and the lab."""
 
 from __future__ import annotations
 
