@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 import kdpp
-from kdpp.cli import LAB, main
+from kdpp.cli import MODULES, main
 from kdpp.lab import bench, evaluate, plugins, tune
 from kdpp.lab.models import load_model
 from kdpp.lab.spec import cells_of
@@ -77,7 +77,7 @@ def test_solvers(capsys):
     assert "did you mean 'euler'" in refused(capsys, "solvers", "eulr")
 
 
-@pytest.mark.parametrize("command", ["solvers", *LAB])
+@pytest.mark.parametrize("command", ["solvers", *MODULES])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

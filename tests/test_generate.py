@@ -1,5 +1,6 @@
 """``kdpp generate``: pictures from the command line, of lab models and of pipelines."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ pytest.importorskip("sklearn")
 from kdpp.checkpoints import places
 from kdpp.checkpoints.pairs import load_pipeline
 from kdpp.checkpoints.pipelines import latent_shape, network_of
-from kdpp.checkpoints.requests import read_texts
+from kdpp.checkpoints.presets import PRESETS
+from kdpp.checkpoints.requests import read_png, read_texts
 from kdpp.cli import main
 from kdpp.lab.models import load_model, save_model
 from kdpp.lab.sampling import INITIAL, Recipe, draw, levels_for
@@ -198,6 +200,17 @@ def test_what_cannot_be_drawn_is_said_before_any_work(words, sentence, capsys, t
     assert not (tmp_path / "out").exists()
 
 
+def test_levels_that_the_student_was_not_trained_on_are_remarked(tmp_path, capsys):
+    """Of a lab model that knows its own."""
+    model = load_model("digits:student")
+    card = dataclasses.replace(model.card, levels=(14.6, 1.6, 0.6, 0.0))
+    save_model(tmp_path / "own.safetensors", model.network, card)
+    assert run(tmp_path / "a", "--student", tmp_path / "own.safetensors") == 0
+    assert "trained for" not in capsys.readouterr().err
+    assert run(tmp_path / "b", "--student", tmp_path / "own.safetensors", "--steps", 5) == 0
+    assert "own.safetensors was trained for the levels 14.6, 1.6, 0.6, 0" in capsys.readouterr().err
+
+
 def test_a_picture_without_settings_is_refused(tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "bare.png")
     (tmp_path / "text.png").write_text("no picture")
@@ -235,7 +248,7 @@ def test_a_pipelines_pictures(folders, tmp_path):
     with Image.open(tmp_path / "a" / "00000-none.png") as image:
         assert image.size == (24, 16) and image.mode == "RGB"
     assert not torch.equal(*made.values())
-    pipe = load_pipeline(str(folders / "student"), torch.float32, torch.device("cpu"))
+    pipe = load_pipeline(str(folders / "student"), "float32", torch.device("cpu"))
     shape = latent_shape(pipe, 16, 24)
     like = torch.empty(1, *shape)
     noise = SeededNoise(like, torch.tensor([0]), INITIAL)()
@@ -261,6 +274,33 @@ def test_prompts_from_a_file(folders, tmp_path):
     assert run(tmp_path / "one", *words, "--prompt", "the green hill") == 0
     same = (tmp_path / "one" / "00005.png").read_bytes()
     assert (tmp_path / "all" / "00001-00005.png").read_bytes() == same
+
+
+def test_a_preset_says_how_its_student_is_sampled(tmp_path, capsys):
+    """Levels, sampler and the teacher's share; other levels of a named student get a remark."""
+    tiny.sd().save_pretrained(tmp_path / "student")
+    words = ["--student", tmp_path / "student", "--prompt", "a red boat", "--preset", "sd-turbo"]
+    assert run(tmp_path / "a", *words, "--teacher", tmp_path / "student") == 0
+    found, _, _ = read_png(tmp_path / "a" / "00000.png")
+    preset = PRESETS["sd-turbo"]
+    assert found.sigmas == preset.sigmas() and found.sampler == preset.sampler
+    assert (found.teacher_scale, found.teacher_cfg_scale) == (0.1, 7.5)
+    assert "was trained for the levels" not in capsys.readouterr().err
+    assert run(tmp_path / "b", *words, "--sigmas", "[14, 7, 1, 0]") == 0
+    assert "sd-turbo was trained for the levels" in capsys.readouterr().err
+    assert run(tmp_path / "c", *words, "--steps", 5) == 1
+    assert "sd-turbo was made for 1 or 2 or 3 or 4 steps, not 5" in capsys.readouterr().err
+    assert run(tmp_path / "d", *words[:-1], "flux-schnell") == 1
+    assert "the preset flux-schnell is for a flow model" in capsys.readouterr().err
+    assert run(tmp_path / "e", *words[:-2]) == 1
+    assert "say how the student is sampled: --preset NAME, or --steps N" in capsys.readouterr().err
+
+
+def test_videos_are_not_drawn(tmp_path, capsys):
+    tiny.wan().save_pretrained(tmp_path / "wan")
+    size = ("--width", 32, "--height", 32, "--steps", 2)
+    assert run(tmp_path / "out", "--student", tmp_path / "wan", "--prompt", "a boat", *size) == 1
+    assert "makes videos; kdpp generate draws pictures alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

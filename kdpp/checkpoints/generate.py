@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -105,6 +106,8 @@ def run(arguments: argparse.Namespace) -> None:
         pair = open_pair(request, device)
         if arguments.compare and request.teacher is None:
             raise ValueError("--compare needs a teacher: --teacher MODEL")
+        for remark in pair.remarks if rank == 0 else ():
+            print(f"kdpp: {remark}", file=sys.stderr)
         guides = tuple(GUIDES) if arguments.compare else (guide,)
         make_folder(arguments.out)
         jobs = [

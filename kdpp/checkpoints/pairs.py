@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdpp.checkpoints.files import inspect
 from kdpp.checkpoints.networks import Network
 from kdpp.checkpoints.pipelines import (
     check_alike,
@@ -26,11 +27,13 @@ from kdpp.checkpoints.pipelines import (
     pipeline_sigmas,
 )
 from kdpp.checkpoints.places import remember
-from kdpp.checkpoints.presets import PRESETS, Preset, named
+from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
 from kdpp.checkpoints.requests import Request
+from kdpp.kinds import is_flow
 from kdpp.lab.models import Model, load_model
 from kdpp.lab.sampling import Recipe, denoiser_for, levels_for, solver_for, weights_digest
 from kdpp.memory import without_adapters
+from kdpp.models import LCMDenoiser
 from kdpp.solver import unknown
 
 __all__ = ["LabPair", "Picture", "PipelinePair", "open_pair"]
@@ -75,6 +78,7 @@ class LabPair:
         request: with nothing left open.
         student, teacher: denoisers; without a teacher both are the student.
         shape: of one latent.
+        remarks: what the user must know, such as levels that the student was not trained for.
     """
 
     def __init__(self, request: Request, device: torch.device) -> None:
@@ -113,6 +117,9 @@ class LabPair:
         self.teacher = denoiser_for(teacher or model, steps)
         self.networks = (model.network, (teacher or model).network)
         self.shape, self.classes, self.device = model.shape, model.classes, device
+        own = model.levels
+        wrong = own and check_levels(request.student, [own], levels)
+        self.remarks = [wrong] if wrong else []
 
     def _check(self, model: Model, teacher: Model | None) -> None:
         """ValueError for what a recipe of these models cannot be."""
@@ -149,38 +156,24 @@ class PipelinePair:
         if request.prompt is None:
             raise ValueError("say what the picture shows: --prompt TEXT")
         preset = preset_of(request)
-        dtype = getattr(torch, request.dtype)
-        self.pipe = pipe = load_pipeline(request.student, dtype, device)
-        self.student = denoiser_of(pipe)
-        if request.teacher is not None:
-            parts = [name for name in pipe.components if name.startswith(("text_", "tokenizer"))]
-            without = dict.fromkeys([*parts, "vae", "image_encoder", "safety_checker"])
-            teacher = load_pipeline(request.teacher, dtype, device, without)
-            check_alike(pipe, teacher)
-            self.teacher = denoiser_of(teacher)
-        elif getattr(network_of(pipe), "peft_config", None):
-            self.teacher = without_adapters(denoiser_of(pipe, lcm=False))
-        else:
-            self.teacher = self.student
+        self.pipe = pipe = load_pipeline(request.student, request.dtype, device)
+        self.student = denoiser_of(pipe, lcm=preset.boundary_scalings if preset else None)
+        self.teacher = self._teacher(request.teacher, request.dtype, device)
         self.networks = tuple(_asked(one) for one in (self.student, self.teacher))
-        height, width = self._size(request)
-        steps = request.steps if preset is None else request.steps or preset.steps[0]
-        levels = request.sigmas
-        if levels is None and preset is not None:
-            levels = preset.sigmas(steps, (height, width))
-        elif levels is None:
-            if steps is None:
-                raise ValueError("say how the student is sampled: --preset NAME, or --steps N")
-            levels = tuple(pipeline_sigmas(pipe, steps, height, width).tolist())
+        height, width = size = self._size(request)
+        self.shape, self.device = latent_shape(pipe, height, width), device
+        if len(self.shape) != 3:
+            raise ValueError(f"{request.student} makes videos; kdpp generate draws pictures alone")
+        levels = self._levels(request, preset, size)
+        guided = (
+            (preset.teacher_scale, preset.teacher_steps, preset.teacher_cfg_scale)
+            if preset
+            else (0.1, 1, 7.5)
+        )
         scale = preset.cond_scale if preset else 1.0
-        lcm = type(pipe.scheduler).__name__ == "LCMScheduler"
+        lcm = isinstance(self.student, LCMDenoiser)
         self.request = replace(
-            _guided(
-                request,
-                preset.teacher_scale if preset else 0.1,
-                preset.teacher_steps if preset else 1,
-                preset.teacher_cfg_scale if preset else 7.5,
-            ),
+            _guided(request, *guided),
             preset=preset.name if preset else None,
             sampler=request.sampler or (preset.sampler if preset else "lcm" if lcm else "euler"),
             sigmas=levels,
@@ -192,8 +185,40 @@ class PipelinePair:
         )
         assert self.request.sampler is not None
         solver_for(self.request.sampler)
-        self.shape, self.device = latent_shape(pipe, height, width), device
+        wrong = preset.check(levels, size) if preset else None
+        self.remarks = [wrong] if wrong else []
         self._texts = lru_cache(maxsize=8)(self._encoded)
+
+    def _teacher(self, name: str | None, dtype: str, device: torch.device) -> nn.Module:
+        """The teacher's denoiser; of no teacher the student without its LoRAs, or the student."""
+        if name is not None:
+            pipe = self.pipe
+            parts = [part for part in pipe.components if part.startswith(("text_", "tokenizer"))]
+            without = dict.fromkeys([*parts, "vae", "image_encoder", "safety_checker"])
+            teacher = load_pipeline(name, dtype, device, without)
+            check_alike(pipe, teacher)
+            return denoiser_of(teacher)
+        if getattr(network_of(self.pipe), "peft_config", None):
+            return without_adapters(denoiser_of(self.pipe, lcm=False))
+        return self.student
+
+    def _levels(
+        self, request: Request, preset: Preset | None, size: tuple[int, int]
+    ) -> tuple[float, ...]:
+        """Those that are given, else the preset's, else the pipeline's for so many steps."""
+        if preset is not None and preset.flow != is_flow(self.student):
+            kinds = ("a flow model", "a model that predicts ε or v")
+            raise ValueError(
+                f"the preset {preset.name} is for {kinds[not preset.flow]}, and {request.student} "
+                f"is {kinds[preset.flow]}"
+            )
+        if request.sigmas is not None:
+            return request.sigmas
+        if preset is not None:
+            return preset.sigmas(request.steps, size)
+        if request.steps is None:
+            raise ValueError("say how the student is sampled: --preset NAME, or --steps N")
+        return tuple(pipeline_sigmas(self.pipe, request.steps, *size).tolist())
 
     def _size(self, request: Request) -> tuple[int, int]:
         """(height, width) of the pictures; by default those of the model's training."""
@@ -221,18 +246,20 @@ class PipelinePair:
 
 
 def preset_of(request: Request) -> Preset | None:
-    """The preset that the request names; else the one that the student's name tells of."""
-    if request.preset is not None:
-        if request.preset not in PRESETS:
-            raise ValueError(unknown("preset", request.preset, PRESETS))
-        return PRESETS[request.preset]
-    from kdpp.checkpoints.files import inspect
+    """The preset that the request names; else the one that the student's name tells of.
 
-    return None if request.sigmas or request.steps else named(inspect(request.student))
+    Where the request says the levels or their number itself, a name alone tells nothing.
+    """
+    if request.preset is None:
+        said = request.sigmas is not None or request.steps is not None
+        return None if said else named(inspect(request.student))
+    if request.preset not in PRESETS:
+        raise ValueError(unknown("preset", request.preset, PRESETS))
+    return PRESETS[request.preset]
 
 
 def load_pipeline(
-    folder: str, dtype: torch.dtype, device: torch.device, without: dict[str, None] | None = None
+    folder: str, dtype: str, device: torch.device, without: dict[str, None] | None = None
 ) -> Any:
     """A pipeline from a folder as diffusers saves it, from safetensors and no network."""
     try:
@@ -245,7 +272,7 @@ def load_pipeline(
         raise FileNotFoundError(f"there is no {INDEX} in {folder}; give a folder of diffusers")
     load: Any = diffusers.DiffusionPipeline.from_pretrained
     new = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
-    given = {"dtype" if new else "torch_dtype": dtype, **(without or {})}
+    given = {"dtype" if new else "torch_dtype": getattr(torch, dtype), **(without or {})}
     pipe = load(folder, local_files_only=True, use_safetensors=True, **given)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)

@@ -50,7 +50,9 @@ class Request:
         None, "k: the first k steps; or a list of steps (default: 1)"
     )
     teacher_cfg_scale: float | None = setting(
-        None, "the teacher's CFG scale (default: the preset's; of the lab's 2, or 1 if built in)"
+        None,
+        "the teacher's CFG scale (default: the preset's, or 7.5; for the lab's models 2, or 1 "
+        "if guidance is built in)",
     )
     renoise: str | float = setting("next", "σ_s: next, current, random, or a level")
     renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
