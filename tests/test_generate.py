@@ -137,6 +137,22 @@ def test_compare_draws_three_ways_and_a_sheet(tmp_path):
         assert sheet.width == 3 * 216 + 16 and sheet.height == 2 * 256 + 16
 
 
+def test_a_student_in_its_teachers_place(tmp_path):
+    """Without a teacher, if a share is named; its calls count as the student's."""
+    words = ("--student", "digits:student", "--teacher-scale", 0.5)
+    assert run(tmp_path / "a", *words) == 0
+    assert json.loads((tmp_path / "a" / "costs-0.json").read_text())["00000.png"][:2] == [5, 0]
+    assert run(tmp_path / "b", *LAB, "--compare", "--teacher-scale", 0.5) == 0
+    itself = pixels(tmp_path / "b" / "00000-self.png")
+    assert torch.equal(pixels(tmp_path / "a" / "00000.png"), itself)
+
+
+def test_a_teacher_with_guidance_inside_is_asked_without_more(tmp_path):
+    """`digits:student` was distilled at a CFG scale of 2."""
+    assert run(tmp_path, "--student", "digits:student", "--teacher", "digits:student") == 0
+    assert read_png(tmp_path / "00000.png")[0].teacher_cfg_scale == 1.0
+
+
 def test_a_run_goes_on_where_it_was_and_keeps_other_pictures(tmp_path, capsys):
     """What is there is not drawn again; a picture of other settings is not replaced."""
     assert run(tmp_path, *LAB, "--seed", "0-1") == 0
@@ -172,7 +188,8 @@ def test_two_processes_draw_what_one_does(tmp_path):
     said = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert pictures(tmp_path / "one") == pictures(tmp_path / "two")
-    assert len(list((tmp_path / "two").glob("costs-*.json"))) == 2
+    drawn = [set(json.loads(path.read_text())) for path in (tmp_path / "two").glob("costs-*.json")]
+    assert sorted(map(len, drawn)) == [6, 9] and not drawn[0] & drawn[1]
 
 
 @pytest.mark.parametrize(
