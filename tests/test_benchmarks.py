@@ -10,10 +10,12 @@ import torch
 import four_plus_one
 import measure
 import needs
+import pipeline_cost
 import precision
 import size_cost
 import step_cost
 import training_time
+from kdpp.checkpoints import pipelines
 from kdpp.lab.methods import load_methods
 from kdpp.lab.settings import read_toml
 
@@ -159,3 +161,24 @@ def test_every_student_of_the_papers_tables_can_be_trained():
     named = [place.removeprefix("students/") for place in places if not place.startswith("digits:")]
     assert len(named) > 50
     assert {name.partition("-seed-")[0] for name in named} <= set(students)
+
+
+def test_pipeline_cost():
+    """Both loops ask the network as often, and give the same latents."""
+    pytest.importorskip("diffusers")
+    tiny = pytest.importorskip("tiny_pipelines", reason="needs transformers")
+    for family in pipeline_cost.FAMILIES:
+        pipe = getattr(tiny, family)()
+        pipe.set_progress_bar_config(disable=True)
+        calls, latents = [], []
+        pipelines.network_of(pipe).register_forward_pre_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        for run in pipeline_cost.runs(pipe).values():
+            calls.clear()
+            found = run()
+            found = found if isinstance(found, torch.Tensor) else found.images
+            packed = found.ndim == 3
+            latents.append(pipe._unpack_latents(found, 32, 32, 2) if packed else found)
+            assert len(calls) == pipeline_cost.STEPS
+        torch.testing.assert_close(*latents, rtol=1e-4, atol=1e-4)

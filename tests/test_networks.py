@@ -359,3 +359,17 @@ def test_conditions_that_a_network_cannot_take():
     flux, _, cond = transformers()["flux"]
     with pytest.raises(ValueError, match=r"latent has shape .* an even height and width"):
         as_denoiser(flux)(X[..., :-1], torch.ones(2), cond=cond)
+
+
+def test_the_networks_dtype_is_looked_up_once(monkeypatch):
+    """diffusers walks over every module for it; another dtype of the weights is seen."""
+    unet, walks = tiny.unet(), []
+    kind, dtype = type(unet), type(unet).dtype
+    monkeypatch.setattr(kind, "dtype", property(lambda self: walks.append(1) or dtype.fget(self)))
+    denoiser = as_denoiser(unet, tiny.euler())
+    for _ in range(3):
+        denoiser(X, torch.tensor([1.0, 2.0]), cond=TEXT)
+    assert len(walks) == 1
+    unet.bfloat16()
+    denoiser(X, torch.tensor([1.0, 2.0]), cond=TEXT.bfloat16())
+    assert len(walks) == 2

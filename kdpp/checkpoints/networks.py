@@ -184,6 +184,18 @@ class Network(nn.Module):
         self.architecture = architecture_of(network)
         latent_channels(network)
         self.network = network
+        self._known: tuple[Any, Any] = (None, None)
+
+    @property
+    def dtype(self) -> Any:
+        """In which the network is called. diffusers walks over all modules to find it, so keep it.
+
+        It is found anew when the first weight's has changed.
+        """
+        first = next(self.network.parameters()).dtype
+        if self._known[0] != first:
+            self._known = (first, self.network.dtype)
+        return self._known[1]
 
     def forward(self, x: Tensor, t: Tensor, cond: Any = None, **guidance: Tensor) -> Tensor:
         given = {"encoder_hidden_states": cond} if isinstance(cond, Tensor) else cond
@@ -193,7 +205,7 @@ class Network(nn.Module):
                 "arguments, with encoder_hidden_states, the text "
                 "(kdpp.checkpoints.pipelines.encode makes it from a prompt)"
             )
-        inside = x.to(self.network.dtype)
+        inside = x.to(self.dtype)
         answer = self.architecture.call(self.network, inside, t, dict(given), **guidance)
         return answer.to(x.dtype)
 
