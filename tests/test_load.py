@@ -211,17 +211,19 @@ def test_a_transformer_alone_takes_the_rest_from_a_folder(family, tmp_path):
     assert equal(pipe.vae.state_dict(), made[0].vae.state_dict())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
 def test_a_unet_with_the_guidance_as_an_input(layout, original, tokenizers, tmp_path):
     """The first LCM: an LCMScheduler, and a layer that diffusers' conversion leaves out."""
     pipe, file = original
     name = "SDXL" if hasattr(pipe, "text_encoder_2") else "SD 1.x"
     other = pipeline(name, tokenizers, seed=9, time_cond_proj_dim=12)
     save_file(LAYOUTS[layout](other.unet), tmp_path / "unet.safetensors")
-    made = load_pipeline(tmp_path / "unet.safetensors", components=file, configs=TINY)
-    assert equal(made.unet.state_dict(), other.unet.state_dict())
-    assert made.unet.config.time_cond_proj_dim == 12
-    assert isinstance(made.scheduler, diffusers.LCMScheduler)
+    pipe.save_pretrained(tmp_path / "rest")
+    for rest in (file, tmp_path / "rest"):
+        made = load_pipeline(tmp_path / "unet.safetensors", components=rest, configs=TINY)
+        assert equal(made.unet.state_dict(), other.unet.state_dict())
+        assert made.unet.config.time_cond_proj_dim == 12
+        assert isinstance(made.scheduler, diffusers.LCMScheduler)
 
 
 def test_generate_draws_from_single_files(original, tmp_path, monkeypatch, capsys):

@@ -120,6 +120,7 @@ Sources: the hyperparameters that the papers and their configurations give: Romb
 Stable Diffusion 1's v1-inference.yaml; Podell et al. 2023, "SDXL", table 1 and sd_xl_base.yaml.
 """
 SCHEDULE = {
+    "_class_name": "EulerDiscreteScheduler",
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -130,22 +131,21 @@ SCHEDULE = {
 rely; the folders published with SD 1.5 and SDXL start below it ("leading")."""
 
 
-def write_folder(config: Config, folder: Path, scheduler: Settings, parts: Collection[str]) -> None:
-    """Write these parts' configurations as diffusers saves them, and tokenizers.
+def write_folder(config: Config, folder: Path, parts: Collection[str]) -> None:
+    """Write these parts' configurations as diffusers saves them, tokenizers and a scheduler.
 
     Args:
         config: the architecture's.
         folder: an empty folder.
-        scheduler: its settings, with its class as ``_class_name``.
         parts: names of the pipeline's components; the others are left out.
     """
     index: dict[str, Any] = {
         "_class_name": config.pipeline,
-        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "scheduler": ["diffusers", SCHEDULE["_class_name"]],
     }
     if config.pipeline == "StableDiffusionPipeline":
         index["requires_safety_checker"] = False  # single files hold none
-    _write(folder / "scheduler" / "scheduler_config.json", {**SCHEDULE, **scheduler})
+    _write(folder / "scheduler" / "scheduler_config.json", SCHEDULE)
     for name, kind, settings in (
         ("unet", "UNet2DConditionModel", config.unet),
         ("vae", "AutoencoderKL", config.vae),

@@ -20,13 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from kdpp.checkpoints.architectures import (
-    CONTEXT,
-    FLOWS,
-    NETWORK_PREFIXES,
-    network_of,
-    takes_guidance,
-)
+from kdpp.checkpoints.architectures import CONTEXT, FLOWS, NETWORK_PREFIXES
 from kdpp.checkpoints.configs import CONFIGS, Config, TextEncoder, write_folder
 from kdpp.checkpoints.files import CheckpointFacts, inspect
 from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, read_header
@@ -88,9 +82,9 @@ def load_pipeline(
             scheduler of the folder; where none does, ε, with a remark on stderr.
         configs: the numbers of the architectures that can be a single file.
 
-    A file's scheduler is an ``EulerDiscreteScheduler`` with Stable Diffusion's betas, at trailing
-    timesteps, with zero terminal SNR if the file says so; that of a UNet with the guidance as an
-    input is an ``LCMScheduler``.
+    A single file's scheduler is an ``EulerDiscreteScheduler`` with Stable Diffusion's betas, at
+    trailing timesteps, with zero terminal SNR if the file says so. That of a file whose UNet has
+    the guidance as an input is an ``LCMScheduler``.
 
     Raises:
         ImportError: diffusers, transformers or (for a single file) clip-anytorch is missing.
@@ -118,9 +112,11 @@ def load_pipeline(
     load = _from_folder if rest.path.is_dir() else _from_file
     pipe = load(facts, rest, dtype, left_out, configs)
     if changes:
-        kind = _diffusers().EulerDiscreteScheduler
-        if set(changes) <= set(pipe.scheduler.config):
-            kind = type(pipe.scheduler)
+        kind = type(pipe.scheduler)
+        if facts.guidance_input and not path.is_dir():
+            kind = _diffusers().LCMScheduler
+        elif not changes.keys() <= set(pipe.scheduler.config):
+            kind = _diffusers().EulerDiscreteScheduler
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -269,11 +265,9 @@ def _from_file(
     given: dict[str, Any] = {
         name: None for name in left_out if name in ("vae", *texts, *tokenizers)
     }
-    lcm = takes_guidance(network_of(read_header(facts.path).entries))
-    scheduler = {"_class_name": "LCMScheduler" if lcm else "EulerDiscreteScheduler"}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        write_folder(config, folder, scheduler, ["unet", *parts])
+        write_folder(config, folder, ["unet", *parts])
         _check_others(rest, folder, {k: v for k, v in texts.items() if k in parts}, "vae" in parts)
         given["unet"] = _load_network(facts, folder / "unet", dtype)
         load = getattr(_diffusers(), config.pipeline).from_single_file
