@@ -109,8 +109,10 @@ def load_pipeline(
             "must come from a model of the same architecture"
         )
     changes = _schedule(facts, rest, prediction)
-    load = _from_folder if rest.path.is_dir() else _from_file
-    pipe = load(facts, rest, dtype, left_out, configs)
+    if rest.path.is_dir():
+        pipe = _from_folder(facts, rest, dtype, left_out)
+    else:
+        pipe = _from_file(facts, rest, dtype, left_out, configs)
     if changes:
         kind = type(pipe.scheduler)
         if facts.guidance_input and not path.is_dir():
@@ -237,9 +239,8 @@ def _schedule(
 
 
 def _from_folder(
-    facts: CheckpointFacts, rest: CheckpointFacts, dtype: torch.dtype,
-    left_out: Mapping[str, None], configs: Mapping[str, Config],
-) -> Any:  # fmt: skip
+    facts: CheckpointFacts, rest: CheckpointFacts, dtype: torch.dtype, left_out: Mapping[str, None]
+) -> Any:
     """The pipeline in the folder ``rest``, or with the network of the file ``facts``."""
     given: dict[str, Any] = dict(left_out)
     kind = _check_folder(rest.path, given)
