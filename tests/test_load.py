@@ -9,96 +9,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import original_names
 from kdpp.checkpoints import configs, load
-from kdpp.checkpoints.configs import CONFIGS, Config, TextEncoder
+from kdpp.checkpoints.configs import CONFIGS
 from kdpp.checkpoints.load import load_pipeline
 from kdpp.cli import main
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 transformers = pytest.importorskip("transformers", reason="needs transformers (extra: diffusers)")
 tiny = pytest.importorskip("tiny_pipelines", reason="needs diffusers and transformers")
+files = pytest.importorskip("single_files", reason="needs diffusers and transformers")
+TINY = files.TINY
 
-SIZE = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-ONE = {**SIZE, "hidden_size": 16, "projection_dim": 16, "hidden_act": "quick_gelu"}
-TWO = {**SIZE, "hidden_size": 24, "projection_dim": 24, "hidden_act": "gelu"}
-UNET = {
-    "sample_size": 8, "block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 4,
-    "layers_per_block": 1,
-}  # fmt: skip
-VAE = {
-    "block_out_channels": [4, 4], "norm_num_groups": 2, "layers_per_block": 1,
-    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "scaling_factor": 0.4,
-}  # fmt: skip
-TINY = {
-    "SD 1.x": Config(
-        "StableDiffusionPipeline",
-        unet={
-            **UNET, "cross_attention_dim": 16,
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-        },
-        vae=VAE,
-        texts=(TextEncoder("CLIPTextModel", "cond_stage_model.transformer.", configs.END, ONE),),
-    ),
-    "SDXL": Config(
-        "StableDiffusionXLPipeline",
-        unet={
-            **UNET, "cross_attention_dim": 40, "use_linear_projection": True,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
-            "projection_class_embeddings_input_dim": 24 + 6 * 4,
-        },
-        vae=VAE,
-        texts=(
-            TextEncoder("CLIPTextModel", "conditioner.embedders.0.transformer.", configs.END, ONE),
-            TextEncoder("CLIPTextModelWithProjection", "conditioner.embedders.1.model.", "!", TWO),
-        ),
-    ),
-}  # fmt: skip
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """CLIP's, for the first and the second text encoder."""
-    made = []
-    for text in TINY["SDXL"].texts:
-        folder = tmp_path_factory.mktemp("tokenizer")
-        configs.write_tokenizer(folder, text.padding)
-        made.append(transformers.CLIPTokenizer.from_pretrained(folder))
-    return made
-
-
-def pipeline(name, tokenizers, seed=0, **settings):
-    """The pipeline of which a tiny single file holds the weights."""
-    config = TINY[name]
-    unet = diffusers.UNet2DConditionModel(**{**config.unet, **settings})
-    encoders = [
-        tiny.tiny(getattr(transformers, t.kind)(transformers.CLIPTextConfig(**t.settings)), 5)
-        for t in config.texts
-    ]
-    vae = tiny.tiny(diffusers.AutoencoderKL(**config.vae), 6)
-    parts = {"vae": vae, "unet": tiny.tiny(unet, seed), "scheduler": tiny.euler()}
-    if name == "SDXL":
-        return diffusers.StableDiffusionXLPipeline(
-            text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=tokenizers[0],
-            tokenizer_2=tokenizers[1], add_watermarker=False, **parts,
-        )  # fmt: skip
-    return diffusers.StableDiffusionPipeline(
-        text_encoder=encoders[0], tokenizer=tokenizers[0], safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False, **parts,
-    )  # fmt: skip
+    return files.tokenizers(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture(scope="module", params=["SD 1.x", "SDXL"])
 def original(request, tokenizers, tmp_path_factory):
     """A pipeline, and its single file."""
-    pipe = pipeline(request.param, tokenizers)
+    pipe = files.pipeline(request.param, tokenizers)
     file = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_file(original_names.single_file(pipe), file)
+    save_file(files.single_file(pipe), file)
     return pipe, file
 
 
@@ -182,10 +117,8 @@ def test_a_folder_is_its_pipeline(original, tmp_path):
 
 LAYOUTS = {
     "diffusers": lambda unet: unet.state_dict(),
-    "original": lambda unet: original_names.under("", original_names.unet(unet)),
-    "prefixed": lambda unet: original_names.under(
-        "model.diffusion_model.", original_names.unet(unet)
-    ),
+    "original": lambda unet: files.under("", files.unet(unet)),
+    "prefixed": lambda unet: files.under("model.diffusion_model.", files.unet(unet)),
 }
 
 
@@ -194,7 +127,7 @@ def test_a_unet_alone_takes_the_rest_from_elsewhere(layout, original, tokenizers
     """From a folder or a file; as a teacher it needs nothing else."""
     pipe, file = original
     name = "SDXL" if hasattr(pipe, "text_encoder_2") else "SD 1.x"
-    other = pipeline(name, tokenizers, seed=9)
+    other = files.pipeline(name, tokenizers, seed=9)
     save_file(LAYOUTS[layout](other.unet), tmp_path / "unet.safetensors")
     pipe.save_pretrained(tmp_path / "rest")
     wanted = weights(other)
@@ -225,7 +158,7 @@ def test_a_unet_with_the_guidance_as_an_input(layout, original, tokenizers, tmp_
     """The first LCM: an LCMScheduler, and a layer that diffusers' conversion leaves out."""
     pipe, file = original
     name = "SDXL" if hasattr(pipe, "text_encoder_2") else "SD 1.x"
-    other = pipeline(name, tokenizers, seed=9, time_cond_proj_dim=12)
+    other = files.pipeline(name, tokenizers, seed=9, time_cond_proj_dim=12)
     save_file(LAYOUTS[layout](other.unet), tmp_path / "unet.safetensors")
     pipe.save_pretrained(tmp_path / "rest")
     for rest in (file, tmp_path / "rest"):
@@ -243,7 +176,7 @@ def test_generate_draws_from_single_files(original, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny.tiny(pipe.unet, seed=7)
     try:
-        save_file(original_names.single_file(pipe), tmp_path / "teacher.safetensors")
+        save_file(files.single_file(pipe), tmp_path / "teacher.safetensors")
     finally:
         tiny.tiny(pipe.unet, seed=0)
     words = ["generate", "--student", file, "--teacher", tmp_path / "teacher.safetensors",
@@ -439,8 +372,8 @@ def test_a_file_that_is_not_the_model_is_refused(original, tmp_path, unread):
     refused("without VAE and text encoders; name a model of the same architecture")
     refused("without VAE and text encoders", other, components=other)
     wrong = "SD 1.x" if name == "SDXL" else "SDXL"
-    different = pipeline(wrong, [None, None])
-    save_file(original_names.single_file(different), tmp_path / "different.safetensors")
+    different = files.pipeline(wrong, [None, None])
+    save_file(files.single_file(different), tmp_path / "different.safetensors")
     refused("from a model of the same architecture", other,
             components=tmp_path / "different.safetensors")  # fmt: skip
 

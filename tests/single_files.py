@@ -5,7 +5,53 @@ The inverse of diffusers' conversion, for networks of any number of blocks.
 
 import re
 
+import diffusers
 import torch
+import transformers
+
+import tiny_pipelines as tiny
+from kdpp.checkpoints import configs
+from kdpp.checkpoints.configs import Config, TextEncoder
+
+SIZE = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+ONE = {**SIZE, "hidden_size": 16, "projection_dim": 16, "hidden_act": "quick_gelu"}
+TWO = {**SIZE, "hidden_size": 24, "projection_dim": 24, "hidden_act": "gelu"}
+UNET = {
+    "sample_size": 8, "block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 4,
+    "layers_per_block": 1,
+}  # fmt: skip
+VAE = {
+    "block_out_channels": [4, 4], "norm_num_groups": 2, "layers_per_block": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "scaling_factor": 0.4,
+}  # fmt: skip
+TINY = {
+    "SD 1.x": Config(
+        "StableDiffusionPipeline",
+        unet={
+            **UNET, "cross_attention_dim": 16,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        },
+        vae=VAE,
+        texts=(TextEncoder("CLIPTextModel", "cond_stage_model.transformer.", configs.END, ONE),),
+    ),
+    "SDXL": Config(
+        "StableDiffusionXLPipeline",
+        unet={
+            **UNET, "cross_attention_dim": 40, "use_linear_projection": True,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 24 + 6 * 4,
+        },
+        vae=VAE,
+        texts=(
+            TextEncoder("CLIPTextModel", "conditioner.embedders.0.transformer.", configs.END, ONE),
+            TextEncoder("CLIPTextModelWithProjection", "conditioner.embedders.1.model.", "!", TWO),
+        ),
+    ),
+}  # fmt: skip
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
           "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -104,3 +150,38 @@ def open_clip(encoder):
     for old, new in OPEN_CLIP.items():
         made = {key.replace(old, new): tensor for key, tensor in made.items()}
     return made
+
+
+# Pipelines with a tiny single file ----------------------------------------------------------------
+
+
+def tokenizers(folder):
+    """CLIP's, for the first and the second text encoder."""
+    made = []
+    for number, text in enumerate(TINY["SDXL"].texts):
+        own = folder / str(number)
+        own.mkdir()
+        configs.write_tokenizer(own, text.padding)
+        made.append(transformers.CLIPTokenizer.from_pretrained(own))
+    return made
+
+
+def pipeline(name, tokenizers, seed=0, **settings):
+    """The pipeline of which a tiny single file holds the weights."""
+    config = TINY[name]
+    unet = diffusers.UNet2DConditionModel(**{**config.unet, **settings})
+    encoders = [
+        tiny.tiny(getattr(transformers, t.kind)(transformers.CLIPTextConfig(**t.settings)), 5)
+        for t in config.texts
+    ]
+    vae = tiny.tiny(diffusers.AutoencoderKL(**config.vae), 6)
+    parts = {"vae": vae, "unet": tiny.tiny(unet, seed), "scheduler": tiny.euler()}
+    if name == "SDXL":
+        return diffusers.StableDiffusionXLPipeline(
+            text_encoder=encoders[0], text_encoder_2=encoders[1], tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1], add_watermarker=False, **parts,
+        )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        text_encoder=encoders[0], tokenizer=tokenizers[0], safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False, **parts,
+    )  # fmt: skip
