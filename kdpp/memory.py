@@ -7,7 +7,7 @@ second model that takes up device memory in the guided steps only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,13 +29,17 @@ from kdpp.kinds import (
 __all__ = ["Borrowed", "borrowed_in", "without_adapters"]
 
 
-def without_adapters(denoiser: nn.Module) -> nn.Module:
+def without_adapters(denoiser: nn.Module, names: Collection[str] | None = None) -> nn.Module:
     """The same denoiser with its LoRA adapters switched off: the student's base model, as teacher.
 
     Where an adapted layer of the student computes ``(W + s·BA) x``, the teacher computes ``W x``
     with the same W in memory::
 
         model = TeacherGuidedDenoiser(student, without_adapters(student))
+
+    With ``names`` the other adapters stay: a speed LoRA is the student's alone, and a style LoRA is
+    on both, if the teacher is ``without_adapters(student, ["speed"])``. It computes what a model
+    does that never had the named ones.
 
     The adapters are off during the teacher's calls alone. After each call, also one that ends by an
     exception, every layer is as it was: adapters that were off stay off, several active ones stay
@@ -47,11 +51,16 @@ def without_adapters(denoiser: nn.Module) -> nn.Module:
     kind). They are looked up once: make the teacher after the adapters are loaded, and make it anew
     after others are. A student marked by `kdpp.OwnCFG` gives a teacher that is marked too.
 
+    Args:
+        denoiser: holds the adapters.
+        names: of the adapters that are switched off. None: all.
+
     Raises:
-        TypeError: ``denoiser`` is not an ``nn.Module``, or does its own CFG unmarked.
-        ValueError: it has no adapters; or they cannot be switched off, because they are merged into
-            the weights (checked at every call, too) or were trained together with the base model's
-            biases.
+        TypeError: ``denoiser`` is not an ``nn.Module``, or does its own CFG unmarked; ``names`` is
+            one text.
+        ValueError: it has no adapters, or none of a name; or they cannot be switched off, because
+            they are merged into the weights (checked at every call, too) or were trained together
+            with the base model's biases.
 
     Source: Hu et al. 2021, "LoRA", eq. (3).
     """
@@ -61,7 +70,9 @@ def without_adapters(denoiser: nn.Module) -> nn.Module:
             f"{denoiser!r}"
         )
     check_denoiser(denoiser, "denoiser")
-    teacher = _WithoutAdapters(denoiser)
+    if isinstance(names, str):
+        raise TypeError(f"names is {names!r}; give a list of adapters' names")
+    teacher = _WithoutAdapters(denoiser, names)
     if isinstance(denoiser, OwnCFG):
         return OwnCFG(teacher, denoiser.uncond_denoised)
     return teacher
@@ -70,26 +81,47 @@ def without_adapters(denoiser: nn.Module) -> nn.Module:
 class _WithoutAdapters(Transparent):
     """See `without_adapters`."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
+    def __init__(self, denoiser: nn.Module, names: Collection[str] | None) -> None:
         super().__init__()
         self.model = denoiser
         self._layers = _adapter_layers(denoiser)
+        self._names = None if names is None else frozenset(names)
+        if names is not None:
+            _check_names(denoiser, names)
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
         _refuse_merged(self._layers)
-        before = [layer._disable_adapters for layer in self._layers]
+        before = [(layer._disable_adapters, layer._active_adapter) for layer in self._layers]
         try:
-            self._switch([True] * len(before))
+            self._switch([self._reduced(*state) for state in before])
             denoised: Tensor = self.model(x, sigma, **extra_args)
         finally:
             self._switch(before)
         return denoised
 
-    def _switch(self, off: Sequence[Any]) -> None:
-        # The flag that peft's layers read. Their enable_adapters() also resets requires_grad, and
-        # nn.Module's way to set an attribute is ten times slower; there may be 800 layers.
-        for layer, flag in zip(self._layers, off):
-            object.__setattr__(layer, "_disable_adapters", flag)
+    def _reduced(self, off: Any, active: Any) -> tuple[Any, Any]:
+        """A layer's state without the named adapters."""
+        if self._names is None:
+            return True, active
+        names = [active] if isinstance(active, str) else active
+        left = [name for name in names if name not in self._names]
+        return (off, left) if left else (True, active)
+
+    def _switch(self, states: Sequence[tuple[Any, Any]]) -> None:
+        # What peft's layers read. Their own methods also reset requires_grad, and nn.Module's way
+        # to set an attribute is ten times slower; there may be 800 layers.
+        for layer, (off, active) in zip(self._layers, states):
+            object.__setattr__(layer, "_disable_adapters", off)
+            object.__setattr__(layer, "_active_adapter", active)
+
+
+def _check_names(denoiser: nn.Module, names: Collection[str]) -> None:
+    """ValueError for a name that no adapter has."""
+    configs = (getattr(module, "peft_config", None) for module in denoiser.modules())
+    held = {name for config in configs if isinstance(config, dict) for name in config}
+    for name in names:
+        if name not in held:
+            raise ValueError(f"there is no adapter {name!r}; there are {sorted(held)}")
 
 
 def _adapter_layers(denoiser: nn.Module) -> list[nn.Module]:

@@ -326,7 +326,7 @@ def test_videos_are_not_drawn(tmp_path, capsys):
         (("--label", 3), "take a prompt and no label"),
         (("--width", 25), "width is 25; it must be a multiple of"),
         (("--preset", "nothing"), "unknown preset 'nothing'"),
-        (("--teacher", "digits:teacher"), "there is no model_index.json in digits:teacher"),
+        (("--teacher", "digits:teacher"), "there is no file or folder digits:teacher"),
     ],
 )
 def test_what_a_pipeline_cannot_is_said(folders, words, sentence, tmp_path, capsys):

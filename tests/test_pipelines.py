@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import kdpp
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 pytest.importorskip("transformers", reason="needs transformers, for the text encoders")
 
+import single_files  # noqa: E402
 import tiny_pipelines as tiny  # noqa: E402
-from kdpp.checkpoints import pipelines  # noqa: E402
+from kdpp.checkpoints import configs, pipelines  # noqa: E402
 
 PROMPTS = ["a lighthouse", "a red boat on the green hill"]  # of two lengths
 NEGATIVE = "blurry dark"
@@ -349,12 +351,26 @@ def test_sizes_that_a_network_cannot_be_asked_for(make, size, message):
 
 
 def test_the_page_runs(tmp_path, monkeypatch):
-    """docs/pipelines.md, in a folder that holds its two pipelines, at a small size."""
+    """docs/pipelines.md, in a folder that holds its pipelines and files, at a small size."""
     page = Path(__file__).parents[1] / "docs" / "pipelines.md"
     text = page.read_text(encoding="utf-8")
     tiny.sdxl(seed=0).save_pretrained(tmp_path / "sdxl-lightning")
     tiny.sdxl(seed=1).save_pretrained(tmp_path / "sdxl")
+    for name, config in single_files.TINY.items():
+        monkeypatch.setitem(configs.CONFIGS, name, config)
+    pipe = single_files.pipeline("SDXL", single_files.tokenizers(tmp_path))
+    save_file(single_files.single_file(pipe), tmp_path / "sd_xl_base_1.0.safetensors")
+    unet = tmp_path / "sdxl_lightning_4step_unet.safetensors"
+    save_file(pipe.unet.state_dict(), unet)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    for name in ("sdxl_lightning_4step_lora", "watercolour"):
+        lora = {
+            f"{layer}.lora_A.weight": torch.ones(2, 8),
+            f"{layer}.lora_B.weight": torch.ones(8, 2),
+        }
+        save_file(lora, tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
+    text = text.replace('"cuda"', '"cpu"')
     variables = {}
     for code in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(compile(code.replace("1024", "16"), "docs/pipelines.md", "exec"), variables)

@@ -8,6 +8,8 @@ In the order that data flows:
 - presets: which levels, sampler and guidance a published student was made for
 - networks: a network of diffusers as a denoiser
 - pipelines: a student's and a teacher's pipeline and a prompt, ready to sample
+- configs, load: from a path to a pipeline; what single files leave out
+- loras: LoRAs for the student, the teacher or both, on one network
 - requests: all that a picture depends on, and how a PNG file keeps it
 - pairs: a request's student and teacher, loaded
 - generate: the command; sheets and places: pictures side by side, where checkpoints lie

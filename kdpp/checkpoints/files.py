@@ -94,7 +94,7 @@ class CheckpointFacts:
         layout: "original" or "diffusers" names in a file, "diffusers folder", or a LoRA's layout.
         parts: what a model's file or folder holds besides the network: "VAE", "text encoders", ….
         prediction: what its network predicts; None: it does not say.
-        said_by: what says so.
+        said_by: what says so, or what contradicts each other.
         zero_snr: whether its schedule ends at zero signal; None: it does not say.
         guidance_input: whether the network takes the CFG scale as an input (LCM, FLUX.1 dev).
         precision: dtypes and their share of the bytes, the largest first.
@@ -329,11 +329,11 @@ def _prediction(
 
 
 def _agreed(said: Mapping[str, Prediction]) -> tuple[Prediction | None, str, tuple[str, ...]]:
-    """The prediction that all say, by what says it; where they differ, none and a note of it."""
+    """The prediction that all say, by what says it; where they differ, None and a note of it."""
     if len(set(said.values())) <= 1:
         return next(iter(said.values()), None), " and ".join(said), ()
     told = ", ".join(f"{PREDICTIONS[value]} by its {source}" for source, value in said.items())
-    return None, "", (f"it contradicts itself about its prediction: {told}",)
+    return None, " and ".join(said), (f"it contradicts itself about its prediction: {told}",)
 
 
 # Precision and quantised weights ---------------------------------------------------------------

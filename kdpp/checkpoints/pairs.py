@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpp.checkpoints.files import inspect
+from kdpp.checkpoints.load import file_digest, is_pipeline, load_pipeline
 from kdpp.checkpoints.networks import Network
 from kdpp.checkpoints.pipelines import (
     check_alike,
@@ -38,9 +39,6 @@ from kdpp.solver import unknown
 
 __all__ = ["LabPair", "Picture", "PipelinePair", "open_pair"]
 
-INDEX = "model_index.json"
-"""The file by which a folder of diffusers is known."""
-
 
 class Picture(NamedTuple):
     """Which picture: its seed, and what it shows."""
@@ -58,8 +56,12 @@ def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
     Raises OSError for files that are not there, ValueError or TypeError for what these models
     cannot do, or for weights that are not those that the request was made with (`digests`).
     """
-    folder = (Path(request.student) / INDEX).is_file()
-    pair = PipelinePair(request, device) if folder else LabPair(request, device)
+    make = PipelinePair if is_pipeline(request.student) else LabPair
+    pair = make(request, device)
+    files = {role: Path(name) for role, name in request.places.items() if Path(name).is_file()}
+    if make is PipelinePair:  # whose own digests are those of folders
+        found = {role: file_digest(path) for role, path in files.items()}
+        pair.request = replace(pair.request, digests={**pair.request.digests, **found})
     found = pair.request.digests
     for role, name in request.places.items():
         if request.digests.get(role, found[role]) != found[role]:
@@ -256,26 +258,6 @@ def preset_of(request: Request) -> Preset | None:
     if request.preset not in PRESETS:
         raise ValueError(unknown("preset", request.preset, PRESETS))
     return PRESETS[request.preset]
-
-
-def load_pipeline(
-    folder: str, dtype: str, device: torch.device, without: dict[str, None] | None = None
-) -> Any:
-    """A pipeline from a folder as diffusers saves it, from safetensors and no network."""
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ImportError(
-            'pipelines need diffusers: pip install "kdpp[diffusers]" transformers'
-        ) from error
-    if not (Path(folder) / INDEX).is_file():
-        raise FileNotFoundError(f"there is no {INDEX} in {folder}; give a folder of diffusers")
-    load: Any = diffusers.DiffusionPipeline.from_pretrained
-    new = tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42)
-    given = {"dtype" if new else "torch_dtype": getattr(torch, dtype), **(without or {})}
-    pipe = load(folder, local_files_only=True, use_safetensors=True, **given)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
 
 
 def folder_digest(folder: Path) -> str:

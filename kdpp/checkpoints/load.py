@@ -1,0 +1,414 @@
+"""From a path to a loaded pipeline of diffusers: a folder, a single file, a network alone.
+
+Networks, text encoders and the conversion of names are diffusers'. What happens here: the file's
+header is compared with the networks that it should fill, on torch's meta device, before any weight
+is read; a single file's numbers and tokenizer come from `kdpp.checkpoints.configs`. Nothing is
+asked of the network, and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from kdpp.checkpoints.architectures import CONTEXT, FLOWS, NETWORK_PREFIXES
+from kdpp.checkpoints.configs import CONFIGS, Config, TextEncoder, write_folder
+from kdpp.checkpoints.files import CheckpointFacts, inspect
+from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, read_header
+from kdpp.checkpoints.networks import ARCHITECTURES
+from kdpp.checkpoints.pipelines import FAMILIES
+
+__all__ = ["file_digest", "is_pipeline", "load_pipeline"]
+
+Tensors = dict[str, Tensor]
+INDEX = "model_index.json"
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
+"""What `inspect` says, as diffusers' schedulers say it."""
+UNET_PREFIX = NETWORK_PREFIXES[0]
+UNET = "UNet2DConditionModel"
+GUIDANCE = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
+"""Of a UNet that takes the CFG scale as an input: the original name, which diffusers' conversion
+does not know, and diffusers'."""
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Whether `load_pipeline` is the one to load it, and not the lab's
+    `kdpp.lab.models.load_model`."""
+    path = Path(path)
+    if path.is_dir():
+        return (path / INDEX).is_file()
+    return path.is_file() and inspect(path).kind != "kdpp model"
+
+
+def file_digest(path: Path) -> str:
+    """A digest of a file's content."""
+    blake = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            blake.update(block)
+    return blake.hexdigest()
+
+
+def load_pipeline(
+    path: str | Path,
+    dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
+    without: Iterable[str] = (),
+    *,
+    components: str | Path | None = None,
+    prediction: str | None = None,
+    configs: Mapping[str, Config] = CONFIGS,
+) -> Any:
+    """A pipeline of diffusers with the weights at ``path``, without a network and without pickles.
+
+    Args:
+        path: a folder as diffusers saves it; a safetensors file of SD 1.x or SDXL in the original
+            layout; or a file with a UNet or transformer alone, in the original names or diffusers'.
+        dtype: of all weights, or its name.
+        device: where they lie.
+        without: names of components that are left out (None in the pipeline).
+        components: a folder or file of the same architecture that gives what the file at ``path``
+            does not hold.
+        prediction: what a UNet predicts, "epsilon", "v" or "x0". None: what the file says, else the
+            scheduler of the folder; where none does, ε, with a remark on stderr.
+        configs: the numbers of the architectures that can be a single file.
+
+    A single file's scheduler is an ``EulerDiscreteScheduler`` with Stable Diffusion's betas, at
+    trailing timesteps, with zero terminal SNR if the file says so. That of a file whose UNet has
+    the guidance as an input is an ``LCMScheduler``.
+
+    Raises:
+        ImportError: diffusers, transformers or (for a single file) clip-anytorch is missing.
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is not what this function loads, or its tensors do not have the names and
+            shapes of its architecture. One sentence with the file and the key, before any weight
+            is read.
+    """
+    _diffusers()
+    path, left_out = Path(path), dict.fromkeys(without)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    facts = _usable(path)
+    missing = [] if path.is_dir() else _missing(facts, configs, left_out)
+    if missing and components is None:
+        raise ValueError(_lacking(facts, missing, configs))
+    if components is not None and not missing:
+        raise ValueError(f"{path} holds all that is needed; leave components ({components}) out")
+    rest = facts if components is None else _usable(Path(components))
+    if rest.architecture != facts.architecture:
+        raise ValueError(
+            f"{path} is {facts.architecture} and {components} is {rest.architecture}; the rest "
+            "must come from a model of the same architecture"
+        )
+    changes = _schedule(facts, rest, prediction)
+    if rest.path.is_dir():
+        pipe = _from_folder(facts, rest, dtype, left_out)
+    else:
+        pipe = _from_file(facts, rest, dtype, left_out, configs)
+    if changes:
+        kind = type(pipe.scheduler)
+        if facts.guidance_input and not path.is_dir():
+            kind = _diffusers().LCMScheduler
+        elif not changes.keys() <= set(pipe.scheduler.config):
+            kind = _diffusers().EulerDiscreteScheduler
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def _diffusers() -> Any:
+    try:
+        import diffusers
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError('pipelines need diffusers: pip install "kdpp[diffusers]"') from error
+    return diffusers
+
+
+def _as(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype under diffusers' name for it, which 0.42 has changed."""
+    new = tuple(map(int, _diffusers().__version__.split(".")[:2])) >= (0, 42)
+    return {"dtype" if new else "torch_dtype": dtype}
+
+
+# What can be loaded -------------------------------------------------------------------------------
+
+
+def _usable(path: Path) -> CheckpointFacts:
+    """What is at the path; ValueError for what no pipeline can be made of."""
+    facts = inspect(path)
+    if facts.kind == "LoRA":
+        base = f" for {facts.architecture}" if facts.architecture else ""
+        raise ValueError(
+            f"{path} is a LoRA{base}, not a model; give the model that it changes, and this file "
+            "as its LoRA"
+        )
+    if facts.kind != "model" and not (path / INDEX).is_file():
+        kind = "not a model that kdpp knows" if facts.kind == "unknown" else f"a {facts.kind}"
+        notes = f" ({'; '.join(facts.notes)})" if facts.notes else ""
+        raise ValueError(f"{path} is {kind}{notes}; give a model that draws prompts")
+    if facts.quantised:
+        raise ValueError(
+            f"{path} is quantised: {facts.quantised}; kdpp reads float16, bfloat16 and float32"
+        )
+    if facts.variant and facts.architecture in CONTEXT.values():
+        raise ValueError(
+            f"{path} is {facts.architecture} ({facts.variant}): it wants a picture or a mask "
+            "beside the latent; give the model for text to image"
+        )
+    return facts
+
+
+def _missing(
+    facts: CheckpointFacts, configs: Mapping[str, Config], left_out: Collection[str]
+) -> list[str]:
+    """What a pipeline needs and neither the file nor kdpp's table holds."""
+    config = configs.get(facts.architecture or "")
+    if config is None:
+        return ["VAE", "text encoders"]
+    needed = {"VAE": ["vae"], "text encoders": list(_texts(config))}
+    return [
+        part
+        for part, names in needed.items()
+        if part not in facts.parts and not all(name in left_out for name in names)
+    ]
+
+
+def _lacking(facts: CheckpointFacts, missing: list[str], configs: Mapping[str, Config]) -> str:
+    """Why a file is not enough."""
+    if facts.architecture not in configs and facts.parts:
+        return (
+            f"{facts.path} is a single file of {facts.architecture}; kdpp reads those of "
+            f"{' and '.join(configs)}: give it as a diffusers folder"
+        )
+    return (
+        f"{facts.path} is {facts.architecture} without {' and '.join(missing)}; name a model of "
+        "the same architecture that has them (components=), or give it as a diffusers folder"
+    )
+
+
+def _texts(config: Config) -> dict[str, TextEncoder]:
+    """The text encoders by the pipeline's names for them."""
+    return dict(zip(("text_encoder", "text_encoder_2"), config.texts))
+
+
+# What a UNet predicts -----------------------------------------------------------------------------
+
+
+def _schedule(
+    facts: CheckpointFacts, rest: CheckpointFacts, prediction: str | None
+) -> dict[str, Any]:
+    """What the scheduler must say and does not: the prediction, and zero terminal SNR."""
+    path = facts.path
+    if facts.architecture in FLOWS:
+        if prediction is not None:
+            raise ValueError(f"{path} is a flow model; it takes no prediction ({prediction!r})")
+        return {}
+    if prediction is not None and prediction not in PREDICTIONS:
+        raise ValueError(
+            f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}"
+        )
+    if "edm" in facts.said_by or facts.prediction == "edm":
+        raise ValueError(f"{path} has EDM's levels ({facts.said_by}), which no scheduler here has")
+    said = prediction or facts.prediction
+    if said is None and facts.said_by:
+        raise ValueError(f"{path} contradicts itself about what it predicts ({facts.said_by}); "
+                         "say it (prediction=)")  # fmt: skip
+    if said is None and path.is_dir():
+        return {}
+    if said is None:
+        said = rest.prediction or "epsilon"
+        source = f", as the scheduler of {rest.path} says" if rest.prediction else ""
+        print(
+            f"{path} does not say what it predicts; it is taken for {said}{source} (prediction=)",
+            file=sys.stderr,
+        )
+    snr = {"rescale_betas_zero_snr": True} if facts.zero_snr else {}
+    return {"prediction_type": PREDICTIONS[said], **snr}
+
+
+# Loading ------------------------------------------------------------------------------------------
+
+
+def _from_folder(
+    facts: CheckpointFacts, rest: CheckpointFacts, dtype: torch.dtype, left_out: Mapping[str, None]
+) -> Any:
+    """The pipeline in the folder ``rest``, or with the network of the file ``facts``."""
+    given: dict[str, Any] = dict(left_out)
+    kind = _check_folder(rest.path, given)
+    if facts is not rest:
+        name = "unet" if (rest.path / "unet").is_dir() else "transformer"
+        given[name] = _load_network(facts, rest.path / name, dtype)
+    # By its own class: DiffusionPipeline.from_pretrained would not heed a network given for Wan.
+    load = getattr(_diffusers(), kind).from_pretrained
+    return load(str(rest.path), local_files_only=True, use_safetensors=True, **_as(dtype), **given)
+
+
+def _from_file(
+    facts: CheckpointFacts, rest: CheckpointFacts, dtype: torch.dtype,
+    left_out: Mapping[str, None], configs: Mapping[str, Config],
+) -> Any:  # fmt: skip
+    """The network of the file ``facts``, and the rest of the file ``rest``, often the same."""
+    config = configs[rest.architecture or ""]
+    if missing := _missing(rest, configs, left_out):
+        raise ValueError(_lacking(rest, missing, configs))
+    texts = _texts(config)
+    tokenizers = [name.replace("text_encoder", "tokenizer") for name in texts]
+    parts = [name for name in ("vae", *texts, *tokenizers) if name not in left_out]
+    given: dict[str, Any] = {
+        name: None for name in left_out if name in ("vae", *texts, *tokenizers)
+    }
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_folder(config, folder, ["unet", *parts])
+        _check_others(rest, folder, {k: v for k, v in texts.items() if k in parts}, "vae" in parts)
+        given["unet"] = _load_network(facts, folder / "unet", dtype)
+        load = getattr(_diffusers(), config.pipeline).from_single_file
+        return load(str(rest.path), config=name, local_files_only=True, **_as(dtype), **given)
+
+
+def _check_folder(path: Path, left_out: Collection[str]) -> str:
+    """The pipeline's class; ValueError for one that kdpp does not know, for code that is not
+    diffusers', and for pickles."""
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    kind = str(index.get("_class_name"))
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"{path} is a pipeline that kdpp does not know, {kind}; it knows {', '.join(FAMILIES)}"
+        )
+    for name, value in index.items():
+        if not isinstance(value, list) or not any(value) or name in left_out:
+            continue
+        if value[0] not in ("diffusers", "transformers", "stable_diffusion"):
+            raise ValueError(
+                f"{path / INDEX} takes {name!r} from {value[0]!r}; kdpp runs no code but that of "
+                "diffusers and transformers"
+            )
+        folder = path / name
+        kinds = {file.suffix for file in folder.iterdir()} if folder.is_dir() else set()
+        if kinds & PICKLES and ".safetensors" not in kinds:
+            raise ValueError(f"{folder} has only a pickle; {CONVERT}")
+    return kind
+
+
+def _load_network(facts: CheckpointFacts, folder: Path, dtype: torch.dtype) -> Any:
+    """The network in a file, whose configuration is in the folder."""
+    path = facts.path
+    about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = about.get("_class_name")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"{folder} is of a network that kdpp does not know, {kind}")
+    made = getattr(_diffusers(), kind)
+    header = read_header(path).entries
+    inputs = [e.shape[-1] for k, e in header.items() if k.endswith(GUIDANCE) and e.shape]
+    changes = {"time_cond_proj_dim": inputs[0]} if inputs and made.__name__ == UNET else {}
+    network = _blank(made, {**about, **changes})
+    meta = _meta(header)
+    _check(facts, folder.name, network, _renamed(facts, network, meta), meta)
+    state = _renamed(facts, network, load_file(path))
+    state = {name: state[name] for name in network.state_dict()}
+    return made.from_single_file(
+        state, config=str(folder), local_files_only=True, **_as(dtype), **changes
+    )
+
+
+def _renamed(facts: CheckpointFacts, network: Any, tensors: Mapping[str, Tensor]) -> Tensors:
+    """A network's tensors from a file's, under diffusers' names."""
+    prefix = next((p for p in NETWORK_PREFIXES if any(k.startswith(p) for k in tensors)), "")
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if facts.layout == "diffusers names":
+        return own
+    if type(network).__name__ != UNET:
+        return _convert(facts, network, own)
+    found = _convert(facts, network, {UNET_PREFIX + key: v for key, v in own.items()})
+    original, renamed = GUIDANCE
+    return {**found, renamed: own[original]} if original in own else found
+
+
+# A file against its networks ----------------------------------------------------------------------
+
+
+def _check_others(
+    facts: CheckpointFacts, folder: Path, texts: Mapping[str, TextEncoder], vae: bool
+) -> None:
+    """ValueError unless a single file has its VAE's and text encoders' tensors."""
+    import diffusers
+    import transformers
+    from diffusers.loaders import single_file_utils
+
+    convert: Any = single_file_utils
+    meta = _meta(read_header(facts.path).entries)
+    if vae:
+        about = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        network = _blank(diffusers.AutoencoderKL, about)
+        _check(facts, "VAE", network, _convert(facts, network, meta), meta)
+    for name, text in texts.items():
+        with torch.device("meta"):
+            made = getattr(transformers, text.kind)
+            network = made(transformers.CLIPTextConfig(**text.settings))
+        own = {key: tensor for key, tensor in meta.items() if key.startswith(text.prefix)}
+        if text.prefix.endswith("transformer."):
+            found = convert.convert_ldm_clip_checkpoint(own)
+        else:
+            found = convert.convert_open_clip_checkpoint(network, own, text.prefix)
+        if not hasattr(network, "text_model"):
+            found = {key.removeprefix("text_model."): value for key, value in found.items()}
+        _check(facts, name, network, found, meta)
+
+
+def _blank(made: Any, about: Mapping[str, Any]) -> Any:
+    """A network without weights."""
+    with torch.device("meta"):
+        return made.from_config(about)
+
+
+def _meta(entries: Mapping[str, Entry]) -> Tensors:
+    """A header's tensors, without their numbers."""
+    return {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}
+
+
+def _convert(facts: CheckpointFacts, network: Any, tensors: Tensors) -> Tensors:
+    """Tensors with original names under diffusers' names, by diffusers' own conversion."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    table: Any = SINGLE_FILE_LOADABLE_CLASSES
+    convert = table[type(network).__name__]["checkpoint_mapping_fn"]
+    try:
+        return dict(convert(checkpoint=dict(tensors), config=dict(network.config)))
+    except KeyError as error:
+        raise ValueError(f"{facts.path} has no tensor {error}; get it again") from error
+
+
+def _check(
+    facts: CheckpointFacts, part: str, network: nn.Module, found: Tensors, tensors: Tensors
+) -> None:
+    """ValueError unless the tensors are those of the network, by name and by shape."""
+    names = {id(tensor): key for key, tensor in tensors.items()}
+    weights = network.state_dict()
+    for key, wanted in weights.items():
+        tensor = found.get(key)
+        if tensor is None:
+            raise ValueError(
+                f"{facts.path} lacks {key!r} (diffusers' name) of its {part}; it is not a whole "
+                f"{facts.architecture}"
+            )
+        if tensor.shape != wanted.shape:
+            origin = tensor if tensor._base is None else tensor._base
+            raise ValueError(
+                f"{facts.path}: {names.get(id(origin), key)!r} of its {part} has the shape "
+                f"{list(tensor.shape)}, and {facts.architecture} has {list(wanted.shape)}"
+            )
+    more = [key for key in found if key not in weights] if type(network).__name__ == UNET else []
+    if more:
+        raise ValueError(
+            f"{facts.path} holds {names.get(id(found[more[0]]), more[0])!r}, which "
+            f"{facts.architecture} does not have"
+        )

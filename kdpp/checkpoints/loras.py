@@ -1,0 +1,133 @@
+"""LoRAs with a role: for the student, for the teacher, or for both, on one network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from torch import nn
+
+from kdpp.checkpoints.architectures import recognise
+from kdpp.checkpoints.files import inspect
+from kdpp.checkpoints.headers import Entry, read_header
+from kdpp.checkpoints.pipelines import denoiser_of, network_of
+from kdpp.checks import check_number
+from kdpp.memory import without_adapters
+
+__all__ = ["Lora", "load_loras"]
+
+Role = Literal["both", "student", "teacher"]
+
+
+class Lora(NamedTuple):
+    """A LoRA's file, the factor of its change, and whose network it changes."""
+
+    path: str | Path
+    weight: float = 1.0
+    role: Role = "both"
+
+
+def load_loras(
+    pipe: Any, loras: Iterable[Lora], *, lcm: bool | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """Load LoRAs into a pipeline, and give its student and its teacher, two denoisers.
+
+    Both are the pipeline's one network; each call switches off the LoRAs that are for the other
+    role (`kdpp.without_adapters`)::
+
+        loras = [Lora("sdxl_lightning_4step_lora.safetensors", role="student"),
+                 Lora("watercolour.safetensors", 0.8)]
+        student, teacher = load_loras(pipe, loras)
+
+    Args:
+        pipe: a pipeline of `kdpp.checkpoints.pipelines.FAMILIES`, without LoRAs. It holds them
+            afterwards; of a call that raises it holds none.
+        loras: tuples of file, weight and role.
+        lcm: of the student, as in `kdpp.checkpoints.networks.as_denoiser`. A teacher whose LoRAs
+            are not the student's is never a consistency model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is not a LoRA, is one for another architecture, matches no layer or does
+            not fit; or it is for one role and changes the text encoders, which both roles share; or
+            the pipeline holds LoRAs already, or has two networks (Wan 2.2).
+    """
+    network = network_of(pipe)
+    if getattr(network, "peft_config", None):
+        raise ValueError("the pipeline holds LoRAs already; load all of them with load_loras")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            "the pipeline has two networks, which have LoRAs of their own; load them with "
+            "diffusers and make the teacher with kdpp.without_adapters"
+        )
+    loras = [Lora(*lora) for lora in loras]
+    for lora in loras:
+        _check(lora, network)
+    names = [f"lora{number}" for number in range(len(loras))]
+    try:
+        for name, lora in zip(names, loras):
+            _load(pipe, name, Path(lora.path))
+        if loras:
+            pipe.set_adapters(names, [float(lora.weight) for lora in loras])
+    except BaseException:
+        pipe.unload_lora_weights()
+        raise
+    off = {
+        role: [name for name, lora in zip(names, loras) if lora.role not in ("both", role)]
+        for role in ("student", "teacher")
+    }
+    same = not any(off.values())
+    student = denoiser_of(pipe, lcm=lcm)
+    teacher = student if same else denoiser_of(pipe, lcm=False)
+    if off["student"]:
+        student = without_adapters(student, off["student"])
+    return student, without_adapters(teacher, off["teacher"]) if off["teacher"] else teacher
+
+
+def _check(lora: Lora, network: nn.Module) -> None:
+    """ValueError for what can be told from the LoRA's header."""
+    path, facts = Path(lora.path), inspect(lora.path)
+    check_number("weight", lora.weight, -float("inf"), float("inf"))
+    if lora.role not in get_args(Role):
+        raise ValueError(f"role is {lora.role!r}; it must be one of {', '.join(get_args(Role))}")
+    if facts.lora is None:
+        raise ValueError(f"{path} is a {facts.kind}, not a LoRA")
+    shapes = {key: Entry("F32", tuple(t.shape)) for key, t in network.state_dict().items()}
+    found = recognise(shapes)
+    if found and facts.architecture and found.architecture != facts.architecture:
+        raise ValueError(
+            f"{path} is a LoRA for {facts.architecture}, and the model is {found.architecture}"
+        )
+    texts = [target for target in facts.lora.targets if target.startswith("text")]
+    if texts and lora.role != "both":
+        raise ValueError(
+            f"{path} changes the {' and '.join(texts)}, which student and teacher share; it "
+            "cannot be for one of them"
+        )
+
+
+def _load(pipe: Any, name: str, path: Path) -> None:
+    """Load one LoRA; ValueError unless it changes a layer and fits."""
+    try:
+        with warnings.catch_warnings():
+            # peft, of the second LoRA, and of one that is taken out again.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+            pipe.load_lora_weights(
+                str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True,
+                use_safetensors=True,
+            )  # fmt: skip
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        # diffusers' cleaning up may fail, too.
+        cause = (error.__context__ or error) if isinstance(error, KeyError) else error
+        reason = " ".join(str(cause).split())
+        raise ValueError(f"{path} does not fit the {type(pipe).__name__}: {reason}") from error
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    layers = [module for part in parts for module in part.modules()]
+    if not any(name in getattr(layer, "lora_A", ()) for layer in layers):
+        key = min(read_header(path).entries)
+        raise ValueError(
+            f"{path} matches no layer of the {type(pipe).__name__}; its keys are such as {key!r}"
+        )

@@ -1,0 +1,163 @@
+"""LoRAs with a role: one network as student and teacher, and what is refused."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import kdpp
+from kdpp.checkpoints.loras import Lora, load_loras
+from kdpp.checkpoints.pipelines import denoiser_of, encode
+
+pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
+pytest.importorskip("peft", reason="needs peft (extra: diffusers)")
+tiny = pytest.importorskip("tiny_pipelines", reason="needs diffusers and transformers")
+
+BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+
+
+def lora(path, seed, layers=(f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_v"), width=(8, 16), size=2):
+    """A LoRA of rank 2 in diffusers' names."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer, inputs in zip(layers, width):
+        tensors[f"{layer}.lora_A.weight"] = torch.randn(size, inputs, generator=generator)
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(8, size, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+def kohya(path, seed):
+    """The same layers in kohya's names, with an alpha."""
+    tensors = {}
+    for key, tensor in load_file(lora(path, seed)).items():
+        layer, part = key.rsplit(".lora_", 1)
+        name = "lora_unet_" + layer.removeprefix("unet.").replace(".", "_")
+        tensors[f"{name}.lora_{'down' if part[0] == 'A' else 'up'}.weight"] = tensor
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """In two layouts."""
+    names = ("speed", "style", "other")
+    paths = [tmp_path / f"{name}.safetensors" for name in names]
+    return [write(path, i) for i, (path, write) in enumerate(zip(paths, (lora, kohya, lora)))]
+
+
+def guided(student, teacher):
+    """Latents of two steps, with seeded noise."""
+    pipe = tiny.sd()
+    extra_args = encode(pipe, "a red boat", "dark")
+    model = kdpp.TeacherGuidedDenoiser(student, teacher, teacher_scale=0.5, teacher_cfg_scale=2.0)
+    sigmas = torch.tensor([14.6, 2.0, 0.0])
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1)) * sigmas[0]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return kdpp.sample("euler", model, x, sigmas, extra_args, disable=True)
+
+
+def separate(*loras):
+    """A model of its own with these LoRAs, loaded by diffusers alone."""
+    pipe = tiny.sd()
+    names = [f"own{i}" for i in range(len(loras))]
+    for name, (path, _) in zip(names, loras):
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+    if loras:
+        pipe.set_adapters(names, [weight for _, weight in loras])
+    return denoiser_of(pipe)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+def test_one_network_is_two_separate_models(files):
+    """Bit for bit: a speed LoRA for the student, a style on both, another for the teacher."""
+    speed, style, other = files
+    pipe = tiny.sd()
+    before = sum(p.numel() for p in pipe.unet.parameters())
+    student, teacher = load_loras(
+        pipe, [(speed, 1.0, "student"), (style, 0.8), (other, -0.5, "teacher")]
+    )
+    apart = separate((speed, 1.0), (style, 0.8)), separate((style, 0.8), (other, -0.5))
+    assert torch.equal(guided(student, teacher), guided(*apart))
+    for wrong in ((apart[0], apart[0]), (apart[1], apart[1]), (separate(), apart[1])):
+        assert not torch.equal(guided(student, teacher), guided(*wrong))
+    assert {id(p) for p in teacher.parameters()} == {id(p) for p in student.parameters()}
+    own = sum(p.numel() for n, p in pipe.unet.named_parameters() if "lora" not in n)
+    assert own == before
+
+
+def test_a_student_with_a_speed_lora_and_its_base(files):
+    student, teacher = load_loras(tiny.sd(), [Lora(files[0], role="student")], lcm=True)
+    assert torch.equal(guided(teacher, teacher), guided(separate(), separate()))
+    assert isinstance(student, kdpp.models.LCMDenoiser)
+    student, teacher = load_loras(tiny.sd(), [Lora(files[0])])
+    assert student is teacher
+    student, teacher = load_loras(tiny.sd(), [])
+    assert torch.equal(guided(student, teacher), guided(separate(), separate()))
+
+
+def test_names_of_adapters_that_stay(files):
+    pipe = tiny.sd()
+    student, _ = load_loras(pipe, [Lora(file) for file in files])
+    with pytest.raises(ValueError, match=r"no adapter 'speed'; there are \['lora0', 'lora1'"):
+        kdpp.without_adapters(student, ["speed"])
+    with pytest.raises(TypeError, match="names is 'lora0'; give a list"):
+        kdpp.without_adapters(student, "lora0")
+    every = kdpp.without_adapters(student, ["lora0", "lora1", "lora2"])
+    assert torch.equal(guided(every, every), guided(separate(), separate()))
+    layer = next(m for m in pipe.unet.modules() if hasattr(m, "lora_A"))
+    assert layer.active_adapters == ["lora0", "lora1", "lora2"] and not layer.disable_adapters
+
+
+def test_a_lora_that_does_not_fit_is_refused_and_leaves_nothing(files, tmp_path):
+    """And the pipeline is as it was."""
+    pipe = tiny.sd()
+    other = tmp_path / "x.safetensors"
+
+    def refused(sentence, role="both"):
+        with pytest.raises(ValueError, match=sentence) as caught:
+            load_loras(pipe, [Lora(files[0]), Lora(other, 1.0, role)])
+        assert "\n" not in str(caught.value)
+        assert not any(hasattr(module, "lora_A") for module in pipe.unet.modules())
+        assert not getattr(pipe.unet, "peft_config", None)
+
+    lora(other, 0, ["unet.up_blocks.9.attentions.0.to_q"])
+    refused("x.safetensors does not fit .*up_blocks.9")
+    lora(other, 0, ["transformer.transformer_blocks.0.attn.to_q"])
+    refused("x.safetensors matches no layer of .*such as 'transformer.transformer_blocks")
+    lora(other, 0, ["lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"], [1024])
+    refused("x.safetensors is a LoRA for SD 2.x, and the model is SD 1.x")
+    lora(other, 0, width=(9, 16))
+    refused("x.safetensors does not fit the StableDiffusionPipeline: .*size mismatch")
+    lora(other, 0, ["unet.double_blocks.0.img_attn.qkv", "transformer.single_blocks.0.linear1"])
+    refused("x.safetensors does not fit .*double_blocks.0")
+    save_file(tiny.sd().unet.state_dict(), other)
+    refused("x.safetensors is a model, not a LoRA")
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    lora(other, 0, [text])
+    refused("x.safetensors changes the text encoder, which student and teacher share", "student")
+    lora(other, 0, [text], width=(16,))
+    refused("x.safetensors does not fit")
+    lora(other, 0)
+    refused("role is 'pupil'; it must be one of both, student, teacher", "pupil")
+    other.unlink()
+    with pytest.raises(FileNotFoundError, match=r"x.safetensors"):
+        load_loras(pipe, [Lora(other)])
+    load_loras(pipe, [Lora(files[0])])
+    with pytest.raises(ValueError, match="holds LoRAs already"):
+        load_loras(pipe, [Lora(files[0])])
+    with pytest.raises(ValueError, match="has two networks, which have LoRAs of their own"):
+        load_loras(tiny.wan(boundary=0.9), [Lora(files[0])])
+
+
+def test_a_lora_of_the_text_encoder_is_for_both(files, tmp_path):
+    pipe = tiny.sd()
+    bare = encode(pipe, "a red boat")["cond"]["encoder_hidden_states"]
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    generator = torch.Generator().manual_seed(4)
+    save_file({f"{layer}.lora_{end}.weight": torch.randn(shape, generator=generator)
+               for end, shape in (("A", (2, 16)), ("B", (16, 2)))}, files[0])  # fmt: skip
+    student, teacher = load_loras(pipe, [Lora(files[0])])
+    assert student is teacher
+    assert not torch.equal(encode(pipe, "a red boat")["cond"]["encoder_hidden_states"], bare)
