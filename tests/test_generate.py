@@ -333,3 +333,42 @@ def test_what_a_pipeline_cannot_is_said(folders, words, sentence, tmp_path, caps
     assert run(tmp_path / "out", *pair(folders), *words) == 1
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+def test_a_lora_student_and_its_base(tmp_path, capsys):
+    """One checkpoint in two roles, as two folders would give it; `--like` finds the LoRA."""
+    pytest.importorskip("peft", reason="needs peft (extra: diffusers)")
+    import test_loras
+
+    tiny.sd().save_pretrained(tmp_path / "base")
+    speed = test_loras.lora(tmp_path / "speed.safetensors", 0)
+    style = test_loras.lora(tmp_path / "style.safetensors", 1)
+    words = ["--student", tmp_path / "base", "--prompt", "a red boat", "--steps", 2,
+             "--width", 16, "--height", 16, "--teacher-scale", 0.5]  # fmt: skip
+    loras = ["--student-lora", speed, "--lora", f"{style}:0.8"]
+    assert run(tmp_path / "one", *words, *loras, "--compare") == 0
+    pipe = tiny.sd()
+    for path, weight in ((style, 0.8), (speed, 1.0)):
+        pipe.load_lora_weights(str(tmp_path), weight_name=path.name)
+        pipe.fuse_lora(lora_scale=weight)
+        pipe.unload_lora_weights()
+        pipe.save_pretrained(tmp_path / f"with-{path.stem}")
+    fused = ["--student", tmp_path / "with-speed", "--teacher", tmp_path / "with-style"]
+    assert run(tmp_path / "two", *fused, *words[2:], "--compare") == 0
+    for name in pictures(tmp_path / "one"):
+        apart = pixels(tmp_path / "one" / name).int() - pixels(tmp_path / "two" / name).int()
+        assert apart.abs().max() <= 1
+    ways = {bytes(pixels(tmp_path / "one" / name).tolist()) for name in pictures(tmp_path / "one")}
+    assert len(ways) == 3
+    picture = tmp_path / "one" / "00000-teacher.png"
+    assert run(tmp_path / "again", "--like", picture) == 0
+    assert list(pictures(tmp_path / "again").values()) == [picture.read_bytes()]
+    assert "kdpp LoRA style: 0.8 (both)" in read_texts(picture)["parameters"]
+    speed.write_bytes(style.read_bytes())
+    assert run(tmp_path / "other", "--like", picture) == 1
+    assert "is not the lora 1 that the picture was made with" in capsys.readouterr().err
+    assert run(tmp_path / "no", *words, *loras, "--teacher", tmp_path / "base") == 1
+    assert "leave --teacher out" in capsys.readouterr().err
+    assert run(tmp_path / "no", *LAB, *loras) == 1
+    assert "a model of the lab takes no loras" in capsys.readouterr().err

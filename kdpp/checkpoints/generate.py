@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 import kdpp
 from kdpp.checkpoints.pairs import LabPair, Picture, PipelinePair, open_pair
 from kdpp.checkpoints.places import place_of
-from kdpp.checkpoints.requests import Guide, Request, png, read_png, read_texts, texts_of
+from kdpp.checkpoints.requests import Guide, Request, Role, png, read_png, read_texts, texts_of
 from kdpp.checkpoints.sheets import Tile, sheet
 from kdpp.lab import processes
 from kdpp.lab.console import say
@@ -37,16 +37,23 @@ from kdpp.solver import solver_of
 __all__ = ["add_arguments", "run"]
 
 GUIDES: dict[Guide, str] = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
-OWN = ("options", "digests")
+OWN = ("options", "digests", "loras")
 """The settings that have no flag of their name."""
+ROLES: dict[str, tuple[Role, str]] = {
+    "": ("both", "for student and teacher"),
+    "student-": ("student", "for the student alone: its network without it is the teacher"),
+    "teacher-": ("teacher", "for the teacher alone"),
+}
+"""Of the flags for LoRAs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments: the settings of a `Request`, and which pictures."""
     parser.description = (
         "Draw pictures of a student, with a teacher's help if one is named. The student is a "
-        "checkpoint of the lab or a folder as diffusers saves it. A run that was stopped goes on "
-        "where it was; under `accelerate launch` the processes share the pictures."
+        "safetensors file, a folder as diffusers saves it, or a checkpoint of the lab. A run that "
+        "was stopped goes on where it was; under `accelerate launch` the processes share the "
+        "pictures."
     )
     for entry in fields(Request):
         if entry.name not in OWN:
@@ -55,6 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--option", action="append", default=[], metavar="NAME=VALUE",
         help="of the sampler, such as eta=0.5; `kdpp solvers NAME` names them")  # fmt: skip
+    for role in ROLES:
+        add(f"--{role}lora", dest=f"{role}loras", action="append", default=[],
+            metavar="FILE[:WEIGHT]", help=f"a LoRA, {ROLES[role][1]}; may be repeated")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="a text file, a prompt in each line")
     add("--seed", metavar="SEEDS", help="7, 0-99 or [3, 5] (default: 0)")
     add("--like", type=Path, metavar="FILE.png", help="draw a picture of kdpp generate once more")
@@ -104,8 +114,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = processes.device(arguments.device)
     with processes.single_thread() if device.type == "cpu" else nullcontext():
         pair = open_pair(request, device)
-        if arguments.compare and request.teacher is None:
-            raise ValueError("--compare needs a teacher: --teacher MODEL")
+        if arguments.compare and not has_teacher(request):
+            raise ValueError("--compare needs a teacher: --teacher MODEL, or --student-lora FILE")
         for remark in pair.remarks if rank == 0 else ():
             print(f"kdpp: {remark}", file=sys.stderr)
         guides = tuple(GUIDES) if arguments.compare else (guide,)
@@ -134,6 +144,13 @@ def wanted(arguments: argparse.Namespace) -> tuple[Request, list[Picture], Guide
         for entry in fields(Request)
         if entry.name not in OWN and (text := getattr(arguments, entry.name)) is not None
     }
+    loras = tuple(
+        (*read_lora(text), role)
+        for kind, (role, _) in ROLES.items()
+        for text in getattr(arguments, f"{kind}loras")
+    )
+    if loras:
+        given["loras"] = loras
     if arguments.option:
         given["options"] = dict(map(read_option, arguments.option))
     if arguments.like is not None:
@@ -141,9 +158,10 @@ def wanted(arguments: argparse.Namespace) -> tuple[Request, list[Picture], Guide
         request = again(request, given)
         seeds = [seed] if arguments.seed is None else read_seeds(arguments.seed)
     else:
-        request = fill(Request, given)
-        guide = "none" if request.teacher is None and request.teacher_scale is None else "teacher"
-        guide = "self" if guide == "teacher" and request.teacher is None else guide
+        request = replace(fill(Request, {**given, "loras": ()}), loras=loras)
+        guide = "teacher" if has_teacher(request) else "none"
+        if guide == "none" and request.teacher_scale is not None:
+            guide = "self"
         seeds = read_seeds(arguments.seed or "0")
     if given.keys() >= {"steps", "sigmas"}:
         raise ValueError("--steps and --sigmas say the same; give one of them")
@@ -174,12 +192,26 @@ def again(request: Request, given: Mapping[str, Any]) -> Request:
         role: place_of(request.digests.get(role, "")) or name
         for role, name in request.places.items()
     }
-    changed: dict[str, Any] = {**places, **given}
-    if given.keys() - {"student", "teacher"}:
+    request, changed = request.moved(places), dict(given)
+    if given.keys() - {"student", "teacher", "components"}:
         changed["digests"] = {}
     if given.keys() & {"steps", "sigmas", "preset"}:  # they say the levels anew
         changed = {"steps": None, "sigmas": None, **changed}
     return replace(request, **changed)
+
+
+def has_teacher(request: Request) -> bool:
+    """Whether somebody else than the student helps: a model, or its network with other LoRAs."""
+    return request.teacher is not None or any(role != "both" for _, _, role in request.loras)
+
+
+def read_lora(text: str) -> tuple[str, float]:
+    """File and weight of ``FILE`` or ``FILE:0.8``."""
+    path, colon, weight = text.rpartition(":")
+    with suppress(ValueError):
+        if colon:
+            return path, float(weight)
+    return text, 1.0
 
 
 def read_seeds(text: str) -> list[int]:

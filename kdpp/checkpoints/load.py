@@ -191,7 +191,8 @@ def _lacking(facts: CheckpointFacts, missing: list[str], configs: Mapping[str, C
         )
     return (
         f"{facts.path} is {facts.architecture} without {' and '.join(missing)}; name a model of "
-        "the same architecture that has them (components=), or give it as a diffusers folder"
+        "the same architecture that has them "
+        "(components=, --components), or give it as a diffusers folder"
     )
 
 
@@ -221,14 +222,15 @@ def _schedule(
     said = prediction or facts.prediction
     if said is None and facts.said_by:
         raise ValueError(f"{path} contradicts itself about what it predicts ({facts.said_by}); "
-                         "say it (prediction=)")  # fmt: skip
+                         "say it (prediction=, --prediction)")  # fmt: skip
     if said is None and path.is_dir():
         return {}
     if said is None:
         said = rest.prediction or "epsilon"
         source = f", as the scheduler of {rest.path} says" if rest.prediction else ""
         print(
-            f"{path} does not say what it predicts; it is taken for {said}{source} (prediction=)",
+            f"{path} does not say what it predicts; it is taken for {said}{source} "
+            "(prediction=, --prediction)",
             file=sys.stderr,
         )
     snr = {"rescale_betas_zero_snr": True} if facts.zero_snr else {}

@@ -5,7 +5,6 @@ A pair fills in what the request leaves open, and makes the conditions and the p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from kdpp.checkpoints.files import inspect
 from kdpp.checkpoints.load import file_digest, is_pipeline, load_pipeline
+from kdpp.checkpoints.loras import Lora, load_loras
 from kdpp.checkpoints.networks import Network
 from kdpp.checkpoints.pipelines import (
     check_alike,
@@ -31,6 +31,7 @@ from kdpp.checkpoints.places import remember
 from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
 from kdpp.checkpoints.requests import Request
 from kdpp.kinds import is_flow
+from kdpp.lab.files import digest
 from kdpp.lab.models import Model, load_model
 from kdpp.lab.sampling import Recipe, denoiser_for, levels_for, solver_for, weights_digest
 from kdpp.memory import without_adapters
@@ -58,10 +59,6 @@ def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
     """
     make = PipelinePair if is_pipeline(request.student) else LabPair
     pair = make(request, device)
-    files = {role: Path(name) for role, name in request.places.items() if Path(name).is_file()}
-    if make is PipelinePair:  # whose own digests are those of folders
-        found = {role: file_digest(path) for role, path in files.items()}
-        pair.request = replace(pair.request, digests={**pair.request.digests, **found})
     found = pair.request.digests
     for role, name in request.places.items():
         if request.digests.get(role, found[role]) != found[role]:
@@ -84,8 +81,8 @@ class LabPair:
     """
 
     def __init__(self, request: Request, device: torch.device) -> None:
-        for name in ("prompt", "negative", "preset"):
-            if getattr(request, name) is not None:
+        for name in ("prompt", "negative", "preset", "components", "prediction", "loras"):
+            if getattr(request, name) not in (None, ()):
                 raise ValueError(f"a model of the lab takes no {name}; it draws a class: --label N")
         if request.dtype != "float32":
             raise ValueError("models of the lab are float32; leave --dtype out")
@@ -158,9 +155,21 @@ class PipelinePair:
         if request.prompt is None:
             raise ValueError("say what the picture shows: --prompt TEXT")
         preset = preset_of(request)
-        self.pipe = pipe = load_pipeline(request.student, request.dtype, device)
-        self.student = denoiser_of(pipe, lcm=preset.boundary_scalings if preset else None)
-        self.teacher = self._teacher(request.teacher, request.dtype, device)
+        self.pipe = pipe = load_pipeline(
+            request.student, request.dtype, device,
+            components=request.components, prediction=request.prediction,
+        )  # fmt: skip
+        lcm = preset.boundary_scalings if preset else None
+        if request.loras:
+            if request.teacher is not None:
+                raise ValueError(
+                    "with LoRAs the teacher is the student's own network, without those that are "
+                    "the student's alone: leave --teacher out"
+                )
+            self.student, self.teacher = load_loras(pipe, map(Lora._make, request.loras), lcm=lcm)
+        else:
+            self.student = denoiser_of(pipe, lcm=lcm)
+            self.teacher = self._teacher(request.teacher, request.dtype, device)
         self.networks = tuple(_asked(one) for one in (self.student, self.teacher))
         height, width = size = self._size(request)
         self.shape, self.device = latent_shape(pipe, height, width), device
@@ -173,17 +182,18 @@ class PipelinePair:
             else (0.1, 1, 7.5)
         )
         scale = preset.cond_scale if preset else 1.0
-        lcm = isinstance(self.student, LCMDenoiser)
+        consistent = any(isinstance(part, LCMDenoiser) for part in self.student.modules())
         self.request = replace(
             _guided(request, *guided),
             preset=preset.name if preset else None,
-            sampler=request.sampler or (preset.sampler if preset else "lcm" if lcm else "euler"),
+            sampler=request.sampler
+            or (preset.sampler if preset else "lcm" if consistent else "euler"),
             sigmas=levels,
             steps=len(levels) - 1,
             cond_scale=scale if request.cond_scale is None else request.cond_scale,
             width=width,
             height=height,
-            digests={role: folder_digest(Path(name)) for role, name in request.places.items()},
+            digests={role: content_digest(Path(name)) for role, name in request.places.items()},
         )
         assert self.request.sampler is not None
         solver_for(self.request.sampler)
@@ -260,16 +270,13 @@ def preset_of(request: Request) -> Preset | None:
     return PRESETS[request.preset]
 
 
-def folder_digest(folder: Path) -> str:
-    """A digest of the content of a folder's weights and settings."""
-    blake = hashlib.blake2b(digest_size=16)
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".json", ".txt"):
-            blake.update(str(path.relative_to(folder)).encode())
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    blake.update(block)
-    return blake.hexdigest()
+def content_digest(path: Path) -> str:
+    """A digest of a file's content, or of a folder's weights and settings."""
+    if path.is_file():
+        return file_digest(path)
+    wanted = (".safetensors", ".json", ".txt")
+    files = sorted(file for file in path.rglob("*") if file.suffix in wanted)
+    return digest([(str(file.relative_to(path)), file_digest(file)) for file in files])
 
 
 def _guided(request: Request, scale: float, steps: int, cfg_scale: float) -> Request:

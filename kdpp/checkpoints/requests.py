@@ -22,6 +22,7 @@ from kdpp.lab.settings import from_json, setting
 
 __all__ = ["Guide", "Request", "infotext", "png", "read_png"]
 
+Role = Literal["both", "student", "teacher"]
 Guide = Literal["teacher", "none", "self"]
 """Who is in the teacher's place: the teacher, nobody, the student itself."""
 
@@ -32,6 +33,12 @@ class Request:
 
     student: str = setting("", "a checkpoint of the lab, or a folder as diffusers saves it")
     teacher: str | None = setting(None, "the same for the teacher (default: no teacher)")
+    components: str | None = setting(
+        None, "a folder or file with what a UNet or transformer alone does not hold"
+    )
+    prediction: Literal["epsilon", "v", "x0"] | None = setting(
+        None, "of a file that does not say what its UNet predicts (default: epsilon)"
+    )
     preset: str | None = setting(None, "how the student is sampled (default: by its name)")
     prompt: str | None = setting(None, "what the picture shows")
     negative: str | None = setting(None, "what it does not; for models with CFG")
@@ -58,13 +65,26 @@ class Request:
     renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
     extrapolate: bool = setting(False, "allow λ outside [0, 1]")
     dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the networks")
-    digests: dict[str, Any] = field(default_factory=dict)  # of the files, by "student", "teacher"
+    loras: tuple[tuple[str, float, Role], ...] = ()  # file, weight, for whom
+    digests: dict[str, Any] = field(default_factory=dict)  # of `places`
 
     @property
     def places(self) -> dict[str, str]:
-        """The models that it names, by their roles."""
-        named = {"student": self.student, "teacher": self.teacher}
+        """The files and folders that it names, by what they are for."""
+        named = {"student": self.student, "teacher": self.teacher, "components": self.components}
+        named |= {f"lora {i}": path for i, (path, _, _) in enumerate(self.loras)}
         return {role: name for role, name in named.items() if name}
+
+    def moved(self, places: Mapping[str, str]) -> Request:
+        """The same request, of `places` elsewhere."""
+        own: dict[str, Any] = {
+            role: place for role, place in places.items() if not role.startswith("lora ")
+        }
+        loras = tuple(
+            (places.get(f"lora {i}", path), weight, role)
+            for i, (path, weight, role) in enumerate(self.loras)
+        )
+        return replace(self, loras=loras, **own)
 
     @property
     def guidance(self) -> dict[str, Any]:
@@ -85,11 +105,13 @@ def infotext(request: Request, seed: int, guide: Guide) -> str:
         "Model": request.student,
     }
     if guide == "teacher":
-        values["kdpp teacher"] = request.teacher
+        values["kdpp teacher"] = request.teacher or request.student
     if guide != "none" and request.teacher_scale:
         values["kdpp teacher scale"] = request.teacher_scale
         values["kdpp teacher steps"] = request.teacher_steps
         values["kdpp teacher CFG scale"] = request.teacher_cfg_scale
+    for path, weight, role in request.loras:
+        values[f"kdpp LoRA {Path(path).stem}"] = f"{weight:g} ({role})"
     values["Version"] = f"kdpp {kdpp.__version__}"
     lines = [request.prompt or ""]
     if request.negative:
@@ -119,8 +141,7 @@ def png(pixels: Tensor, texts: Mapping[str, str]) -> bytes:
 
 def texts_of(request: Request, seed: int, guide: Guide) -> dict[str, str]:
     """A picture's two texts; of its models they hold the names, and not where they lie."""
-    names: dict[str, Any] = {role: Path(name).name for role, name in request.places.items()}
-    request = replace(request, **names)
+    request = request.moved({role: Path(name).name for role, name in request.places.items()})
     about = {"kdpp": kdpp.__version__, "torch": torch.__version__, "seed": seed, "guide": guide}
     return {
         "parameters": infotext(request, seed, guide),
