@@ -11,15 +11,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 import kdpp
@@ -30,7 +29,7 @@ from kdpp.checkpoints.sheets import Tile, sheet
 from kdpp.lab import processes
 from kdpp.lab.console import say
 from kdpp.lab.files import make_folder, write_atomically
-from kdpp.lab.sampling import sample_seeds
+from kdpp.lab.sampling import counted, sample_seeds
 from kdpp.lab.settings import fill, read_option, read_value
 from kdpp.solver import solver_of
 
@@ -292,23 +291,6 @@ def draw(pair: LabPair | PipelinePair, pictures: Sequence[Picture], guide: Guide
         seconds = (time.perf_counter() - start) / len(pictures)
     student, asked = (count / len(pictures) for count in counts)
     return [Drawn(one, student, asked, seconds) for one in pixels]
-
-
-@contextmanager
-def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
-    """[evaluations of the student's network, of the teacher's], counted up inside."""
-    counts = [0, 0]
-
-    def count(place: int, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        counts[place] += len(inputs[0])
-
-    different = dict.fromkeys(networks)  # one network in both roles counts as the student's
-    hooks = [one.register_forward_pre_hook(partial(count, i)) for i, one in enumerate(different)]
-    try:
-        yield counts
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def tiles(jobs: Sequence[Job], out: Path) -> list[Tile]:

@@ -39,6 +39,7 @@ __all__ = [
     "Images",
     "Recipe",
     "attempt",
+    "counted",
     "denoiser_for",
     "draw",
     "fingerprint",
@@ -328,7 +329,9 @@ class Batches:
         bar = tqdm(
             wanted, desc="sampling", unit="batch", leave=False, delay=1, disable=not progress
         )
-        with threads, _counted(self.recipe) as counts:
+        both = (self.recipe.student, self.recipe.teacher)
+        networks = [model.network for model in both if model is not None]
+        with threads, counted(networks) as counts:
             peak = _peak_memory(device)
             for i in bar:
                 if i in self.done:
@@ -444,17 +447,18 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _counted(recipe: Recipe) -> Iterator[list[int]]:
-    """[images evaluated by the student's network, by the teacher's], counted up inside."""
+def counted(networks: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """[images evaluated by the student's network, by the teacher's], counted up inside.
+
+    One network in both roles counts as the student's.
+    """
     counts = [0, 0]
-    networks = [recipe.student.network]
-    if recipe.teacher is not None and recipe.teacher.network is not recipe.student.network:
-        networks.append(recipe.teacher.network)
 
     def count(place: int, network: nn.Module, inputs: tuple[Any, ...]) -> None:
         counts[place] += len(inputs[0])
 
-    hooks = [n.register_forward_pre_hook(partial(count, i)) for i, n in enumerate(networks)]
+    different = dict.fromkeys(networks)
+    hooks = [one.register_forward_pre_hook(partial(count, i)) for i, one in enumerate(different)]
     try:
         yield counts
     finally:
