@@ -2,9 +2,11 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
+import kdpp
 from kdpp.lab.plugins import import_file
 
 torch.set_num_threads(1)
@@ -14,3 +16,12 @@ settings.load_profile("kdpp")
 # docs/adding_a_solver.md, adding_a_method.md: what the file enters is tested with the rest.
 if path := os.environ.get("KDPP_IMPORT"):
     import_file(path)
+
+
+@pytest.fixture
+def solvers():
+    """kdpp's solvers; what a test enters among them is gone after it."""
+    before = dict(kdpp.SOLVERS)
+    yield kdpp.SOLVERS
+    kdpp.SOLVERS.clear()
+    kdpp.SOLVERS.update(before)

@@ -30,15 +30,6 @@ def NAME(sigmas, boost):
 """
 
 
-@pytest.fixture
-def solvers():
-    """kdpp's solvers, and afterwards no others."""
-    before = dict(kdpp.SOLVERS)
-    yield kdpp.SOLVERS
-    kdpp.SOLVERS.clear()
-    kdpp.SOLVERS.update(before)
-
-
 def said(capsys, *arguments):
     """What a command writes to stdout."""
     assert main(list(map(str, arguments))) == 0

@@ -84,15 +84,6 @@ def test_extras_are_declared(extra):
     assert extra in importlib.metadata.metadata("kdpp").get_all("Provides-Extra")
 
 
-@pytest.fixture
-def solvers():
-    """What a page enters is gone after the test."""
-    before = dict(kdpp.SOLVERS)
-    yield kdpp.SOLVERS
-    kdpp.SOLVERS.clear()
-    kdpp.SOLVERS.update(before)
-
-
 def test_the_page_on_adding_a_solver(tmp_path, solvers):
     """Its solvers, under 20 lines each, pass the property tests, which run over them unasked."""
     page = ROOT / "docs" / "adding_a_solver.md"

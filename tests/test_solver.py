@@ -124,16 +124,7 @@ def test_the_nearest_name_is_said():
         solver_of(print)
 
 
-@pytest.fixture
-def entered():
-    """Solvers that a test enters are gone after it."""
-    before = dict(SOLVERS)
-    yield
-    SOLVERS.clear()
-    SOLVERS.update(before)
-
-
-def test_a_solvers_own_mistake_is_raised_once(entered):
+def test_a_solvers_own_mistake_is_raised_once(solvers):
     """A TypeError inside a plan is the plan's, and it is not carried out a second time."""
     calls = []
 
@@ -185,13 +176,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("plan, sentence", WRONG.values(), ids=WRONG)
-def test_a_plan_that_is_none_is_refused(entered, plan, sentence):
+def test_a_plan_that_is_none_is_refused(solvers, plan, sentence):
     """It would run, and give wrong images without a word."""
     with pytest.raises(ValueError, match=sentence):
         solver(order=1, name="wrong")(plan).plan(SIGMAS)
 
 
-def test_such_a_plan_that_is_right_is_taken(entered):
+def test_such_a_plan_that_is_right_is_taken(solvers):
     assert len(solver(order=1, name="right")(euler_to(1.0)).plan(SIGMAS)) == 4
 
 

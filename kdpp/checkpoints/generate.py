@@ -109,12 +109,12 @@ def run(arguments: argparse.Namespace) -> None:
     file cannot be read or the folder be made, ValueError for what does not fit together.
     """
     request, pictures, guide = wanted(arguments)
+    if arguments.compare and not has_teacher(request):
+        raise ValueError("--compare needs a teacher: --teacher MODEL, or --student-lora FILE")
     rank, size = processes.share()
     device = processes.device(arguments.device)
     with processes.single_thread() if device.type == "cpu" else nullcontext():
         pair = open_pair(request, device)
-        if arguments.compare and not has_teacher(request):
-            raise ValueError("--compare needs a teacher: --teacher MODEL, or --student-lora FILE")
         for remark in pair.remarks if rank == 0 else ():
             print(f"kdpp: {remark}", file=sys.stderr)
         guides = tuple(GUIDES) if arguments.compare else (guide,)

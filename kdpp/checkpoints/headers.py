@@ -86,9 +86,9 @@ def read_header(path: str | Path) -> Header:
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle"}
 CONVERT = (
     "kdpp reads safetensors alone, since opening a pickle can run code; look for the model's "
-    ".safetensors file, or, where you trust it, convert it once: load it with "
-    "torch.load(FILE, weights_only=True), take its table of tensors (often under 'state_dict') and "
-    "write that with safetensors.torch.save_file"
+    ".safetensors file, or convert it once: read it in torch with weights_only=True, which runs no "
+    "code, take its table of tensors (often under 'state_dict') and write that with "
+    "safetensors.torch.save_file"
 )
 
 

@@ -143,7 +143,7 @@ class LabPair:
 
 
 class PipelinePair:
-    """Two pipelines of diffusers, from folders; the attributes are `LabPair`'s.
+    """Two pipelines of diffusers, or one with LoRAs; the attributes are `LabPair`'s.
 
     The teacher's text encoders and VAE are not loaded: the student's serve both. Without a teacher
     the student stands in its place, without its LoRAs if it has some.
@@ -154,6 +154,11 @@ class PipelinePair:
             raise ValueError("these models take a prompt and no label")
         if request.prompt is None:
             raise ValueError("say what the picture shows: --prompt TEXT")
+        if request.loras and request.teacher is not None:
+            raise ValueError(
+                "with LoRAs the teacher is the student's own network, without those that are the "
+                "student's alone: leave --teacher out"
+            )
         preset = preset_of(request)
         self.pipe = pipe = load_pipeline(
             request.student, request.dtype, device,
@@ -161,11 +166,6 @@ class PipelinePair:
         )  # fmt: skip
         lcm = preset.boundary_scalings if preset else None
         if request.loras:
-            if request.teacher is not None:
-                raise ValueError(
-                    "with LoRAs the teacher is the student's own network, without those that are "
-                    "the student's alone: leave --teacher out"
-                )
             self.student, self.teacher = load_loras(pipe, map(Lora._make, request.loras), lcm=lcm)
         else:
             self.student = denoiser_of(pipe, lcm=lcm)
