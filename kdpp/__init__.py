@@ -3,63 +3,36 @@
 `TeacherGuidedDenoiser` joins a student with the teacher that it was distilled from;
 ``sample_*_tg`` are k-diffusion's samplers with the teacher's help (Distillation++, Park et al.,
 ICCV 2025). `SOLVERS` lists them.
+
+`kdpp.api` names all that is public. It is read at the first use of a name, so that ``kdpp --help``
+need not wait for torch.
 """
 
-from kdpp import kdiffusion, solvers
-from kdpp._version import __version__
-from kdpp.capture import capture
-from kdpp.driver import sample
-from kdpp.editing import image_to_image, inpaint, truncate
-from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
-from kdpp.kinds import OwnCFG
-from kdpp.memory import Borrowed, without_adapters
-from kdpp.models import (
-    FlowDenoiser,
-    GuidanceConditioned,
-    LCMDenoiser,
-    X0Denoiser,
-    as_flow,
-    as_ve,
-)
-from kdpp.noise import BrownianNoise, SeededNoise
-from kdpp.rollouts import Rollout, encode, mixed_rollout
-from kdpp.solver import SOLVERS, Option, Solver, solver
-from kdpp.solvers.euler import *
-from kdpp.solvers.multistep import *
-from kdpp.solvers.sde import *
-from kdpp.solvers.singlestep import *
-from kdpp.stacking import stack_teachers
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "SOLVERS",
-    "Borrowed",
-    "BrownianNoise",
-    "FlowDenoiser",
-    "GuidanceConditioned",
-    "LCMDenoiser",
-    "NoiseRange",
-    "Option",
-    "OwnCFG",
-    "Rollout",
-    "SeededNoise",
-    "Solver",
-    "Teacher",
-    "TeacherGuidedDenoiser",
-    "X0Denoiser",
-    "__version__",
-    "as_flow",
-    "as_ve",
-    "capture",
-    "encode",
-    "image_to_image",
-    "inpaint",
-    "kdiffusion",
-    "mixed_rollout",
-    "sample",
-    "sds_scale",
-    "solver",
-    "stack_teachers",
-    "truncate",
-    "without_adapters",
-]
-__all__ += solvers.__all__
+from kdpp._version import __version__ as __version__
+
+# Now, since a file has the decorator's name: the first import of it would hide the decorator.
+from kdpp.solver import solver as solver
+
+if TYPE_CHECKING:
+    from kdpp.api import *
+    from kdpp.solvers.euler import *
+    from kdpp.solvers.multistep import *
+    from kdpp.solvers.sde import *
+    from kdpp.solvers.singlestep import *
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__all__" or not name.startswith("__"):
+        api = import_module("kdpp.api")
+        public = {one: getattr(api, one) for one in api.__all__}
+        globals().update(public, __all__=["__version__", *api.__all__])
+        if name in globals():  # public, or a file that the others have imported
+            return globals()[name]
+    raise AttributeError(f"module 'kdpp' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

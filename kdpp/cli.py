@@ -76,6 +76,7 @@ def _run(given: Sequence[str]) -> None:
     if command == "inspect":
         say(_inspected(settings.path))
         return
+    import_module("kdpp.solvers")  # enters kdpp's own; not before, since --help needs no torch
     load_entry_points("kdpp.solvers")
     for path in settings.imports:
         import_file(path)

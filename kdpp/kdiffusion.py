@@ -17,7 +17,7 @@ import sys
 import warnings
 from typing import Any
 
-from kdpp import standin
+import kdpp.standin as standin
 
 PARTS = {
     "external": (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdpp import kdiffusion
+import kdpp.kdiffusion as kdiffusion
 from kdpp.checks import check_count, check_latent, check_number
 
 __all__ = [

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 
-from kdpp.checkpoints import places
+from kdpp.checkpoints import drawing, places
 from kdpp.checkpoints.pairs import load_pipeline
 from kdpp.checkpoints.pipelines import latent_shape, network_of
 from kdpp.checkpoints.presets import PRESETS
@@ -162,6 +163,38 @@ def test_a_run_goes_on_where_it_was_and_keeps_other_pictures(tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert run(tmp_path, *LAB, "--seed", "0-1", "--teacher-scale", 0.3) == 1
     assert "is a picture of other settings; name another folder" in capsys.readouterr().err
+
+
+def test_progress_names_the_step_and_who_has_helped(tmp_path, capsys, monkeypatch):
+    """Once a step, of all pictures that are wanted; those that are there count as done."""
+    monkeypatch.setattr(drawing, "tqdm", partial(drawing.tqdm, mininterval=0))
+    settings = (*LAB, "--seed", "0-1", "--teacher-steps", "[1]", "--steps", 3)
+    assert run(tmp_path, *settings) == 0
+    said = capsys.readouterr().err
+    assert "6/6" in said and "step 3 of 3, alone" in said
+    assert "step 2 of 3, guided" in said and "step 1 of 3, guided" not in said
+    memory = float(said.rpartition(" GiB")[0].rpartition(" ")[2])
+    assert 0.05 < memory < 30
+    (tmp_path / "00001.png").unlink()
+    assert run(tmp_path, *settings) == 0
+    said = capsys.readouterr().err
+    assert "3/6" in said and "2/6" not in said
+
+
+def test_a_preview_shows_the_estimate_of_every_step(tmp_path):
+    """The last one is the picture; the picture is the same with and without."""
+    settings = (*LAB, "--seed", 4, "--steps", 3, "--sampler", "euler")
+    assert run(tmp_path / "a", *settings) == 0
+    assert run(tmp_path / "b", *settings, "--preview") == 0
+    files = pictures(tmp_path / "b")
+    assert files.keys() == {"00004.png", "00004-steps.png"}
+    assert files["00004.png"] == pictures(tmp_path / "a")["00004.png"]
+    with Image.open(tmp_path / "b" / "00004-steps.png") as image:
+        width, height = image.size
+        last = image.crop((width - 216, 56, width - 16, 256)).convert("L")
+    with Image.open(tmp_path / "b" / "00004.png") as image:
+        assert last.tobytes() == image.resize((200, 200), Image.Resampling.NEAREST).tobytes()
+    assert width == 3 * 216 + 16 and height == 272
 
 
 def test_the_settings_are_there_as_web_uis_read_them(tmp_path):

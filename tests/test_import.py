@@ -62,11 +62,44 @@ def without_k_diffusion(state, tmp_path):
 
 
 def test_import_is_light():
-    """`import kdpp` loads torch and tqdm and nothing else that is heavy."""
+    """What `kdpp` makes public loads torch and tqdm and nothing else that is heavy."""
     heavy = ("k_diffusion", "clip", "torchvision", "skimage", "scipy", "sklearn", "matplotlib",
              "safetensors", "kdpp.digits")  # fmt: skip
-    run = python(f"import sys, kdpp; print([m for m in {heavy!r} if m in sys.modules])")
+    run = python(
+        f"import sys, kdpp; kdpp.sample; print([m for m in {heavy!r} if m in sys.modules])"
+    )
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [["--version"], ["--help"], ["generate", "--help"], ["inspect", "--help"]]
+)
+def test_the_command_answers_before_torch_is_loaded(given):
+    """Torch alone takes more than a second to import."""
+    run = python(
+        "import sys\nfrom kdpp.cli import main\n"
+        f"try: main({given})\n"
+        "finally: print([m for m in ('torch', 'numpy') if m in sys.modules], file=sys.stderr)\n"
+    )
+    assert (run.returncode, run.stderr.strip()) == (0, "[]")
+    assert "kdpp" in run.stdout
+
+
+@pytest.mark.parametrize(
+    "first", ["kdpp", "kdpp.solver", "kdpp.noise", "kdpp.capturing", "kdpp.lab.settings"]
+)
+def test_public_names_are_the_same_whichever_file_is_imported_first(first):
+    """Of the package at its first use, star import included; another name is an AttributeError."""
+    run = python(
+        f"import {first}, kdpp\n"
+        "assert not hasattr(kdpp, 'nothing') and not hasattr(kdpp, '__nothing__')\n"
+        "assert callable(kdpp.solver) and callable(kdpp.capture) and kdpp.SOLVERS['euler']\n"
+        "from kdpp import *\n"
+        "assert len(kdpp.__all__) == len(set(kdpp.__all__)) and '__version__' in kdpp.__all__\n"
+        "assert all(globals()[name] is getattr(kdpp, name) for name in kdpp.__all__)\n"
+        "assert set(kdpp.__all__) <= set(dir(kdpp))\n"
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
 
 
 def test_every_sampler_works_without_k_diffusion(without_k_diffusion):
@@ -195,7 +228,7 @@ def imports(module):
             "driver",
             {"checks", "denoisers", "guidance", "guided_step", "noise", "plan", "solver", "update"},
         ),
-        ("capture", {"denoisers", "driver", "memory", "solver"}),
+        ("capturing", {"denoisers", "driver", "memory", "solver"}),
         ("solvers/euler", {"driver", "noise", "plan", "solver"}),
         ("solvers/singlestep", {"driver", "noise", "plan", "solver"}),
         ("solvers/multistep", {"driver", "noise", "plan", "solver"}),

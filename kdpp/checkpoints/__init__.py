@@ -12,7 +12,8 @@ In the order that data flows:
 - loras: LoRAs for the student, the teacher or both, on one network
 - requests: all that a picture depends on, and how a PNG file keeps it
 - pairs: a request's student and teacher, loaded
-- generate: the command; sheets and places: pictures side by side, where checkpoints lie
+- drawing: the pictures of a request, as files; sheets: pictures side by side
+- generate: the command; places: where checkpoints lie
 
 Nothing here opens a pickle or asks the network for a file.
 """

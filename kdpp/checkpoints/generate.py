@@ -9,33 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm.auto import tqdm
-
-import kdpp
-from kdpp.checkpoints.pairs import LabPair, Picture, PipelinePair, open_pair
 from kdpp.checkpoints.places import place_of
-from kdpp.checkpoints.requests import Guide, Request, Role, png, read_png, read_texts, texts_of
-from kdpp.checkpoints.sheets import Tile, sheet
-from kdpp.lab import processes
-from kdpp.lab.console import say
-from kdpp.lab.files import make_folder, write_atomically
-from kdpp.lab.sampling import counted, sample_seeds
+from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, Role, read_png
 from kdpp.lab.settings import fill, read_option, read_value
-from kdpp.solver import solver_of
 
 __all__ = ["add_arguments", "run"]
 
-GUIDES: dict[Guide, str] = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
 OWN = ("options", "digests", "loras")
 """The settings that have no flag of their name."""
 ROLES: dict[str, tuple[Role, str]] = {
@@ -71,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draw each alone, with the teacher and with itself, and a sheet of them")  # fmt: skip
     add("--batch", type=int, default=1,
         help="pictures in a run; more than 1 may change their last bits (default: 1)")  # fmt: skip
+    add("--preview", action="store_true",
+        help="beside each picture NAME-steps.png, what each step made of it")  # fmt: skip
     add("--out", type=Path, required=True, help="folder for the pictures")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
@@ -82,26 +69,6 @@ def _help(entry: Any) -> str:
     )  # fmt: skip
 
 
-class Job(NamedTuple):
-    """A picture to be drawn, by whose help, and its file."""
-
-    picture: Picture
-    guide: Guide
-    path: Path
-
-
-class Drawn(NamedTuple):
-    """Pixels (height, width, 1 or 3), and what they cost.
-
-    ``student`` and ``teacher`` are evaluations of the networks, both halves of CFG counted.
-    """
-
-    pixels: Tensor
-    student: float
-    teacher: float
-    seconds: float
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Draw the pictures; with ``--compare`` a sheet, ``sheet.png``, too.
 
@@ -111,29 +78,13 @@ def run(arguments: argparse.Namespace) -> None:
     request, pictures, guide = wanted(arguments)
     if arguments.compare and not has_teacher(request):
         raise ValueError("--compare needs a teacher: --teacher MODEL, or --student-lora FILE")
-    rank, size = processes.share()
-    device = processes.device(arguments.device)
-    with processes.single_thread() if device.type == "cpu" else nullcontext():
-        pair = open_pair(request, device)
-        for remark in pair.remarks if rank == 0 else ():
-            print(f"kdpp: {remark}", file=sys.stderr)
-        guides = tuple(GUIDES) if arguments.compare else (guide,)
-        make_folder(arguments.out)
-        jobs = [
-            Job(picture, one, arguments.out / _name(picture, one if arguments.compare else None))
-            for picture in pictures
-            for one in guides
-        ]
-        mine = [job for i, job in enumerate(jobs) if i // len(guides) % size == rank]
-        costs = arguments.out / f"costs-{rank}.json"
-        draw_all(pair, mine, arguments.batch, costs, progress=rank == 0)
-    if rank == 0:
-        while not all(job.path.exists() for job in jobs):
-            time.sleep(0.1)
-        if arguments.compare:
-            content = sheet(tiles(jobs, arguments.out), len(guides))
-            write_atomically(arguments.out / "sheet.png", content)
-        say(f"wrote {len(jobs)} picture{'s' * (len(jobs) > 1)} to {arguments.out}")
+    from kdpp.checkpoints.drawing import draw_folder  # torch, for which --help need not wait
+
+    guides = tuple(GUIDES) if arguments.compare else (guide,)
+    draw_folder(
+        request, pictures, guides, arguments.out, arguments.device, arguments.batch,
+        arguments.preview,
+    )  # fmt: skip
 
 
 def wanted(arguments: argparse.Namespace) -> tuple[Request, list[Picture], Guide]:
@@ -228,86 +179,3 @@ def read_seeds(text: str) -> list[int]:
     if not seeds or min(seeds) < 0 or max(seeds) >= 2**63:
         raise ValueError(f"--seed is {text!r}; give 7, 0-99 or [3, 5], each below 2^63")
     return seeds
-
-
-def draw_all(
-    pair: LabPair | PipelinePair, jobs: Sequence[Job], batch: int, costs: Path, progress: bool
-) -> None:
-    """Draw and write what is not there yet; keep in ``costs`` what each file has cost."""
-    known: dict[str, Any] = json.loads(costs.read_bytes()) if costs.exists() else {}
-    with tqdm(total=len(jobs), desc="pictures", unit="picture", disable=not progress) as bar:
-        for guide in dict.fromkeys(job.guide for job in jobs):
-            own = [job for job in jobs if job.guide == guide]
-            left = [job for job in own if not is_there(pair.request, job)]
-            bar.update(len(own) - len(left))
-            for start in range(0, len(left), batch):
-                some = left[start : start + batch]
-                for job, drawn in zip(some, draw(pair, [job.picture for job in some], guide)):
-                    texts = texts_of(requested(pair.request, job), job.picture.seed, guide)
-                    write_atomically(job.path, png(drawn.pixels.squeeze(-1), texts))
-                    known[job.path.name] = drawn[1:]
-                write_atomically(costs, json.dumps(known).encode())
-                bar.update(len(some))
-
-
-def requested(request: Request, job: Job) -> Request:
-    """The request of one picture: with its own prompt and label."""
-    return replace(request, prompt=job.picture.prompt, label=job.picture.label)
-
-
-def is_there(request: Request, job: Job) -> bool:
-    """Whether the picture's file was drawn by this very request."""
-    if not job.path.exists():
-        return False
-    if read_texts(job.path) != texts_of(requested(request, job), job.picture.seed, job.guide):
-        raise ValueError(f"{job.path} is a picture of other settings; name another folder")
-    return True
-
-
-def draw(pair: LabPair | PipelinePair, pictures: Sequence[Picture], guide: Guide) -> list[Drawn]:
-    """The pictures of a batch."""
-    request = pair.request
-    assert request.sampler is not None and request.sigmas is not None
-    like = torch.empty(len(pictures), *pair.shape, device=pair.device)
-    seeds = torch.tensor([picture.seed for picture in pictures])
-    teacher = pair.teacher if guide == "teacher" else pair.student
-    guidance = {"teacher_steps": 0} if guide == "none" else request.guidance
-    if guide == "self":
-        guidance = {**guidance, "teacher_cfg_scale": request.cond_scale}
-
-    def guided(noise: Any) -> kdpp.TeacherGuidedDenoiser:
-        return kdpp.TeacherGuidedDenoiser(
-            pair.student, teacher, renoise_noise_sampler=noise, **guidance
-        )
-
-    solver, _ = solver_of(request.sampler)
-    extra_args = pair.extra_args(pictures)
-    with torch.no_grad(), counted(pair.networks) as counts:
-        start = time.perf_counter()
-        latents = sample_seeds(
-            guided, like, seeds, request.sigmas, extra_args, solver, request.options
-        )
-        pixels = pair.pixels(latents)
-        seconds = (time.perf_counter() - start) / len(pictures)
-    student, asked = (count / len(pictures) for count in counts)
-    return [Drawn(one, student, asked, seconds) for one in pixels]
-
-
-def tiles(jobs: Sequence[Job], out: Path) -> list[Tile]:
-    """The pictures of a sheet, with what each has cost."""
-    costs: dict[str, Any] = {}
-    for path in out.glob("costs-*.json"):
-        costs |= json.loads(path.read_bytes())
-    made = []
-    for job in jobs:
-        student, teacher, seconds = costs.get(job.path.name, (0, 0, 0.0))
-        evaluations = f"{student:g} + {teacher:g}" if teacher else f"{student:g}"
-        title = f"seed {job.picture.seed}, {GUIDES[job.guide]}"
-        made.append(Tile(job.path, title, f"{evaluations} evaluations, {seconds:.2g} s"))
-    return made
-
-
-def _name(picture: Picture, guide: Guide | None) -> str:
-    """A picture's file: the line of its prompt, its seed, its guide."""
-    line = "" if picture.line is None else f"{picture.line:05}-"
-    return f"{line}{picture.seed:05}{f'-{guide}' if guide else ''}.png"

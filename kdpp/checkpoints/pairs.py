@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from kdpp.checkpoints.pipelines import (
 )
 from kdpp.checkpoints.places import remember
 from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
-from kdpp.checkpoints.requests import Request
+from kdpp.checkpoints.requests import Picture, Request
 from kdpp.kinds import is_flow
 from kdpp.lab.files import digest
 from kdpp.lab.models import Model, load_model
@@ -38,17 +38,7 @@ from kdpp.memory import without_adapters
 from kdpp.models import LCMDenoiser
 from kdpp.solver import unknown
 
-__all__ = ["LabPair", "Picture", "PipelinePair", "open_pair"]
-
-
-class Picture(NamedTuple):
-    """Which picture: its seed, and what it shows."""
-
-    seed: int
-    prompt: str | None = None
-    label: int | None = None
-    line: int | None = None
-    """Of a file of prompts, from 0."""
+__all__ = ["LabPair", "PipelinePair", "open_pair"]
 
 
 def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:

@@ -12,19 +12,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-import kdpp
+from kdpp._version import __version__
 from kdpp.lab.settings import from_json, setting
 
-__all__ = ["Guide", "Request", "infotext", "png", "read_png"]
+if TYPE_CHECKING:  # this file is read for `kdpp generate --help`, which need not wait for torch
+    from torch import Tensor
+
+__all__ = ["GUIDES", "Guide", "Picture", "Request", "infotext", "png", "read_png"]
 
 Role = Literal["both", "student", "teacher"]
 Guide = Literal["teacher", "none", "self"]
 """Who is in the teacher's place: the teacher, nobody, the student itself."""
+GUIDES: dict[Guide, str] = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
+"""The guides of `--compare`, in its order, and what its sheet says of them."""
+
+
+class Picture(NamedTuple):
+    """Which picture: its seed, and what it shows."""
+
+    seed: int
+    prompt: str | None = None
+    label: int | None = None
+    line: int | None = None
+    """Of a file of prompts, from 0."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ def infotext(request: Request, seed: int, guide: Guide) -> str:
         values["kdpp teacher CFG scale"] = request.teacher_cfg_scale
     for path, weight, role in request.loras:
         values[f"kdpp LoRA {Path(path).stem}"] = f"{weight:g} ({role})"
-    values["Version"] = f"kdpp {kdpp.__version__}"
+    values["Version"] = f"kdpp {__version__}"
     lines = [request.prompt or ""]
     if request.negative:
         lines.append(f"Negative prompt: {request.negative}")
@@ -141,8 +153,10 @@ def png(pixels: Tensor, texts: Mapping[str, str]) -> bytes:
 
 def texts_of(request: Request, seed: int, guide: Guide) -> dict[str, str]:
     """A picture's two texts; of its models they hold the names, and not where they lie."""
+    import torch
+
     request = request.moved({role: Path(name).name for role, name in request.places.items()})
-    about = {"kdpp": kdpp.__version__, "torch": torch.__version__, "seed": seed, "guide": guide}
+    about = {"kdpp": __version__, "torch": torch.__version__, "seed": seed, "guide": guide}
     return {
         "parameters": infotext(request, seed, guide),
         "kdpp": json.dumps(about | {"request": asdict(request)}, ensure_ascii=False),

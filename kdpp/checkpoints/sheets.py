@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 __all__ = ["Tile", "sheet"]
 
@@ -14,9 +16,9 @@ LEAST, MARGIN, LINE = 200, 16, 20
 
 
 class Tile(NamedTuple):
-    """A picture's file and two lines over it."""
+    """A picture, a file or uint8 (height, width, 1 or 3), and two lines over it."""
 
-    path: Path
+    picture: Path | Tensor
     title: str
     note: str
 
@@ -25,10 +27,7 @@ def sheet(tiles: Sequence[Tile], columns: int) -> bytes:
     """The pictures, all of one size, line by line; small ones enlarged by whole factors."""
     from PIL import Image, ImageDraw, ImageFont
 
-    pictures = []
-    for tile in tiles:
-        with Image.open(tile.path) as image:
-            pictures.append(image.convert("RGB"))
+    pictures = [_image(tile.picture) for tile in tiles]
     width, height = pictures[0].size
     zoom = max(-(-LEAST // width), 1)
     width, height = zoom * width, zoom * height
@@ -45,3 +44,12 @@ def sheet(tiles: Sequence[Tile], columns: int) -> bytes:
     file = io.BytesIO()
     whole.save(file, "png")
     return file.getvalue()
+
+
+def _image(picture: Path | Tensor) -> Any:
+    from PIL import Image
+
+    if isinstance(picture, Tensor):
+        return Image.fromarray(picture.squeeze(-1).numpy()).convert("RGB")
+    with Image.open(picture) as image:
+        return image.convert("RGB")

@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 import kdpp
 from kdpp.checks import check_count, check_number, check_sigmas
+from kdpp.driver import Callback
 from kdpp.lab import processes
 from kdpp.lab.files import digest, make_folder, write_atomically
 from kdpp.lab.models import Model
@@ -45,6 +46,7 @@ __all__ = [
     "fingerprint",
     "image_seeds",
     "levels_for",
+    "most_memory",
     "sample_seeds",
     "solver_for",
     "weights_digest",
@@ -418,6 +420,7 @@ def sample_seeds(
     extra_args: dict[str, Any],
     solver: Solver,
     options: Mapping[str, Any],
+    callback: Callback | None = None,
 ) -> Tensor:
     """The latents of some seeds in one run, each from streams of its own.
 
@@ -425,14 +428,14 @@ def sample_seeds(
         guided: makes the model from the noise sampler that renoising takes.
         like: of the latents' shape, (batch, …), dtype and device; its numbers are not used.
         seeds: int64 (batch,).
-        levels, extra_args, solver, options: as in `kdpp.sample`.
+        levels, extra_args, solver, options, callback: as in `kdpp.sample`.
     """
     model = guided(SeededNoise(like, seeds, RENOISE))
     noise = None if solver.noise == "none" else SeededNoise(like, seeds, SOLVER)
     x = SeededNoise(like, seeds, INITIAL)() * levels[0]
     sigmas = torch.tensor(levels, device=like.device)
     with _seeded(int(seeds[0]), like.device):  # for what has no seeds: random renoise levels
-        return kdpp.sample(solver, model, x, sigmas, extra_args, None, True, noise, **options)
+        return kdpp.sample(solver, model, x, sigmas, extra_args, callback, True, noise, **options)
 
 
 @contextmanager
@@ -470,9 +473,17 @@ def _peak_memory(device: torch.device) -> Callable[[], int]:
     """A function that says how many bytes were needed since, see `Images`."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return lambda: torch.cuda.max_memory_allocated(device)
-    before = _highest_resident_size()
-    return lambda: _highest_resident_size() - before
+    before = 0 if device.type == "cuda" else most_memory(device)
+    return lambda: most_memory(device) - before
+
+
+def most_memory(device: torch.device) -> int:
+    """The most bytes that were needed: allocated on CUDA, else the process's resident size."""
+    return (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else _highest_resident_size()
+    )
 
 
 def _highest_resident_size() -> int:
