@@ -72,7 +72,7 @@ class Flow(torch.nn.Module):
 
 def solvers() -> Iterator[tuple[str, Callable[..., Tensor], set[str]]]:
     """Every public sampler: its short name, the function, the names of its parameters."""
-    for name in sorted(vars(kdpp)):
+    for name in sorted(dir(kdpp)):
         if name.startswith("sample_") and name.endswith("_tg"):
             sample = getattr(kdpp, name)
             short = name.removeprefix("sample_").removesuffix("_tg")
