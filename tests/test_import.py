@@ -241,7 +241,10 @@ def imports(module):
         ("editing", {"checks", "denoisers", "guidance", "kinds", "noise", "plan", "solver"}),
         ("rollouts", {"checks", "denoisers", "driver", "guidance", "kinds", "noise", "plan"}),
         ("checkpoints/networks", {"checks", "denoisers", "kinds", "models", "standin"}),
-        ("checkpoints/pipelines", {"checkpoints.networks", "checks", "denoisers", "memory"}),
+        (
+            "checkpoints/pipelines",
+            {"checkpoints.networks", "checkpoints.presets", "checks", "denoisers", "memory"},
+        ),
         ("kdiffusion", {"standin"}),
         ("standin", set()),
     ],

@@ -140,7 +140,9 @@ def test_a_unet_alone_takes_the_rest_from_elsewhere(layout, original, tokenizers
     assert equal(alone.unet.state_dict(), other.unet.state_dict()) and alone.vae is None
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "z_image", "qwen_image", "wan"])
+@pytest.mark.parametrize(
+    "family", ["sd3", "flux", "flux2", "krea2", "z_image", "qwen_image", "wan"]
+)
 def test_a_transformer_alone_takes_the_rest_from_a_folder(family, tmp_path):
     made = [getattr(tiny, family)(seed=seed) for seed in (0, 9)]
     made[0].save_pretrained(tmp_path / "rest")

@@ -34,6 +34,9 @@ FAMILIES = {
     "sdxl": tiny.sdxl,
     "sd3": tiny.sd3,
     "flux": tiny.flux,
+    "flux2": tiny.flux2,
+    "krea2": tiny.krea2,
+    "krea2_turbo": lambda: tiny.krea2(distilled=True),
     "z_image": tiny.z_image,
     "qwen_image": tiny.qwen_image,
     "wan": tiny.wan,
@@ -46,7 +49,7 @@ def sizes(pipe):
     """A size in pixels that is not square, and for Wan the frames."""
     if isinstance(pipe, diffusers.WanPipeline):
         return {"height": 32, "width": 48}, {"frames": 5}
-    large = isinstance(pipe, diffusers.QwenImagePipeline)
+    large = isinstance(pipe, diffusers.QwenImagePipeline | diffusers.Krea2Pipeline)
     return {"height": 32, "width": 48} if large else {"height": 16, "width": 24}, {}
 
 
@@ -56,27 +59,58 @@ def noise_for(pipe, batch=2, seed=0):
     return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(seed))
 
 
+TOKENS = (
+    diffusers.FluxPipeline | diffusers.Flux2KleinPipeline | diffusers.Krea2Pipeline
+    | diffusers.QwenImagePipeline
+)  # fmt: skip
+"""They make a row of tokens of their latents."""
+
+
+def packed(pipe, latents):
+    """Latents as the pipeline's loop has them."""
+    if not isinstance(pipe, TOKENS):
+        return latents
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        return pipe._pack_latents(latents)
+    return pipe._pack_latents(latents, *latents.shape)
+
+
+def unpacked(pipe, out, size):
+    """The reverse, of what the pipeline gives as latents; FLUX.2's gives those of the VAE."""
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        norm, patches = pipe.vae.bn, pipe._patchify_latents(out)
+        std = (norm.running_var + norm.eps).sqrt()
+        return (patches - norm.running_mean[:, None, None]) / std[:, None, None]
+    if isinstance(pipe, diffusers.Krea2Pipeline):
+        out = pipe._unpack_latents(out, *size.values())
+    elif isinstance(pipe, TOKENS):
+        out = pipe._unpack_latents(out, *size.values(), pipe.vae_scale_factor)
+    return out.squeeze(2) if out.ndim == 5 and out.shape[2] == 1 else out
+
+
 def theirs(pipe, noise, steps, scale, **settings):
     """What the pipeline makes of that noise, as latents; ``scale`` is kdpp's ``cond_scale``."""
     size, frames = sizes(pipe)
     settings |= {f"num_{key}": value for key, value in frames.items()}
-    packed = isinstance(pipe, diffusers.FluxPipeline | diffusers.QwenImagePipeline)
-    if packed:
+    if isinstance(pipe, diffusers.FluxPipeline | diffusers.QwenImagePipeline):
         settings["true_cfg_scale"] = scale
-        noise = pipe._pack_latents(noise, *noise.shape)
     else:
-        # Z-Image counts from 0: v_c + s (v_c - v_∅).
-        settings["guidance_scale"] = scale - isinstance(pipe, diffusers.ZImagePipeline)
-    if not isinstance(pipe, diffusers.LatentConsistencyModelPipeline):
-        settings["negative_prompt"] = [NEGATIVE] * len(PROMPTS) if scale != 1.0 else None
+        # Z-Image and Krea 2 count from 0: v_c + s (v_c - v_∅).
+        from_0 = isinstance(pipe, diffusers.ZImagePipeline | diffusers.Krea2Pipeline)
+        settings["guidance_scale"] = scale - from_0
+    given = noise if isinstance(pipe, diffusers.Flux2KleinPipeline) else packed(pipe, noise)
+    negative = [NEGATIVE] * len(PROMPTS) if scale != 1.0 else None
+    if isinstance(pipe, diffusers.Flux2KleinPipeline):
+        embeds = pipe.encode_prompt([NEGATIVE] * len(PROMPTS))[0]
+        settings["negative_prompt_embeds"] = embeds
+    elif not isinstance(pipe, diffusers.LatentConsistencyModelPipeline):
+        settings["negative_prompt"] = negative
     pipe.set_progress_bar_config(disable=True)
     out = pipe(
-        list(PROMPTS), num_inference_steps=steps, latents=noise.clone(), output_type="latent",
-        return_dict=False, **size, **settings,
+        prompt=list(PROMPTS), num_inference_steps=steps, latents=given.clone(),
+        output_type="latent", return_dict=False, **size, **settings,
     )[0]  # fmt: skip
-    if packed:
-        out = pipe._unpack_latents(out, *size.values(), pipe.vae_scale_factor)
-    return out.squeeze(2) if isinstance(pipe, diffusers.QwenImagePipeline) else out
+    return unpacked(pipe, out, size)
 
 
 def ours(pipe, noise, steps, scale, sample=kdpp.sample_euler_tg, **options):
@@ -195,15 +229,18 @@ def test_one_pipeline_without_adapters_is_its_own_teacher():
 # Prompts ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image", "qwen_image", "wan"])
+@pytest.mark.parametrize(
+    "family",
+    ["sd", "sdxl", "sd3", "flux", "flux2", "krea2", "z_image", "qwen_image", "wan"],
+)
 def test_embeddings_in_the_place_of_prompts(family):
     """What encode_prompt takes goes there: embeddings give what their prompts give."""
     pipe = FAMILIES[family]()
     wanted = pipelines.encode(pipe, PROMPTS[0], "")
-    if family in ("sd", "wan", "qwen_image"):
+    if family in ("sd", "wan", "flux2", "krea2", "qwen_image"):
         given = {f"{sign}prompt_embeds": wanted[half]["encoder_hidden_states"]
                  for sign, half in (("", "cond"), ("negative_", "uncond"))}  # fmt: skip
-        if family == "qwen_image":
+        if family in ("krea2", "qwen_image"):
             given |= {f"{sign}prompt_embeds_mask": wanted[half]["encoder_hidden_states_mask"]
                       for sign, half in (("", "cond"), ("negative_", "uncond"))}  # fmt: skip
     elif family == "z_image":
@@ -264,17 +301,21 @@ def test_conditions_have_the_networks_dtype():
 # Pictures -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux", "z_image", "qwen_image", "wan"])
+@pytest.mark.parametrize(
+    "family",
+    ["sd", "sdxl", "sd3", "flux", "flux2", "krea2", "z_image", "qwen_image", "wan"],
+)
 def test_decoded_pictures_are_the_pipelines(family, monkeypatch):
     """Scale, shift, or mean and deviation of each channel; a video's VAE, for a picture too."""
     pipe = FAMILIES[family]()
     noise, (size, frames) = noise_for(pipe), sizes(pipe)
     latents = theirs(pipe, noise, 2, 1.0)
     monkeypatch.setattr(pipe.scheduler, "step", lambda *_, **__: (given,))
-    packed = family in ("flux", "qwen_image")
-    given = pipe._pack_latents(latents, *latents.shape) if packed else latents
+    given = packed(pipe, latents)
+    start = latents if family == "flux2" else given
     wanted = pipe(
-        list(PROMPTS), num_inference_steps=2, latents=given, output_type="pt", return_dict=False,
+        prompt=list(PROMPTS), num_inference_steps=2, latents=start, output_type="pt",
+        return_dict=False, guidance_scale=1.0 - (family == "krea2"),
         **size, **{f"num_{key}": value for key, value in frames.items()},
     )[0]  # fmt: skip
     wanted = wanted.movedim(1, 2) if family == "wan" else wanted  # frames behind channels
@@ -337,6 +378,7 @@ def test_students_and_teachers_that_do_not_fit():
     [
         (tiny.sd, (17, 16), "height is 17; it must be a multiple of 2$"),
         (tiny.flux, (16, 18), "width is 18; it must be a multiple of 4$"),
+        (tiny.flux2, (16, 18), "width is 18; it must be a multiple of 4$"),
         (tiny.flux, (16, 16, 5), "frames is 5; it must be 1: this is a model of pictures"),
         (tiny.wan, (32, 32, 4), "frames is 4; it must be 1 more than a multiple of 4"),
         (tiny.wan, (0, 32), "height is 0; it must be a whole number ≥ 16"),

@@ -59,13 +59,29 @@ def t5(kind="T5", width=16):
     return tiny(getattr(transformers, f"{kind}EncoderModel")(config))
 
 
-def qwen(width=16):
-    """A small Qwen3, in the place of Z-Image's Qwen3 and of Qwen-Image's Qwen2.5-VL."""
+def qwen(width=16, kind="Qwen3Model", layers=2):
+    """A small Qwen3, also in the place of Qwen-Image's Qwen2.5-VL."""
     config = transformers.Qwen3Config(
-        vocab_size=40, hidden_size=width, intermediate_size=16, num_hidden_layers=2,
+        vocab_size=40, hidden_size=width, intermediate_size=16, num_hidden_layers=layers,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
-    return tiny(transformers.Qwen3Model(config))
+    return tiny(getattr(transformers, kind)(config))
+
+
+def qwen_vl():
+    """A small Qwen3-VL, of which only texts are asked here."""
+    text = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1],
+                            "rope_theta": 10000.0},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "patch_size": 4,
+        "out_hidden_size": 16, "num_position_embeddings": 4, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+    return tiny(transformers.Qwen3VLModel(config))
 
 
 def vae(channels=4, shift=None):
@@ -154,6 +170,40 @@ def flux(scheduler=None, seed=0, guidance=False):
     return diffusers.FluxPipeline(
         scheduler or flow(use_dynamic_shifting=True), vae(shift=0.2), clip(), tokenizer(), t5(),
         tokenizer(), network,
+    )  # fmt: skip
+
+
+def flux2(scheduler=None, seed=0, guidance=False):
+    """FLUX.2 klein's, whose VAE normalises patches of its latents."""
+    network = tiny(diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=3 * 16, timestep_guidance_channels=16,
+        guidance_embeds=guidance, axes_dims_rope=(4, 4, 4, 4),
+    ), seed)  # fmt: skip
+    autoencoder = tiny(diffusers.AutoencoderKLFlux2(
+        latent_channels=4, block_out_channels=(4, 4), norm_num_groups=2, layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ))  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    autoencoder.bn.running_mean.copy_(torch.randn(16, generator=generator))
+    autoencoder.bn.running_var.copy_(0.5 + torch.rand(16, generator=generator))
+    return diffusers.Flux2KleinPipeline(
+        scheduler or flow(use_dynamic_shifting=True), autoencoder,
+        qwen(kind="Qwen3ForCausalLM", layers=27), tokenizer(), network,
+    )  # fmt: skip
+
+
+def krea2(scheduler=None, seed=0, distilled=False):
+    network = tiny(diffusers.Krea2Transformer2DModel(
+        in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2,
+        num_key_value_heads=2, intermediate_size=16, timestep_embed_dim=16, text_hidden_dim=16,
+        num_text_layers=2, text_num_attention_heads=2, text_num_key_value_heads=2,
+        text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    ), seed)  # fmt: skip
+    return diffusers.Krea2Pipeline(
+        scheduler or flow(use_dynamic_shifting=True), video_vae("AutoencoderKLQwenImage"),
+        qwen_vl(), tokenizer(), network, text_encoder_select_layers=(1, 2), is_distilled=distilled,
     )  # fmt: skip
 
 

@@ -287,8 +287,11 @@ def _check_folder(path: Path, left_out: Collection[str]) -> str:
             f"{path} is a pipeline that kdpp does not know, {kind}; it knows {', '.join(FAMILIES)}"
         )
     for name, value in index.items():
-        if not isinstance(value, list) or not any(value) or name in left_out:
-            continue
+        if (
+            not (isinstance(value, list) and value and isinstance(value[0], str))
+            or name in left_out
+        ):
+            continue  # a setting, or left out
         if value[0] not in ("diffusers", "transformers", "stable_diffusion"):
             raise ValueError(
                 f"{path / INDEX} takes {name!r} from {value[0]!r}; kdpp runs no code but that of "

@@ -6,8 +6,8 @@ dtype, and the answer comes back in x's. ``cond`` is a dict of the network's arg
 tensors (for a text alone also a tensor):
 
 - ``encoder_hidden_states``: the text, (batch, tokens, width), for all of them
-- ``encoder_hidden_states_mask``: (batch, tokens), 1 for a token and 0 for padding; Z-Image and
-  Qwen-Image, whose texts differ in length
+- ``encoder_hidden_states_mask``: (batch, tokens), 1 for a token and 0 for padding; Z-Image,
+  Qwen-Image and Krea 2, whose texts differ in length
 - ``pooled_projections``: SD3 and FLUX
 - ``added_cond_kwargs``: SDXL, a dict of ``text_embeds`` and ``time_ids``
 
@@ -76,12 +76,11 @@ def call_flux(
     network: Any, x: Tensor, t: Tensor, cond: dict[str, Any], guidance: Tensor | None = None
 ) -> Tensor:
     rows, columns = x.shape[2] // 2, x.shape[3] // 2
-    sides = (torch.arange(float(n), device=x.device) for n in (1, rows, columns))
     answer = network(
         hidden_states=packed(x),
         timestep=t,
         guidance=guidance,
-        img_ids=torch.cartesian_prod(*sides),
+        img_ids=grid(x.device, 1, rows, columns),
         txt_ids=torch.zeros(cond["encoder_hidden_states"].shape[1], 3, device=x.device),
         **cond,
         return_dict=False,
@@ -94,6 +93,42 @@ def call_qwen_image(network: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) ->
     shapes = [[(1, rows, columns)]] * len(x)
     answer = call_plain(network, packed(x), t, {**cond, "img_shapes": shapes})
     return unpacked(answer, rows, columns)
+
+
+def call_flux2(
+    network: Any, x: Tensor, t: Tensor, cond: dict[str, Any], guidance: Tensor | None = None
+) -> Tensor:
+    """Its latent is made of patches already: every place of it is a token."""
+    rows, columns, tokens = x.shape[2], x.shape[3], cond["encoder_hidden_states"].shape[1]
+    answer = network(
+        hidden_states=x.flatten(2).mT,
+        timestep=t,
+        guidance=guidance,
+        img_ids=grid(x.device, 1, rows, columns, 1),
+        txt_ids=grid(x.device, 1, 1, 1, tokens),
+        **cond,
+        return_dict=False,
+    )[0]
+    return answer.mT.unflatten(2, (rows, columns))
+
+
+def call_krea2(network: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
+    rows, columns, tokens = x.shape[2] // 2, x.shape[3] // 2, cond["encoder_hidden_states"].shape[1]
+    mask = cond.pop("encoder_hidden_states_mask", None)
+    answer = network(
+        hidden_states=packed(x),
+        timestep=t,
+        position_ids=torch.cat([x.new_zeros(tokens, 3), grid(x.device, 1, rows, columns)]),
+        encoder_attention_mask=None if mask is None else mask.bool(),
+        **cond,
+        return_dict=False,
+    )[0]
+    return unpacked(answer, rows, columns)
+
+
+def grid(device: torch.device, *sides: int) -> Tensor:
+    """The positions in a grid with these sides, one after the other: (places, sides)."""
+    return torch.cartesian_prod(*(torch.arange(float(n), device=device) for n in sides))
 
 
 def call_z_image(network: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
@@ -136,6 +171,10 @@ ARCHITECTURES = {
         packs=(4, 4),
         guidance=("guidance_embeds", "guidance", 0.0),
     ),
+    "Flux2Transformer2DModel": Architecture(
+        call_flux2, "joint_attention_dim", guidance=("guidance_embeds", "guidance", 0.0)
+    ),
+    "Krea2Transformer2DModel": Architecture(call_krea2, "text_hidden_dim", packs=(4, 4)),
     "ZImageTransformer2DModel": Architecture(call_z_image, "cap_feat_dim"),
     "QwenImageTransformer2DModel": Architecture(
         call_qwen_image, "joint_attention_dim", packs=(4, 1)
@@ -508,7 +547,12 @@ def flow_sigmas(steps: int, shift: float = 1.0) -> Tensor:
 
 
 def scheduler_sigmas(
-    scheduler: Any, steps: int, *, tokens: int | None = None, even: bool = False
+    scheduler: Any,
+    steps: int,
+    *,
+    tokens: int | None = None,
+    even: bool = False,
+    mu: float | None = None,
 ) -> Tensor:
     """The levels at which a scheduler of diffusers samples in n steps, and 0.
 
@@ -521,6 +565,7 @@ def scheduler_sigmas(
         even: start from n even levels before any shift, 1, (n-1)/n, …, 1/n, as the pipelines of
             FLUX, Qwen-Image and Z-Image do. Otherwise the scheduler spaces them, as for SD3 and
             Wan, where diffusers shifts twice: 1, .858, .602, .009 for 4 steps at shift 3.
+        mu: where the pipeline has a mu of its own, that one.
 
     Raises:
         ValueError: the scheduler needs ``tokens``, or its levels are not finite (one that stretches
@@ -530,9 +575,9 @@ def scheduler_sigmas(
     scheduler, config = copy.deepcopy(scheduler), config_of(scheduler)
     asked: dict[str, Any] = {"num_inference_steps": steps}
     if config.get("use_dynamic_shifting"):
-        if tokens is None:
+        if tokens is None and mu is None:
             raise ValueError("this scheduler's shift depends on the resolution: give tokens")
-        asked["mu"] = resolution_mu(config, tokens)
+        asked["mu"] = resolution_mu(config, tokens or 0) if mu is None else mu
     if even and not config.get("use_flow_sigmas"):
         asked["sigmas"] = [k / steps for k in range(steps, 0, -1)]
     scheduler.set_timesteps(**asked, device="cpu")
@@ -546,8 +591,8 @@ def scheduler_sigmas(
     return append_zero(table.t_to_sigma(timesteps))
 
 
-def resolution_mu(config: Mapping[str, Any], tokens: int) -> float:
-    """mu of a latent of so many patches, by a scheduler's settings."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(least + (most - least) * (tokens - low) / (high - low))
+def resolution_mu(config: Mapping[str, Any], tokens: int, most: int = 4096) -> float:
+    """mu of a latent of so many patches, by a scheduler's settings; ``most`` if they say none."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", most)
+    first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(first + (last - first) * (tokens - low) / (high - low))

@@ -10,6 +10,7 @@ width), and for Wan (batch, channels, frames, height, width).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,8 +23,10 @@ from kdpp.checkpoints.networks import (
     architecture_of,
     as_denoiser,
     latent_channels,
+    resolution_mu,
     scheduler_sigmas,
 )
+from kdpp.checkpoints.presets import flux2_shift
 from kdpp.checks import check_count
 from kdpp.denoisers import map_tensors
 from kdpp.memory import without_adapters
@@ -108,6 +111,22 @@ def encode_qwen_image(
     return padded(*in_turn(half, prompts, negatives, options))
 
 
+def encode_flux2(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    def half(prompts: Texts, options: Cond) -> Cond:
+        text, _ = pipe.encode_prompt(prompts, **options)
+        return {"encoder_hidden_states": text}
+
+    return in_turn(half, prompts, negatives, options)
+
+
+def encode_krea2(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    def half(prompts: Texts, options: Cond) -> Cond:
+        text, mask = pipe.encode_prompt(prompts, **options)
+        return {"encoder_hidden_states": text, "encoder_hidden_states_mask": mask}
+
+    return in_turn(half, prompts, negatives, options)
+
+
 def encode_wan(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
     options = {"max_sequence_length": 512, **options}  # what the pipeline itself asks for
     texts = pipe.encode_prompt(prompts, negative_prompt=negatives, **options)
@@ -143,6 +162,15 @@ def padded(*halves: list[Tensor]) -> tuple[Cond, Cond]:
     return made[0], made[1]
 
 
+def flux2_mu(pipe: Any, tokens: int, steps: int) -> float:
+    return math.log(flux2_shift(tokens, steps))
+
+
+def krea2_mu(pipe: Any, tokens: int, steps: int) -> float:
+    """That of Krea 2 Turbo is the same at every size."""
+    return 1.15 if pipe.config.is_distilled else resolution_mu(pipe.scheduler.config, tokens, 6400)
+
+
 class Family(NamedTuple):
     """What kdpp knows of a class of pipelines."""
 
@@ -156,6 +184,10 @@ class Family(NamedTuple):
     """Whether its VAE is one for videos."""
     cfg: Callable[[nn.Module], nn.Module] | None = None
     """Its own kind of CFG, if that is not the usual one."""
+    patches: int = 1
+    """How many of the VAE's places, in both directions, one of its latent's places is made of."""
+    mu: Callable[[Any, int, int], float] | None = None
+    """``(pipe, tokens, steps) -> mu``, where it is not the scheduler's."""
 
 
 FAMILIES = {
@@ -164,6 +196,8 @@ FAMILIES = {
     "StableDiffusionXLPipeline": Family(encode_sdxl, "unet"),
     "StableDiffusion3Pipeline": Family(encode_sd3),
     "FluxPipeline": Family(encode_flux, even=True),
+    "Flux2KleinPipeline": Family(encode_flux2, even=True, patches=2, mu=flux2_mu),
+    "Krea2Pipeline": Family(encode_krea2, even=True, video=True, mu=krea2_mu),
     "ZImagePipeline": Family(encode_z_image, even=True),
     "QwenImagePipeline": Family(encode_qwen_image, even=True, video=True, cfg=NormKeepingCFG),
     "WanPipeline": Family(encode_wan, video=True),
@@ -335,8 +369,9 @@ def latent_shape(pipe: Any, height: int, width: int, frames: int = 1) -> tuple[i
     """
     network = network_of(pipe)
     wan = family_of(pipe).encode is encode_wan
-    scale = pipe.vae_scale_factor_spatial if wan else pipe.vae_scale_factor
-    unit = scale if family_of(pipe).network == "unet" else 2 * scale
+    family = family_of(pipe)
+    scale = pipe.vae_scale_factor_spatial if wan else pipe.vae_scale_factor * family.patches
+    unit = scale if family.network == "unet" or family.patches > 1 else 2 * scale
     for name, size in (("height", height), ("width", width)):
         if check_count(name, size, unit) % unit:
             raise ValueError(f"{name} is {size}; it must be a multiple of {unit}")
@@ -354,9 +389,11 @@ def pipeline_sigmas(pipe: Any, steps: int, height: int, width: int) -> Tensor:
     They are the pipeline's own, whatever its student was trained at; see `trailing_sigmas` and
     `flow_sigmas`.
     """
-    rows, columns = latent_shape(pipe, height, width)[-2:]
-    tokens = (rows // 2) * (columns // 2)
-    return scheduler_sigmas(pipe.scheduler, steps, tokens=tokens, even=family_of(pipe).even)
+    family, (rows, columns) = family_of(pipe), latent_shape(pipe, height, width)[-2:]
+    side = 2 // family.patches
+    tokens = (rows // side) * (columns // side)
+    mu = None if family.mu is None else family.mu(pipe, tokens, steps)
+    return scheduler_sigmas(pipe.scheduler, steps, tokens=tokens, even=family.even, mu=mu)
 
 
 @torch.no_grad()
@@ -374,7 +411,11 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     z = z.unsqueeze(2) if pictures_only else z
     factor, mean, std = (config.get(f) for f in ("scaling_factor", "latents_mean", "latents_std"))
     z = z / (1.0 if factor is None else factor)
-    if mean is not None and std is not None:
+    if family_of(pipe).patches > 1:
+        norm = vae.bn
+        std, mean = (norm.running_var + config.batch_norm_eps).sqrt(), norm.running_mean
+        z = nn.functional.pixel_shuffle(z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1), 2)
+    elif mean is not None and std is not None:
         over_channels = (1, -1, *[1] * (z.ndim - 2))
         z = z * z.new_tensor(std).view(over_channels) + z.new_tensor(mean).view(over_channels)
     else:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from kdpp.checkpoints.files import CheckpointFacts
 from kdpp.lab.schedules import log_sigmas
 
-__all__ = ["PRESETS", "Preset", "check_levels", "fitting", "shifted"]
+__all__ = ["PRESETS", "Preset", "check_levels", "fitting", "flux2_shift", "shifted"]
 
 TOLERANCE = 0.01
 """How far a level may be from the trained one, relative to it: a timestep, rounded either way."""
@@ -169,7 +169,7 @@ def _shift(tau: float, shift: float) -> float:
     return shift * tau / (1.0 + (shift - 1.0) * tau)
 
 
-def _flux2_shift(tokens: int, steps: int) -> float:
+def flux2_shift(tokens: int, steps: int) -> float:
     """FLUX.2's shift: exp(μ), μ linear in the tokens, with fits at 10 and at 200 steps."""
     at_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
@@ -489,7 +489,7 @@ PRESETS: dict[str, Preset] = {
             variant="klein",
             file_words=("klein",),
             taus=((1, 3 / 4, 1 / 2, 1 / 4),),
-            shift_of_size=_flux2_shift,
+            shift_of_size=flux2_shift,
             sampler="euler",
             teacher_scale=EULER_LAMBDA,
             teacher_cfg_scale=4.0,
