@@ -100,7 +100,7 @@ def call_flux2(
 ) -> Tensor:
     """Its latent is made of patches already: every place of it is a token."""
     rows, columns, tokens = x.shape[2], x.shape[3], cond["encoder_hidden_states"].shape[1]
-    answer = network(
+    answer: Tensor = network(
         hidden_states=x.flatten(2).mT,
         timestep=t,
         guidance=guidance,
