@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 
-from kdpp.checkpoints import drawing, places
+from kdpp.checkpoints import drawing, pairs, places
 from kdpp.checkpoints.pairs import load_pipeline
 from kdpp.checkpoints.pipelines import latent_shape, network_of
 from kdpp.checkpoints.presets import PRESETS
@@ -405,3 +405,26 @@ def test_a_lora_student_and_its_base(tmp_path, capsys):
     assert "leave --teacher out" in capsys.readouterr().err
     assert run(tmp_path / "no", *LAB, *loras) == 1
     assert "a model of the lab takes no loras" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+def test_a_speed_loras_weight_is_its_presets(tmp_path, monkeypatch):
+    """Unless it is given; a style's is 1. The preset is told by the name of the student's LoRA."""
+    pytest.importorskip("peft", reason="needs peft (extra: diffusers)")
+    import test_loras
+
+    tiny.sd().save_pretrained(tmp_path / "base")
+    speed = test_loras.lora(tmp_path / "speed.safetensors", 0)
+    style = test_loras.lora(tmp_path / "style.safetensors", 1)
+    words = ["--student", tmp_path / "base", "--prompt", "a red boat", "--width", 16,
+             "--height", 16, "--lora", style]  # fmt: skip
+    asked = []
+    monkeypatch.setattr(pairs, "inspect", lambda path: asked.append(str(path)))
+    monkeypatch.setattr(pairs, "named", lambda facts: PRESETS["dmd2-lora-8"])
+    for weight, given in ((0.7, speed), (0.9, f"{speed}:0.9")):
+        folder = tmp_path / str(weight)
+        assert run(folder, *words, "--student-lora", given) == 0
+        request, _, _ = read_png(folder / "00000.png")
+        assert [(one[1], one[2]) for one in request.loras] == [(1.0, "both"), (weight, "student")]
+        assert request.preset == "dmd2-lora-8" and request.steps == 8
+    assert set(asked) == {str(speed)}

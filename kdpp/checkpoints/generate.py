@@ -155,13 +155,13 @@ def has_teacher(request: Request) -> bool:
     return request.teacher is not None or any(role != "both" for _, _, role in request.loras)
 
 
-def read_lora(text: str) -> tuple[str, float]:
-    """File and weight of ``FILE`` or ``FILE:0.8``."""
+def read_lora(text: str) -> tuple[str, float | None]:
+    """File and weight of ``FILE:0.8``; of ``FILE`` without a weight."""
     path, colon, weight = text.rpartition(":")
     with suppress(ValueError):
         if colon:
             return path, float(weight)
-    return text, 1.0
+    return text, None
 
 
 def read_seeds(text: str) -> list[int]:

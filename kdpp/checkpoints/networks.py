@@ -100,7 +100,7 @@ def call_flux2(
 ) -> Tensor:
     """Its latent is made of patches already: every place of it is a token."""
     rows, columns, tokens = x.shape[2], x.shape[3], cond["encoder_hidden_states"].shape[1]
-    answer: Tensor = network(
+    answer = network(
         hidden_states=x.flatten(2).mT,
         timestep=t,
         guidance=guidance,
@@ -109,7 +109,7 @@ def call_flux2(
         **cond,
         return_dict=False,
     )[0]
-    return answer.mT.unflatten(2, (rows, columns))
+    return answer.mT.reshape(len(x), -1, rows, columns)  # type: ignore[no-any-return]
 
 
 def call_krea2(network: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:

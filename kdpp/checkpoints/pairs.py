@@ -29,7 +29,7 @@ from kdpp.checkpoints.pipelines import (
 )
 from kdpp.checkpoints.places import remember
 from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
-from kdpp.checkpoints.requests import Picture, Request
+from kdpp.checkpoints.requests import Picture, Request, Role
 from kdpp.kinds import is_flow
 from kdpp.lab.files import digest
 from kdpp.lab.models import Model, load_model
@@ -156,7 +156,9 @@ class PipelinePair:
         )  # fmt: skip
         lcm = preset.boundary_scalings if preset else None
         if request.loras:
-            self.student, self.teacher = load_loras(pipe, map(Lora._make, request.loras), lcm=lcm)
+            loras = with_weights(request, preset)
+            request = replace(request, loras=loras)
+            self.student, self.teacher = load_loras(pipe, map(Lora._make, loras), lcm=lcm)
         else:
             self.student = denoiser_of(pipe, lcm=lcm)
             self.teacher = self._teacher(request.teacher, request.dtype, device)
@@ -248,16 +250,28 @@ class PipelinePair:
 
 
 def preset_of(request: Request) -> Preset | None:
-    """The preset that the request names; else the one that the student's name tells of.
+    """The preset that the request names; else the one that the student's file name tells of.
 
-    Where the request says the levels or their number itself, a name alone tells nothing.
+    The file is its LoRA where it has one of its own. Where the request says the levels or their
+    number itself, a name alone tells nothing.
     """
     if request.preset is None:
         said = request.sigmas is not None or request.steps is not None
-        return None if said else named(inspect(request.student))
+        own = [path for path, _, role in request.loras if role == "student"]
+        return None if said else named(inspect(own[0] if own else request.student))
     if request.preset not in PRESETS:
         raise ValueError(unknown("preset", request.preset, PRESETS))
     return PRESETS[request.preset]
+
+
+def with_weights(request: Request, preset: Preset | None) -> tuple[tuple[str, float, Role], ...]:
+    """The LoRAs with their weights: of the student's own without one the preset's, else 1."""
+    own = (preset and preset.lora_weight) or 1.0
+    usual = {"student": own, "teacher": 1.0, "both": 1.0}
+    return tuple(
+        (path, usual[role] if weight is None else weight, role)
+        for path, weight, role in request.loras
+    )
 
 
 def content_digest(path: Path) -> str:

@@ -77,7 +77,7 @@ class Request:
     renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
     extrapolate: bool = setting(False, "allow λ outside [0, 1]")
     dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the networks")
-    loras: tuple[tuple[str, float, Role], ...] = ()  # file, weight, for whom
+    loras: tuple[tuple[str, float | None, Role], ...] = ()  # file, weight, for whom
     digests: dict[str, Any] = field(default_factory=dict)  # of `places`
 
     @property
@@ -123,7 +123,7 @@ def infotext(request: Request, seed: int, guide: Guide) -> str:
         values["kdpp teacher steps"] = request.teacher_steps
         values["kdpp teacher CFG scale"] = request.teacher_cfg_scale
     for path, weight, role in request.loras:
-        values[f"kdpp LoRA {Path(path).stem}"] = f"{weight:g} ({role})"
+        values[f"kdpp LoRA {Path(path).stem}"] = f"{weight or 1.0:g} ({role})"
     values["Version"] = f"kdpp {__version__}"
     lines = [request.prompt or ""]
     if request.negative:

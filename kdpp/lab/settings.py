@@ -197,6 +197,8 @@ def _check_range(name: str, value: Any, about: Mapping[str, Any]) -> None:
 def _fit(value: Any, hint: Any) -> tuple[bool, Any]:
     """Whether the value is of the type, and the value in that type."""
     origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return next((fit for one in get_args(hint) if (fit := _fit(value, one))[0]), (False, None))
     if hint is type(None):
         return value is None, None
     if origin is Literal:
@@ -229,6 +231,8 @@ def _said(hint: Any) -> str:
         return "none"
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, get_args(hint)))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(map(_said, get_args(hint)))
     if get_origin(hint) is tuple:
         first, *rest = get_args(hint)
         return f"a list ({_said(first)}, …)" if rest == [...] else f"{1 + len(rest)} numbers"
