@@ -47,6 +47,11 @@ def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
     Raises OSError for files that are not there, ValueError or TypeError for what these models
     cannot do, or for weights that are not those that the request was made with (`digests`).
     """
+    for name in request.places.values():
+        if not (name.startswith("digits:") or Path(name).exists()):
+            raise FileNotFoundError(
+                f"there is no file or folder {name}; kdpp fetches nothing: download it first"
+            )
     make = PipelinePair if is_pipeline(request.student) else LabPair
     pair = make(request, device)
     found = pair.request.digests
