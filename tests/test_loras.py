@@ -6,7 +6,14 @@ from safetensors.torch import load_file, save_file
 
 import kdpp
 from kdpp.checkpoints.loras import Lora, load_loras
-from kdpp.checkpoints.pipelines import denoiser_of, encode
+from kdpp.checkpoints.pipelines import (
+    denoiser_of,
+    encode,
+    encode_wan,
+    family_of,
+    latent_shape,
+    network_of,
+)
 
 pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 pytest.importorskip("peft", reason="needs peft (extra: diffusers)")
@@ -147,8 +154,6 @@ def test_a_lora_that_does_not_fit_is_refused_and_leaves_nothing(files, tmp_path)
     load_loras(pipe, [Lora(files[0])])
     with pytest.raises(ValueError, match="holds LoRAs already"):
         load_loras(pipe, [Lora(files[0])])
-    with pytest.raises(ValueError, match="has two networks, which have LoRAs of their own"):
-        load_loras(tiny.wan(boundary=0.9), [Lora(files[0])])
 
 
 def test_a_lora_of_the_text_encoder_is_for_both(files, tmp_path):
@@ -161,3 +166,87 @@ def test_a_lora_of_the_text_encoder_is_for_both(files, tmp_path):
     student, teacher = load_loras(pipe, [Lora(files[0])])
     assert student is teacher
     assert not torch.equal(encode(pipe, "a red boat")["cond"]["encoder_hidden_states"], bare)
+
+
+# Every architecture -------------------------------------------------------------------------------
+
+LAYERS = {
+    "sd": f"{BLOCK}.attn1.to_q",
+    "sdxl": f"{BLOCK}.attn1.to_q",
+    "sd3": "transformer.transformer_blocks.0.attn.to_q",
+    "flux": "transformer.transformer_blocks.0.attn.to_q",
+    "flux2": "transformer.transformer_blocks.0.attn.to_q",
+    "krea2": "transformer.transformer_blocks.0.attn.to_q",
+    "z_image": "transformer.layers.0.attention.to_q",
+    "qwen_image": "transformer.transformer_blocks.0.attn.to_q",
+    "wan": "transformer.blocks.0.attn1.to_q",
+    "wan_experts": "transformer.blocks.0.attn1.to_q",
+}
+"""A layer of each, by diffusers' names."""
+
+
+def make(family):
+    return tiny.wan(boundary=0.9) if family == "wan_experts" else getattr(tiny, family)()
+
+
+def lora_for(pipe, layer, path, seed):
+    """A LoRA of rank 2 for one layer."""
+    shape = network_of(pipe).get_submodule(layer.partition(".")[2]).weight.shape
+    generator = torch.Generator().manual_seed(seed)
+    save_file({
+        f"{layer}.lora_A.weight": torch.randn(2, shape[1], generator=generator),
+        f"{layer}.lora_B.weight": torch.randn(shape[0], 2, generator=generator),
+    }, path)  # fmt: skip
+    return path
+
+
+def asked(denoiser, pipe, level):
+    """What a denoiser says of the same noise and prompt at a level."""
+    frames = {"frames": 5} if family_of(pipe).encode is encode_wan else {}
+    shape = latent_shape(pipe, 32, 32, **frames)
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
+    cond = encode(pipe, "a red boat")["cond"]
+    with torch.no_grad():
+        return denoiser(x, torch.tensor([level]), cond=cond)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+@pytest.mark.parametrize("family", LAYERS)
+def test_every_architecture_has_its_loras_roles(family, tmp_path):
+    """The student has both, the teacher the style alone: as separate models, bit for bit."""
+    pipe, layer = make(family), LAYERS[family]
+    files = [lora_for(pipe, layer, tmp_path / f"{i}.safetensors", i) for i in range(2)]
+    student, teacher = load_loras(pipe, [Lora(files[0], 1.0, "student"), Lora(files[1], 0.8)])
+    own = make(family)
+    bare = asked(denoiser_of(own), own, 0.95)
+    apart = []
+    for loras in ([Lora(files[1], 0.8)], [Lora(files[0]), Lora(files[1], 0.8)]):
+        own = make(family)
+        apart.append(asked(load_loras(own, loras)[0], own, 0.95))
+    assert torch.equal(asked(teacher, pipe, 0.95), apart[0])
+    assert torch.equal(asked(student, pipe, 0.95), apart[1])
+    assert not torch.equal(apart[0], bare) and not torch.equal(apart[0], apart[1])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
+def test_the_experts_of_wan_have_loras_of_their_own(tmp_path):
+    """By the word in the file's name: as one speed LoRA has two files."""
+    names = ("speed_HIGH_noise", "low-noise-model")
+    pipe = tiny.wan(boundary=0.9)
+    high, low = (
+        lora_for(pipe, LAYERS["wan"], tmp_path / f"{name}.safetensors", i)
+        for i, name in enumerate(names)
+    )
+    student, teacher = load_loras(pipe, [Lora(high, role="student"), Lora(low, role="student")])
+    own = {}
+    for level, file in ((0.95, high), (0.5, low)):
+        one = tiny.wan(boundary=0.9)
+        file = file.rename(tmp_path / f"both{level}.safetensors")  # no word: for both experts
+        bare = asked(denoiser_of(one), one, level)
+        wanted = asked(load_loras(one, [Lora(file)])[0], one, level)
+        assert torch.equal(asked(student, pipe, level), wanted)
+        assert torch.equal(asked(teacher, pipe, level), bare)
+        assert not torch.equal(wanted, bare)
+        own[level] = wanted
+    with pytest.raises(ValueError, match="holds LoRAs already"):
+        load_loras(pipe, [Lora(file)])

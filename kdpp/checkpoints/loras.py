@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -48,20 +49,18 @@ def load_loras(
         lcm: of the student, as in `kdpp.checkpoints.networks.as_denoiser`. A teacher whose LoRAs
             are not the student's is never a consistency model.
 
+    Of two networks, Wan 2.2's experts, a LoRA changes the one for high noise if its file's name
+    has the word "high", the one for low noise if "low", else both.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a file is not a LoRA, is one for another architecture, matches no layer or does
             not fit; or it is for one role and changes the text encoders, which both roles share; or
-            the pipeline holds LoRAs already, or has two networks (Wan 2.2).
+            the pipeline holds LoRAs already.
     """
     network = network_of(pipe)
-    if getattr(network, "peft_config", None):
+    if any(getattr(part, "peft_config", None) for part in pipe.components.values()):
         raise ValueError("the pipeline holds LoRAs already; load all of them with load_loras")
-    if getattr(pipe, "transformer_2", None) is not None:
-        raise ValueError(
-            "the pipeline has two networks, which have LoRAs of their own; load them with "
-            "diffusers and make the teacher with kdpp.without_adapters"
-        )
     loras = [Lora(*lora) for lora in loras]
     for lora in loras:
         _check(lora, network)
@@ -115,10 +114,11 @@ def _load(pipe: Any, name: str, path: Path) -> None:
             # peft, of the second LoRA, and of one that is taken out again.
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
             warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
-            pipe.load_lora_weights(
-                str(path.parent), weight_name=path.name, adapter_name=name, local_files_only=True,
-                use_safetensors=True,
-            )  # fmt: skip
+            for expert in _experts(pipe, path):
+                pipe.load_lora_weights(
+                    str(path.parent), weight_name=path.name, adapter_name=name,
+                    local_files_only=True, use_safetensors=True, **expert,
+                )  # fmt: skip
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         # diffusers' cleaning up may fail, too.
         cause = (error.__context__ or error) if isinstance(error, KeyError) else error
@@ -131,3 +131,12 @@ def _load(pipe: Any, name: str, path: Path) -> None:
         raise ValueError(
             f"{path} matches no layer of the {type(pipe).__name__}; its keys are such as {key!r}"
         )
+
+
+def _experts(pipe: Any, path: Path) -> list[dict[str, bool]]:
+    """For which networks a LoRA is, as arguments of load_lora_weights."""
+    if getattr(pipe, "transformer_2", None) is None:
+        return [{}]
+    words = set(re.findall("[a-z]+", path.stem.lower()))
+    said = [second for second, word in ((False, "high"), (True, "low")) if word in words]
+    return [{"load_into_transformer_2": second} for second in said or (False, True)]
