@@ -5,6 +5,7 @@ Every pipeline is a tiny one with random weights (tests/tiny_pipelines.py).
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import kdpp
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 pytest.importorskip("transformers", reason="needs transformers, for the text encoders")
+from diffusers.models.modeling_outputs import AutoencoderKLOutput  # noqa: E402
 
 import single_files  # noqa: E402
 import tiny_pipelines as tiny  # noqa: E402
@@ -335,6 +337,49 @@ def test_an_sdxl_vae_in_float16_decodes_in_float32():
     z = latents / 0.4 * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
     wanted = pipe.vae.float().decode(z).sample / 2 + 0.5
     torch.testing.assert_close(found, wanted.clamp(0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "family", ["sd", "sdxl", "sd3", "flux", "flux2", "krea2", "z_image", "qwen_image", "wan"]
+)
+def test_latents_of_pictures_are_the_reverse_of_decoding(family, monkeypatch):
+    """Scale, shift, or mean and deviation of each channel, undone: the VAE itself does nothing."""
+    pipe = FAMILIES[family]()
+    latents = 0.01 * noise_for(pipe)  # whose pictures are within [0, 1]
+    frames = pipelines.family_of(pipe).video
+    if family == "flux2":
+        pipe.vae.bn.running_mean.mul_(0.1)
+
+    def encode(x):
+        assert x.ndim == (5 if frames else 4)
+        return AutoencoderKLOutput(SimpleNamespace(mode=lambda: x))
+
+    monkeypatch.setattr(pipe.vae, "decode", lambda z, return_dict: (z,))
+    monkeypatch.setattr(pipe.vae, "encode", encode)
+    pictures = pipelines.decode(pipe, latents)
+    assert pictures.min() > 0.0 and pictures.max() < 1.0
+    assert apart(pipelines.latents_of(pipe, pictures), latents) < 1e-4
+
+
+def test_latents_are_those_of_the_vaes_mode():
+    """Whatever the random stream; one in float16 encodes in float32, a tiny one has no choice."""
+    pipe = tiny.sdxl()
+    pictures = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    found = pipelines.latents_of(pipe, pictures)
+    wanted = pipe.vae.encode(pictures * 2 - 1).latent_dist.mode() * 0.4
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    pipe.vae.half()
+    halved = pipe.vae.float().encode(pictures * 2 - 1).latent_dist.mode() * 0.4
+    pipe.vae.half()
+    assert torch.equal(pipelines.latents_of(pipe, pictures), halved)
+    assert pipe.vae.dtype == torch.float16
+    small = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    pipe.vae = tiny.tiny(small)
+    encoded = pipe.vae.encode(pictures * 2 - 1).latents
+    assert torch.equal(pipelines.latents_of(pipe, pictures), encoded)
 
 
 # Refusals -----------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 `from_pipelines` does it in one call. It is made of `denoiser_of`, for the network, and `encode`,
 for the prompt. `latent_shape` says what noise to start from, `pipeline_sigmas` at which levels the
-pipeline itself would sample, and `decode` makes pictures of latents. Pipelines stay as they are.
+pipeline itself would sample, `decode` makes pictures of latents, and `latents_of` is its reverse.
+Pipelines stay as they are.
 
 Latents are those that the network is asked about: scaled, not packed, (batch, channels, height,
 width), and for Wan (batch, channels, frames, height, width).
@@ -11,7 +12,8 @@ width), and for Wan (batch, channels, frames, height, width).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +42,10 @@ __all__ = [
     "family_of",
     "from_pipelines",
     "latent_shape",
+    "latents_of",
     "network_of",
     "pipeline_sigmas",
+    "size_unit",
 ]
 
 Cond = dict[str, Any]
@@ -367,11 +371,7 @@ def latent_shape(pipe: Any, height: int, width: int, frames: int = 1) -> tuple[i
     Raises:
         ValueError: a size in pixels, or a number of frames, that the network cannot be asked for.
     """
-    network = network_of(pipe)
-    wan = family_of(pipe).encode is encode_wan
-    family = family_of(pipe)
-    scale = pipe.vae_scale_factor_spatial if wan else pipe.vae_scale_factor * family.patches
-    unit = scale if family.network == "unet" or family.patches > 1 else 2 * scale
+    wan, unit, scale = makes_videos(pipe), size_unit(pipe), pixels_per_latent(pipe)
     for name, size in (("height", height), ("width", width)):
         if check_count(name, size, unit) % unit:
             raise ValueError(f"{name} is {size}; it must be a multiple of {unit}")
@@ -380,7 +380,26 @@ def latent_shape(pipe: Any, height: int, width: int, frames: int = 1) -> tuple[i
         allowed = f"1 more than a multiple of {every}" if wan else "1: this is a model of pictures"
         raise ValueError(f"frames is {frames}; it must be {allowed}")
     between = ((frames - 1) // every + 1,) if wan else ()
-    return (latent_channels(network), *between, height // scale, width // scale)
+    return (latent_channels(network_of(pipe)), *between, height // scale, width // scale)
+
+
+def makes_videos(pipe: Any) -> bool:
+    """Whether its latents have frames."""
+    return family_of(pipe).encode is encode_wan
+
+
+def pixels_per_latent(pipe: Any) -> int:
+    """How many pixels wide and high one place of the latent is."""
+    if makes_videos(pipe):
+        return int(pipe.vae_scale_factor_spatial)
+    return int(pipe.vae_scale_factor * family_of(pipe).patches)
+
+
+def size_unit(pipe: Any) -> int:
+    """What the height and the width of its pictures are multiples of, in pixels."""
+    family = family_of(pipe)
+    one = family.network == "unet" or family.patches > 1  # a transformer's patch is 2 places wide
+    return pixels_per_latent(pipe) * (1 if one else 2)
 
 
 def pipeline_sigmas(pipe: Any, steps: int, height: int, width: int) -> Tensor:
@@ -404,28 +423,64 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     deviation of each channel, ``latents · std / scaling_factor + mean``. One in float16 that would
     overflow (SDXL's, ``force_upcast``) does so in float32.
     """
-    vae, config = pipe.vae, pipe.vae.config
-    upcast = vae.dtype == torch.float16 and config.get("force_upcast", False)
     pictures_only = family_of(pipe).video and latents.ndim == 4
     z = latents.to(pipe._execution_device, torch.float32)
     z = z.unsqueeze(2) if pictures_only else z
-    factor, mean, std = (config.get(f) for f in ("scaling_factor", "latents_mean", "latents_std"))
-    z = z / (1.0 if factor is None else factor)
-    if family_of(pipe).patches > 1:
-        norm = vae.bn
-        std, mean = (norm.running_var + config.batch_norm_eps).sqrt(), norm.running_mean
-        z = nn.functional.pixel_shuffle(z * std.view(1, -1, 1, 1) + mean.view(1, -1, 1, 1), 2)
-    elif mean is not None and std is not None:
-        over_channels = (1, -1, *[1] * (z.ndim - 2))
-        z = z * z.new_tensor(std).view(over_channels) + z.new_tensor(mean).view(over_channels)
-    else:
-        z = z + (config.get("shift_factor") or 0.0)
-    try:
-        if upcast:
-            vae.to(torch.float32)
+    factor, std, mean = scaling(pipe, z)
+    z, patches = z / factor * std + mean, family_of(pipe).patches
+    z = nn.functional.pixel_shuffle(z, patches) if patches > 1 else z
+    with upcast(pipe.vae) as vae:
         pictures: Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0]
-    finally:
-        if upcast:
-            vae.to(torch.float16)
     pictures = pictures[:, :, 0] if pictures_only else pictures
     return (pictures.float() / 2.0 + 0.5).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
+    """The latents of pictures in [0, 1]: the reverse of `decode`, in float32.
+
+    They are the mode of the VAE's distribution, (z - shift_factor) · scaling_factor, or
+    (z - mean)/std · scaling_factor. So they depend on the pictures alone: diffusers' pipelines draw
+    from the distribution instead, whose deviation is small beside the noise that follows.
+    """
+    pictures_only = family_of(pipe).video and pictures.ndim == 4
+    x = pictures.to(pipe._execution_device, torch.float32) * 2.0 - 1.0
+    x = x.unsqueeze(2) if pictures_only else x
+    with upcast(pipe.vae) as vae:
+        encoded = vae.encode(x.to(vae.dtype))
+        # A tiny autoencoder (TAESD) has no distribution.
+        z = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents
+    z, patches = z.float(), family_of(pipe).patches
+    z = nn.functional.pixel_unshuffle(z, patches) if patches > 1 else z
+    factor, std, mean = scaling(pipe, z)
+    latents: Tensor = (z - mean) / std * factor
+    return latents[:, :, 0] if pictures_only else latents
+
+
+def scaling(pipe: Any, z: Tensor) -> tuple[float, Any, Any]:
+    """factor, std and mean of ``z = latents / factor · std + mean``, by the VAE's settings."""
+    config = pipe.vae.config
+    factor, std, mean, shift = (
+        config.get(name)
+        for name in ("scaling_factor", "latents_std", "latents_mean", "shift_factor")
+    )
+    over_channels = (1, -1, *[1] * (z.ndim - 2))
+    if family_of(pipe).patches > 1:
+        norm = pipe.vae.bn
+        std, mean = (norm.running_var + config.batch_norm_eps).sqrt(), norm.running_mean
+    elif mean is None or std is None:
+        return factor or 1.0, 1.0, shift or 0.0
+    else:
+        std, mean = z.new_tensor(std), z.new_tensor(mean)
+    return factor or 1.0, std.view(over_channels), mean.view(over_channels)
+
+
+@contextmanager
+def upcast(vae: Any) -> Iterator[Any]:
+    """The VAE, for the block in float32 where it would overflow in float16 (``force_upcast``)."""
+    needed = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    try:
+        yield vae.to(torch.float32) if needed else vae
+    finally:
+        if needed:
+            vae.to(torch.float16)
