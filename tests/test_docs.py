@@ -171,7 +171,7 @@ def commands(page):
     "page, count",
     [("README.md", 6), *((f"docs/{name}.md", n) for name, n in
      {"training": 3, "evaluating": 1, "comparing": 1, "tuning": 1,
-     "generate": 1}.items())],
+     "generate": 2}.items())],
 )  # fmt: skip
 def test_the_lab_s_commands_run_as_they_stand(page, count, tmp_path, monkeypatch):
     """One after the other in an empty folder; flags at the end cut training and measuring short."""

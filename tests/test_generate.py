@@ -346,13 +346,6 @@ def test_a_preset_says_how_its_student_is_sampled(tmp_path, capsys):
     assert "say how the student is sampled: --preset NAME, or --steps N" in capsys.readouterr().err
 
 
-def test_videos_are_not_drawn(tmp_path, capsys):
-    tiny.wan().save_pretrained(tmp_path / "wan")
-    size = ("--width", 32, "--height", 32, "--steps", 2)
-    assert run(tmp_path / "out", "--student", tmp_path / "wan", "--prompt", "a boat", *size) == 1
-    assert "makes videos; kdpp generate draws pictures alone" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -16,8 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import kdpp
+from kdpp.checkpoints.media import FIRST, files_of, frame_path, shown_frames
 from kdpp.checkpoints.pairs import LabPair, PipelinePair, open_pair
-from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, png, read_texts, texts_of
+from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, read_texts, texts_of
 from kdpp.checkpoints.sheets import Tile, sheet
 from kdpp.driver import Callback
 from kdpp.lab import processes
@@ -30,7 +31,7 @@ __all__ = ["Drawn", "Job", "draw", "draw_all", "draw_folder", "tiles"]
 
 
 class Job(NamedTuple):
-    """A picture to be drawn, by whose help, and its file."""
+    """A picture to be drawn, by whose help, and its file, or the first frame's of a video."""
 
     picture: Picture
     guide: Guide
@@ -38,7 +39,7 @@ class Job(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Pixels (height, width, 1 or 3), and what they cost.
+    """Pixels (height, width, 1 or 3), of a video (frames, height, width, 3), and their cost.
 
     ``student`` and ``teacher`` are evaluations of the networks, both halves of CFG counted.
     ``estimates`` are the pixels of what each step took the picture to be, if they were asked for.
@@ -71,8 +72,10 @@ def draw_folder(
         for remark in pair.remarks if rank == 0 else ():
             print(f"kdpp: {remark}", file=sys.stderr)
         make_folder(out)
+        frames, several = pair.request.frames or 1, len(guides) > 1
+        ending = f"{FIRST}.png" if frames > 1 else ".png"
         jobs = [
-            Job(picture, guide, out / name_of(picture, guide if len(guides) > 1 else None))
+            Job(picture, guide, out / f"{name_of(picture, guide if several else None)}{ending}")
             for picture in pictures
             for guide in guides
         ]
@@ -81,9 +84,10 @@ def draw_folder(
     if rank == 0:
         while not all(job.path.exists() for job in jobs):
             time.sleep(0.1)
-        if len(guides) > 1:
-            write_atomically(out / "sheet.png", sheet(tiles(jobs, out), len(guides)))
-        say(f"wrote {len(jobs)} picture{'s' * (len(jobs) > 1)} to {out}")
+        if several:
+            write_atomically(out / "sheet.png", sheet(tiles(jobs, out, frames), len(guides)))
+        kind = "video" if frames > 1 else "picture"
+        say(f"wrote {len(jobs)} {kind}{'s' * (len(jobs) > 1)} to {out}")
 
 
 def draw_all(
@@ -106,7 +110,8 @@ def draw_all(
                 texts = texts_of(requested(pair.request, job), job.picture.seed, job.guide)
                 if preview:
                     write_atomically(steps_path(job.path), strip(one.estimates))
-                write_atomically(job.path, png(one.pixels.squeeze(-1), texts))
+                for path, content in files_of(job.path, one.pixels, texts, pair.request.fps):
+                    write_atomically(path, content)
                 known[job.path.name] = (one.student, one.teacher, one.seconds)
             write_atomically(costs, json.dumps(known).encode())
 
@@ -115,7 +120,7 @@ class Progress:
     """A bar of steps: which pictures, whether the step was guided, and the peak of memory."""
 
     def __init__(self, pair: LabPair | PipelinePair, pictures: int, left: int, show: bool) -> None:
-        self.steps = len(pair.request.sigmas or ()) - 1
+        self.steps = len(pair.levels) - 1
         self.device = pair.device
         total, done = pictures * self.steps, (pictures - left) * self.steps
         self.bar = tqdm(total=total, initial=done, unit="step", disable=not show)
@@ -158,7 +163,7 @@ def draw(
 ) -> list[Drawn]:
     """The pictures of a batch; ``listener`` is called at each step, as a sampler's callback is."""
     request = pair.request
-    assert request.sampler is not None and request.sigmas is not None
+    assert request.sampler is not None
     like = torch.empty(len(pictures), *pair.shape, device=pair.device)
     seeds = torch.tensor([picture.seed for picture in pictures])
     teacher = pair.teacher if guide == "teacher" else pair.student
@@ -184,8 +189,9 @@ def draw(
     with torch.no_grad(), counted(pair.networks) as counts:
         start = time.perf_counter()
         latents = sample_seeds(
-            guided, like, seeds, request.sigmas, extra_args, solver, request.options, listen
-        )
+            guided, like, seeds, pair.levels, extra_args, solver, request.options, listen,
+            *((pair.edit.start, pair.edit.known) if pair.edit else ()),
+        )  # fmt: skip
         pixels = pair.pixels(latents)
         seconds = (time.perf_counter() - start) / len(pictures)
         seen = [pair.pixels(estimate) for estimate in estimates]
@@ -197,18 +203,19 @@ def draw(
 
 
 def strip(estimates: Sequence[Tensor]) -> bytes:
-    """The estimates of a run, step by step, as one PNG file."""
-    numbered = enumerate(estimates, 1)
-    return sheet([Tile(one, f"step {i}", "") for i, one in numbered], len(estimates))
+    """The estimates of a run, step by step, as one PNG file; of a video some frames."""
+    shown = [one[shown_frames(len(one))] if one.ndim == 4 else one[None] for one in estimates]
+    numbered = enumerate(shown, 1)
+    return sheet([Tile(list(some), f"step {i}", "") for i, some in numbered], len(estimates))
 
 
 def steps_path(path: Path) -> Path:
-    """The file of a picture's estimates."""
-    return path.with_name(f"{path.stem}-steps.png")
+    """The file of a picture's estimates, or of a video's, by its first frame's."""
+    return path.with_name(f"{path.stem.removesuffix(FIRST)}-steps.png")
 
 
-def tiles(jobs: Sequence[Job], out: Path) -> list[Tile]:
-    """The pictures of a sheet, with what each has cost."""
+def tiles(jobs: Sequence[Job], out: Path, frames: int) -> list[Tile]:
+    """The pictures of a sheet, with what each has cost; of videos some frames."""
     costs: dict[str, Any] = {}
     for path in out.glob("costs-*.json"):
         costs |= json.loads(path.read_bytes())
@@ -217,11 +224,13 @@ def tiles(jobs: Sequence[Job], out: Path) -> list[Tile]:
         student, teacher, seconds = costs.get(job.path.name, (0, 0, 0.0))
         evaluations = f"{student:g} + {teacher:g}" if teacher else f"{student:g}"
         title = f"seed {job.picture.seed}, {GUIDES[job.guide]}"
-        made.append(Tile(job.path, title, f"{evaluations} evaluations, {seconds:.2g} s"))
+        some = [frame_path(job.path, i) for i in shown_frames(frames)]
+        files = some if frames > 1 else [job.path]
+        made.append(Tile(files, title, f"{evaluations} evaluations, {seconds:.2g} s"))
     return made
 
 
 def name_of(picture: Picture, guide: Guide | None) -> str:
-    """A picture's file: the line of its prompt, its seed, its guide."""
+    """A picture's name: the line of its prompt, its seed, its guide."""
     line = "" if picture.line is None else f"{picture.line:05}-"
-    return f"{line}{picture.seed:05}{f'-{guide}' if guide else ''}.png"
+    return f"{line}{picture.seed:05}{f'-{guide}' if guide else ''}"

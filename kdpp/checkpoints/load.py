@@ -27,7 +27,7 @@ from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, read_header
 from kdpp.checkpoints.networks import ARCHITECTURES
 from kdpp.checkpoints.pipelines import FAMILIES
 
-__all__ = ["file_digest", "is_pipeline", "load_pipeline"]
+__all__ = ["draws_videos", "file_digest", "is_pipeline", "load_pipeline"]
 
 Tensors = dict[str, Tensor]
 INDEX = "model_index.json"
@@ -47,6 +47,11 @@ def is_pipeline(path: str | Path) -> bool:
     if path.is_dir():
         return (path / INDEX).is_file()
     return path.is_file() and inspect(path).kind != "kdpp model"
+
+
+def draws_videos(path: str | Path) -> bool:
+    """Whether the model at the path makes videos, by its header."""
+    return inspect(path).architecture == "Wan"
 
 
 def file_digest(path: Path) -> str:

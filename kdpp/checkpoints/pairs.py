@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kdpp.checkpoints.files import inspect
-from kdpp.checkpoints.load import file_digest, is_pipeline, load_pipeline
+from kdpp.checkpoints.load import draws_videos, file_digest, is_pipeline, load_pipeline
 from kdpp.checkpoints.loras import Lora, load_loras
+from kdpp.checkpoints.media import Edit, Source, check_webp, read_source
 from kdpp.checkpoints.networks import Network
 from kdpp.checkpoints.pipelines import (
     check_alike,
@@ -24,8 +25,10 @@ from kdpp.checkpoints.pipelines import (
     denoiser_of,
     encode,
     latent_shape,
+    latents_of,
     network_of,
     pipeline_sigmas,
+    size_unit,
 )
 from kdpp.checkpoints.places import remember
 from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
@@ -40,45 +43,91 @@ from kdpp.solver import unknown
 
 __all__ = ["LabPair", "PipelinePair", "open_pair"]
 
+FRAMES, FPS = 81, 16.0
+"""Of a video by default: Wan's."""
+
 
 def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
     """Load what the request names.
 
     Raises OSError for files that are not there, ValueError or TypeError for what these models
-    cannot do, or for weights that are not those that the request was made with (`digests`).
+    cannot do, or for files that are not those that the request was made with (`digests`).
     """
+    source = read_source(request)
     for name in request.places.values():
         if not (name.startswith("digits:") or Path(name).exists()):
             raise FileNotFoundError(
                 f"there is no file or folder {name}; kdpp fetches nothing: download it first"
             )
     make = PipelinePair if is_pipeline(request.student) else LabPair
-    pair = make(request, device)
+    pair = make(request, device, source)
     found = pair.request.digests
     for role, name in request.places.items():
         if request.digests.get(role, found[role]) != found[role]:
             raise ValueError(
-                f"{name} is not the {role} that the picture was made with: its weights have the "
+                f"{name} is not the {role} that the picture was made with: its content has the "
                 f"digest {found[role]}, and the picture's {request.digests[role]}"
             )
     remember({found[role]: name for role, name in request.places.items() if Path(name).exists()})
     return pair
 
 
-class LabPair:
-    """Models of the lab (`kdpp.lab.models.load_model`), which draw classes.
+class Pair:
+    """What both kinds of pairs have.
 
     Attributes:
         request: with nothing left open.
         student, teacher: denoisers; without a teacher both are the student.
         shape: of one latent.
+        levels: those that are sampled: the request's, or with an `edit` the last of them.
+        edit: the picture that sampling starts from, or None.
         remarks: what the user must know, such as levels that the student was not trained for.
     """
 
-    def __init__(self, request: Request, device: torch.device) -> None:
+    request: Request
+    shape: tuple[int, ...]
+    levels: tuple[float, ...]
+    edit: Edit | None = None
+    remarks: list[str]
+
+    def _start_from(self, source: Source | None, unit: int = 1) -> None:
+        """Set `levels`, and of a source the `edit`; sizes are multiples of ``unit``."""
+        assert self.request.sigmas and self.request.height and self.request.width
+        self.levels = self.request.sigmas
+        if source is None:
+            return
+        source = source.fitted(self.request.height, self.request.width, unit)
+        pixels = source.pixels(1 if self.shape[0] == 1 else 3)
+        latents = self.latents_of(pixels.movedim(-1, 0)[None] / 255.0)
+        self.edit = Edit.of(source, pixels, latents)
+        self.levels = self.edit.levels(self.levels)
+        steps = f"the last {len(self.levels) - 1} of {len(self.request.sigmas) - 1} steps"
+        levels = ", ".join(f"{level:.4g}" for level in self.levels)
+        self.remarks.append(f"strength {source.strength:g}: {steps}, at the levels {levels}")
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """uint8 (batch, height, width, channels), of a video (batch, frames, …), on the CPU."""
+        pictures = self.decoded(latents).clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
+        pixels = pictures.movedim(1, -1).cpu()
+        return self.edit.pasted(pixels) if self.edit else pixels
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Pictures, numbers in [0, 1], (batch, channels, …, height, width)."""
+        raise NotImplementedError
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        """The reverse of `decoded`."""
+        raise NotImplementedError
+
+
+class LabPair(Pair):
+    """Models of the lab (`kdpp.lab.models.load_model`), which draw classes."""
+
+    def __init__(self, request: Request, device: torch.device, source: Source | None) -> None:
         for name in ("prompt", "negative", "preset", "components", "prediction", "loras"):
             if getattr(request, name) not in (None, ()):
                 raise ValueError(f"a model of the lab takes no {name}; it draws a class: --label N")
+        _check_video(request, False)
         if request.dtype != "float32":
             raise ValueError("models of the lab are float32; leave --dtype out")
         model = load_model(request.student, device)
@@ -102,7 +151,13 @@ class LabPair:
             cond_scale=1.0 if request.cond_scale is None else request.cond_scale,
             width=model.shape[2],
             height=model.shape[1],
-            digests={"student": weights_digest(model)}
+            strength=source.strength if source else None,
+            digests={
+                role: content_digest(Path(name))
+                for role, name in request.places.items()
+                if role in ("image", "mask")
+            }
+            | {"student": weights_digest(model)}
             | ({"teacher": weights_digest(teacher)} if teacher else {}),
         )
         self._check(model, teacher)
@@ -114,6 +169,7 @@ class LabPair:
         own = model.levels
         wrong = own and check_levels(request.student, [own], levels)
         self.remarks = [wrong] if wrong else []
+        self._start_from(source)
 
     def _check(self, model: Model, teacher: Model | None) -> None:
         """ValueError for what a recipe of these models cannot be."""
@@ -132,19 +188,21 @@ class LabPair:
         uncond = torch.full_like(cond, self.classes)
         return {"cond": cond, "uncond": uncond, "cond_scale": self.request.cond_scale}
 
-    def pixels(self, latents: Tensor) -> Tensor:
-        """uint8 (batch, height, width, channels), on the CPU."""
-        return _pixels(latents / 2.0 + 0.5)
+    def decoded(self, latents: Tensor) -> Tensor:
+        return latents / 2.0 + 0.5
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        return pictures.to(self.device) * 2.0 - 1.0
 
 
-class PipelinePair:
-    """Two pipelines of diffusers, or one with LoRAs; the attributes are `LabPair`'s.
+class PipelinePair(Pair):
+    """Two pipelines of diffusers, or one with LoRAs.
 
     The teacher's text encoders and VAE are not loaded: the student's serve both. Without a teacher
     the student stands in its place, without its LoRAs if it has some.
     """
 
-    def __init__(self, request: Request, device: torch.device) -> None:
+    def __init__(self, request: Request, device: torch.device, source: Source | None) -> None:
         if request.label is not None:
             raise ValueError("these models take a prompt and no label")
         if request.prompt is None:
@@ -154,6 +212,8 @@ class PipelinePair:
                 "with LoRAs the teacher is the student's own network, without those that are the "
                 "student's alone: leave --teacher out"
             )
+        video = draws_videos(request.student)
+        _check_video(request, video)
         preset = preset_of(request)
         self.pipe = pipe = load_pipeline(
             request.student, request.dtype, device,
@@ -168,10 +228,9 @@ class PipelinePair:
             self.student = denoiser_of(pipe, lcm=lcm)
             self.teacher = self._teacher(request.teacher, request.dtype, device)
         self.networks = tuple(_asked(one) for one in (self.student, self.teacher))
-        height, width = size = self._size(request)
-        self.shape, self.device = latent_shape(pipe, height, width), device
-        if len(self.shape) != 3:
-            raise ValueError(f"{request.student} makes videos; kdpp generate draws pictures alone")
+        height, width = size = self._size(request, source)
+        frames = (request.frames or FRAMES) if video else None
+        self.shape, self.device = latent_shape(pipe, height, width, frames or 1), device
         levels = self._levels(request, preset, size)
         guided = (
             (preset.teacher_scale, preset.teacher_steps, preset.teacher_cfg_scale)
@@ -190,12 +249,16 @@ class PipelinePair:
             cond_scale=scale if request.cond_scale is None else request.cond_scale,
             width=width,
             height=height,
+            frames=frames,
+            fps=(request.fps or FPS) if video else None,
+            strength=source.strength if source else None,
             digests={role: content_digest(Path(name)) for role, name in request.places.items()},
         )
         assert self.request.sampler is not None
         solver_for(self.request.sampler)
         wrong = preset.check(levels, size) if preset else None
         self.remarks = [wrong] if wrong else []
+        self._start_from(source, size_unit(pipe))
         self._texts = lru_cache(maxsize=8)(self._encoded)
 
     def _teacher(self, name: str | None, dtype: str, device: torch.device) -> nn.Module:
@@ -229,8 +292,10 @@ class PipelinePair:
             raise ValueError("say how the student is sampled: --preset NAME, or --steps N")
         return tuple(pipeline_sigmas(self.pipe, request.steps, *size).tolist())
 
-    def _size(self, request: Request) -> tuple[int, int]:
-        """(height, width) of the pictures; by default those of the model's training."""
+    def _size(self, request: Request, source: Source | None) -> tuple[int, int]:
+        """(height, width) of the pictures; by default the given picture's, or the training's."""
+        if source is not None:
+            return source.size(request.width, request.height, size_unit(self.pipe))
         side = getattr(self.pipe, "default_sample_size", None) or getattr(
             network_of(self.pipe).config, "sample_size", None
         )
@@ -249,9 +314,12 @@ class PipelinePair:
         texts = self._texts(tuple(p.prompt or "" for p in pictures))
         return {**texts, "cond_scale": self.request.cond_scale}
 
-    def pixels(self, latents: Tensor) -> Tensor:
-        """uint8 (batch, height, width, 3), on the CPU."""
-        return _pixels(decode(self.pipe, latents))
+    def decoded(self, latents: Tensor) -> Tensor:
+        pictures = decode(self.pipe, latents)
+        return pictures[:, :, 0] if self.request.frames == 1 else pictures
+
+    def latents_of(self, pictures: Tensor) -> Tensor:
+        return latents_of(self.pipe, pictures)
 
 
 def preset_of(request: Request) -> Preset | None:
@@ -305,7 +373,11 @@ def _asked(denoiser: nn.Module) -> nn.Module:
     return next(module for module in denoiser.modules() if isinstance(module, Network))
 
 
-def _pixels(pictures: Tensor) -> Tensor:
-    """Numbers in [0, 1], (batch, channels, height, width), as uint8 with the channels last."""
-    pixels = pictures.clamp(0.0, 1.0).mul(255.0).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu()
+def _check_video(request: Request, video: bool) -> None:
+    """ValueError for what only a model of pictures, or only one of videos takes."""
+    for name in ("image",) if video else ("frames", "fps"):
+        if getattr(request, name) is not None:
+            own, other = ("videos", "pictures") if video else ("pictures", "videos")
+            raise ValueError(f"{request.student} makes {own}; --{name} is for models of {other}")
+    if video:
+        check_webp()

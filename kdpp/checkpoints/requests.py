@@ -54,9 +54,20 @@ class Request:
     preset: str | None = setting(None, "how the student is sampled (default: by its name)")
     prompt: str | None = setting(None, "what the picture shows")
     negative: str | None = setting(None, "what it does not; for models with CFG")
+    image: str | None = setting(None, "a picture to start from")
+    mask: str | None = setting(
+        None, "a picture: white where the image is drawn anew, black where it is kept"
+    )
+    strength: float | None = setting(
+        None, "how much of the image goes, in (0, 1] (default: 0.75; with a mask 1)"
+    )
     label: int | None = setting(None, "the class, of a lab model (default: seed mod classes)")
     width: int | None = setting(None, "of the picture, in pixels (default: the model's)")
     height: int | None = setting(None, "of the picture, in pixels (default: the model's)")
+    frames: int | None = setting(None, "of a video (default: 81)", low=1)
+    fps: float | None = setting(
+        None, "frames a second of a video's animation (default: 16)", low=1, high=1000
+    )
     sampler: str | None = setting(None, "a solver, see `kdpp solvers` (default: the model's)")
     options: dict[str, Any] = setting({}, "of the sampler, such as {eta = 0.5}")
     steps: int | None = setting(None, "how many (default: the model's)")
@@ -83,7 +94,8 @@ class Request:
     @property
     def places(self) -> dict[str, str]:
         """The files and folders that it names, by what they are for."""
-        named = {"student": self.student, "teacher": self.teacher, "components": self.components}
+        roles = ("student", "teacher", "components", "image", "mask")
+        named = {role: getattr(self, role) for role in roles}
         named |= {f"lora {i}": path for i, (path, _, _) in enumerate(self.loras)}
         return {role: name for role, name in named.items() if name}
 
@@ -113,6 +125,7 @@ def infotext(request: Request, seed: int, guide: Guide) -> str:
         "CFG scale": request.cond_scale,
         "Seed": seed,
         "Size": f"{request.width}x{request.height}",
+        **({"Denoising strength": f"{request.strength:g}"} if request.strength else {}),
         "Model hash": str(request.digests.get("student", ""))[:10],
         "Model": request.student,
     }

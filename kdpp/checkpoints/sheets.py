@@ -16,9 +16,12 @@ LEAST, MARGIN, LINE = 200, 16, 20
 
 
 class Tile(NamedTuple):
-    """A picture, a file or uint8 (height, width, 1 or 3), and two lines over it."""
+    """A picture or some frames of a video, and two lines over it.
 
-    picture: Path | Tensor
+    Each is a file, or uint8 (height, width, 1 or 3).
+    """
+
+    pictures: Sequence[Path | Tensor]
     title: str
     note: str
 
@@ -27,7 +30,7 @@ def sheet(tiles: Sequence[Tile], columns: int) -> bytes:
     """The pictures, all of one size, line by line; small ones enlarged by whole factors."""
     from PIL import Image, ImageDraw, ImageFont
 
-    pictures = [_image(tile.picture) for tile in tiles]
+    pictures = [_joined([_image(one) for one in tile.pictures]) for tile in tiles]
     width, height = pictures[0].size
     zoom = max(-(-LEAST // width), 1)
     width, height = zoom * width, zoom * height
@@ -44,6 +47,17 @@ def sheet(tiles: Sequence[Tile], columns: int) -> bytes:
     file = io.BytesIO()
     whole.save(file, "png")
     return file.getvalue()
+
+
+def _joined(images: Sequence[Any]) -> Any:
+    """Images of one size side by side."""
+    from PIL import Image
+
+    width, height = images[0].size
+    whole = Image.new("RGB", (width * len(images), height))
+    for k, image in enumerate(images):
+        whole.paste(image, (k * width, 0))
+    return whole
 
 
 def _image(picture: Path | Tensor) -> Any:

@@ -26,6 +26,8 @@ from tqdm.auto import tqdm
 import kdpp
 from kdpp.checks import check_count, check_number, check_sigmas
 from kdpp.driver import Callback
+from kdpp.editing import noised
+from kdpp.kinds import is_flow
 from kdpp.lab import processes
 from kdpp.lab.files import digest, make_folder, write_atomically
 from kdpp.lab.models import Model
@@ -421,19 +423,34 @@ def sample_seeds(
     solver: Solver,
     options: Mapping[str, Any],
     callback: Callback | None = None,
+    start: Tensor | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The latents of some seeds in one run, each from streams of its own.
+
+    The initial noise is the same for all ways to start: it is the start itself, what a picture is
+    noised with, and what a known region is seen with.
 
     Args:
         guided: makes the model from the noise sampler that renoising takes.
         like: of the latents' shape, (batch, …), dtype and device; its numbers are not used.
         seeds: int64 (batch,).
         levels, extra_args, solver, options, callback: as in `kdpp.sample`.
+        start: latents, (1, …), that are noised as in `kdpp.image_to_image`; None: noise alone.
+        known: latents, (1, …), and their mask, as in `kdpp.inpaint`; None: nothing is known.
     """
     model = guided(SeededNoise(like, seeds, RENOISE))
     noise = None if solver.noise == "none" else SeededNoise(like, seeds, SOLVER)
-    x = SeededNoise(like, seeds, INITIAL)() * levels[0]
+    initial = SeededNoise(like, seeds, INITIAL)()
     sigmas = torch.tensor(levels, device=like.device)
+    if known is not None:
+        image, mask = known
+        model = kdpp.inpaint(model, image.to(like).expand_as(like), mask, initial)
+    if start is None:
+        x = initial * levels[0]
+    else:
+        flow = is_flow(model.student)
+        x = noised(start.to(like).expand_as(like), levels[0], initial, flow)
     with _seeded(int(seeds[0]), like.device):  # for what has no seeds: random renoise levels
         return kdpp.sample(solver, model, x, sigmas, extra_args, callback, True, noise, **options)
 
