@@ -233,6 +233,7 @@ def test_two_processes_draw_what_one_does(tmp_path):
         ((*LAB, "--seed", "-1"), "--seed is '-1'"),
         ((*LAB, "--label", 10), "label is 10; it must be in 0 … 9"),
         ((*LAB, "--prompt", "a boat"), "takes no prompt; it draws a class: --label N"),
+        ((*LAB, "--clip-skip", 2), "takes no clip_skip"),
         ((*LAB, "--width", 16), "digits:student draws 8 x 8 pixels"),
         ((*LAB, "--teacher-scale", 2), "teacher_scale"),
         ((*LAB, "--sampler", "oiler"), "did you mean 'euler'"),
@@ -326,6 +327,48 @@ def test_prompts_from_a_file(folders, tmp_path):
     assert (tmp_path / "all" / "00001-00005.png").read_bytes() == same
 
 
+def test_long_prompts_and_clip_skip(tmp_path, capsys):
+    """Four lengths in one run are four runs; the layer is in the file, and `--like` reads it."""
+    tiny.sd().save_pretrained(tmp_path / "student")
+    words = ("--student", tmp_path / "student", "--steps", 2, "--width", 16, "--height", 16,
+             "--cond-scale", 3, "--negative", "(dark:1.2)")  # fmt: skip
+    prompts = ["a boat", "the (green:1.4) hill " * 9, "a lighthouse BREAK a boat", "on a hill"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    for name, batch in (("four", 4), ("one", 1)):
+        batched = ("--prompts", tmp_path / "prompts.txt", "--batch", batch, "--clip-skip", 2)
+        assert run(tmp_path / name, *words, *batched) == 0
+    assert len(pictures(tmp_path / "four")) == 4
+    for name in pictures(tmp_path / "four"):
+        apart = pixels(tmp_path / "four" / name).int() - pixels(tmp_path / "one" / name).int()
+        assert apart.abs().max() <= 1
+    assert run(tmp_path / "single", *words, "--prompt", prompts[1], "--clip-skip", 2) == 0
+    picture = tmp_path / "one" / "00001-00000.png"
+    assert torch.equal(pixels(tmp_path / "single" / "00000.png"), pixels(picture))
+    assert ", Clip skip: 2, " in read_texts(picture)["parameters"]
+    assert run(tmp_path / "again", "--like", picture) == 0
+    assert list(pictures(tmp_path / "again").values()) == [picture.read_bytes()]
+    assert run(tmp_path / "last", *words, "--prompt", prompts[1]) == 0
+    assert not torch.equal(pixels(tmp_path / "last" / "00000.png"), pixels(picture))
+    assert "Clip skip" not in read_texts(tmp_path / "last" / "00000.png")["parameters"]
+    said = capsys.readouterr().err
+    assert "sequence length" not in said and "truncated" not in said
+
+
+def test_prompts_that_cannot_be_read_are_refused_before_any_work(tmp_path, capsys, monkeypatch):
+    """Of a file, too, and the negative one; for other encoders than CLIP they are text."""
+    tiny.sd().save_pretrained(tmp_path / "sd")
+    tiny.flux().save_pretrained(tmp_path / "flux")
+    (tmp_path / "prompts.txt").write_text("a boat\na [red:green:0.5] boat\n")
+    words = ("--steps", 1, "--width", 16, "--height", 16)
+    editing = ("--prompts", tmp_path / "prompts.txt")
+    assert run(tmp_path / "flux-out", "--student", tmp_path / "flux", *words, *editing) == 0
+    monkeypatch.setattr("kdpp.checkpoints.pairs.load_pipeline", None)  # not reached
+    for asked in (editing, ("--prompt", "a boat", "--negative", "[a|b]")):
+        assert run(tmp_path / "out", "--student", tmp_path / "sd", *words, *asked) == 1
+        assert "by which the web UIs change it from step to step" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_preset_says_how_its_student_is_sampled(tmp_path, capsys):
     """Levels, sampler and the teacher's share; other levels of a named student get a remark."""
     tiny.sd().save_pretrained(tmp_path / "student")
@@ -350,6 +393,7 @@ def test_a_preset_says_how_its_student_is_sampled(tmp_path, capsys):
     ("words", "sentence"),
     [
         (("--label", 3), "take a prompt and no label"),
+        (("--clip-skip", 3), "clip_skip is "),
         (("--width", 25), "width is 25; it must be a multiple of"),
         (("--preset", "nothing"), "unknown preset 'nothing'"),
         (("--teacher", "digits:teacher"), "there is no file or folder digits:teacher"),

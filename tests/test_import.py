@@ -243,8 +243,16 @@ def imports(module):
         ("checkpoints/networks", {"checks", "denoisers", "kinds", "models", "standin"}),
         (
             "checkpoints/pipelines",
-            {"checkpoints.networks", "checkpoints.presets", "checks", "denoisers", "memory"},
+            {
+                "checkpoints.networks",
+                "checkpoints.presets",
+                "checkpoints.prompts",
+                "checks",
+                "denoisers",
+                "memory",
+            },
         ),
+        ("checkpoints/prompts", set()),
         ("kdiffusion", {"standin"}),
         ("standin", set()),
     ],

@@ -16,8 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import kdpp
+from kdpp.checkpoints.files import inspect
+from kdpp.checkpoints.load import is_pipeline
 from kdpp.checkpoints.media import FIRST, files_of, frame_path, shown_frames
 from kdpp.checkpoints.pairs import LabPair, PipelinePair, open_pair
+from kdpp.checkpoints.prompts import READERS, sections
 from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, read_texts, texts_of
 from kdpp.checkpoints.sheets import Tile, sheet
 from kdpp.driver import Callback
@@ -68,6 +71,7 @@ def draw_folder(
     rank, size = processes.share()
     where = processes.device(device)
     with processes.single_thread() if where.type == "cpu" else nullcontext():
+        check_texts(request, pictures)
         pair = open_pair(request, where)
         for remark in pair.remarks if rank == 0 else ():
             print(f"kdpp: {remark}", file=sys.stderr)
@@ -88,6 +92,13 @@ def draw_folder(
             write_atomically(out / "sheet.png", sheet(tiles(jobs, out, frames), len(guides)))
         kind = "video" if frames > 1 else "picture"
         say(f"wrote {len(jobs)} {kind}{'s' * (len(jobs) > 1)} to {out}")
+
+
+def check_texts(request: Request, pictures: Sequence[Picture]) -> None:
+    """ValueError for prompts that the student cannot read, before it is loaded."""
+    if is_pipeline(request.student) and inspect(request.student).architecture in READERS:
+        for text in dict.fromkeys([*(picture.prompt for picture in pictures), request.negative]):
+            sections(text or "")
 
 
 def draw_all(

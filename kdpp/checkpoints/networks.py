@@ -8,6 +8,7 @@ tensors (for a text alone also a tensor):
 - ``encoder_hidden_states``: the text, (batch, tokens, width), for all of them
 - ``encoder_hidden_states_mask``: (batch, tokens), 1 for a token and 0 for padding; Z-Image,
   Qwen-Image and Krea 2, whose texts differ in length
+- ``encoder_attention_mask``: the same for UNets, if texts differ in length
 - ``pooled_projections``: SD3 and FLUX
 - ``added_cond_kwargs``: SDXL, a dict of ``text_embeds`` and ``time_ids``
 

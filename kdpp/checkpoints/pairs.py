@@ -21,6 +21,7 @@ from kdpp.checkpoints.media import Edit, Source, check_webp, read_source
 from kdpp.checkpoints.networks import Network
 from kdpp.checkpoints.pipelines import (
     check_alike,
+    clips_of,
     decode,
     denoiser_of,
     encode,
@@ -124,7 +125,8 @@ class LabPair(Pair):
     """Models of the lab (`kdpp.lab.models.load_model`), which draw classes."""
 
     def __init__(self, request: Request, device: torch.device, source: Source | None) -> None:
-        for name in ("prompt", "negative", "preset", "components", "prediction", "loras"):
+        for name in ("prompt", "negative", "clip_skip", "preset", "components", "prediction",
+                     "loras"):  # fmt: skip
             if getattr(request, name) not in (None, ()):
                 raise ValueError(f"a model of the lab takes no {name}; it draws a class: --label N")
         _check_video(request, False)
@@ -219,6 +221,8 @@ class PipelinePair(Pair):
             request.student, request.dtype, device,
             components=request.components, prediction=request.prediction,
         )  # fmt: skip
+        if request.clip_skip is not None:
+            clips_of(pipe, request.clip_skip)
         lcm = preset.boundary_scalings if preset else None
         if request.loras:
             loras = with_weights(request, preset)
@@ -306,8 +310,8 @@ class PipelinePair(Pair):
 
     def _encoded(self, prompts: tuple[str, ...]) -> dict[str, Any]:
         request = self.request
-        sizes = {"height": request.height, "width": request.width}
-        return encode(self.pipe, list(prompts), request.negative, **sizes)
+        how = {name: getattr(request, name) for name in ("height", "width", "clip_skip")}
+        return encode(self.pipe, list(prompts), request.negative, **how)
 
     def extra_args(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         """The prompts, encoded, as ``cond``; the negative prompt as ``uncond``."""

@@ -11,9 +11,10 @@ width), and for Wan (batch, channels, frames, height, width).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from kdpp.checkpoints.networks import (
     scheduler_sigmas,
 )
 from kdpp.checkpoints.presets import flux2_shift
+from kdpp.checkpoints.prompts import Clip, encode_text
 from kdpp.checks import check_count
 from kdpp.denoisers import map_tensors
 from kdpp.memory import without_adapters
@@ -50,14 +52,17 @@ __all__ = [
 
 Cond = dict[str, Any]
 Texts = list[str] | None
+NO_CLIP_SKIP = "clip_skip is for the prompts of SD and SDXL; leave it out"
 
 
 # How each family encodes its prompts: (cond, uncond), the network's arguments ---------------------
 
 
 def encode_sd(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
+    if prompts is not None:
+        return encode_clip(pipe, prompts, negatives, **options)
     texts = pipe.encode_prompt(
-        prompts, num_images_per_prompt=1, do_classifier_free_guidance=True,
+        None, num_images_per_prompt=1, do_classifier_free_guidance=True,
         negative_prompt=negatives, **options,
     )  # fmt: skip
     return {"encoder_hidden_states": texts[0]}, {"encoder_hidden_states": texts[1]}
@@ -65,8 +70,10 @@ def encode_sd(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tu
 
 def encode_sdxl(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
     """Without the time ids, which `encode` adds."""
+    if prompts is not None:
+        return encode_clip(pipe, prompts, negatives, **options)
     cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(
-        prompts, negative_prompt=negatives, **options
+        None, negative_prompt=negatives, **options
     )
     return (
         {"encoder_hidden_states": cond, "added_cond_kwargs": {"text_embeds": pooled}},
@@ -74,11 +81,95 @@ def encode_sdxl(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> 
     )
 
 
+def encode_clip(
+    pipe: Any, prompts: list[str], negatives: Texts, *, clips: Sequence[Clip], device: Any,
+    **second: Any,
+) -> tuple[Cond, Cond]:  # fmt: skip
+    """Prompts as the web UIs read them (`kdpp.checkpoints.prompts`), each by itself.
+
+    ``second``: SDXL's ``prompt_2`` and ``negative_prompt_2``, the second encoder's texts.
+    """
+    others = second.keys() - ({"prompt_2", "negative_prompt_2"} if len(clips) > 1 else set())
+    if others:
+        raise TypeError(f"encode takes no {', '.join(sorted(others))} beside a prompt")
+
+    def half(texts: list[str], texts_2: str | Sequence[str] | None) -> list[Any]:
+        rows = [texts_2] * len(texts) if isinstance(texts_2, str) else texts_2 or texts
+        if len(rows) != len(texts):
+            raise ValueError(f"{len(rows)} second prompts for {len(texts)} prompts; give as many")
+        pairs = list(zip(texts, rows))
+        known = {
+            pair: encode_text(clips, [pipe.maybe_convert_prompt(text, clip.tokenizer)
+                                      for text, clip in zip(pair, clips)], device)
+            for pair in dict.fromkeys(pairs)
+        }  # fmt: skip
+        return [known[pair] for pair in pairs]
+
+    with read_to_the_end(pipe):
+        cond = half(prompts, second.get("prompt_2"))
+        if negatives is None and pipe.config.get("force_zeros_for_empty_prompt"):
+            uncond = [tuple(map(torch.zeros_like, one)) for one in cond]
+        else:
+            uncond = half(negatives or [""] * len(prompts), second.get("negative_prompt_2"))
+    halves = [[states for states, _ in half] for half in (cond, uncond)]
+    made = padded(*halves, mask="encoder_attention_mask")
+    if cond[0][1] is not None:
+        for one, texts in zip(made, (cond, uncond)):
+            one["added_cond_kwargs"] = {"text_embeds": torch.stack([pooled for _, pooled in texts])}
+    return made
+
+
+@contextmanager
+def read_to_the_end(pipe: Any) -> Iterator[None]:
+    """Inside, nobody warns of more than CLIP's 77 tokens: in chunks, or by T5, all are read.
+
+    (That T5 takes no more than ``max_sequence_length`` is still warned of.)
+    """
+
+    def keep(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return "CLIP can only handle" not in said and "Token indices sequence length" not in said
+
+    names = (type(pipe).__module__, "transformers.tokenization_utils_base")
+    loggers = [logging.getLogger(name) for name in names]
+    try:
+        for logger in loggers:
+            logger.addFilter(keep)
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
+
+
+def clips_of(pipe: Any, clip_skip: int | None) -> list[Clip]:
+    """The CLIP text encoders of a pipeline, read at the layer that is asked for, or at its own.
+
+    Raises ValueError where there is no such layer, TypeError where there are no encoders.
+    """
+    own = family_of(pipe).clip_layer
+    if own is None:
+        raise ValueError(NO_CLIP_SKIP)
+    parts = [
+        (getattr(pipe, f"tokenizer{i}"), encoder)
+        for i in ("", "_2")
+        if (encoder := getattr(pipe, f"text_encoder{i}", None)) is not None
+    ]
+    if not parts:
+        raise TypeError(f"this {type(pipe).__name__} was loaded without its text encoders")
+    last = min(encoder.config.num_hidden_layers for _, encoder in parts)
+    layer = own if clip_skip is None else check_count("clip_skip", clip_skip, own)
+    if layer > last:
+        raise ValueError(f"clip_skip is {layer}; it must be in {own} … {last}")
+    # SDXL is trained on the layer before the last as it comes, the others with the last norm.
+    return [Clip(*part, layer, normed=own == 1) for part in parts]
+
+
 def encode_sd3(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> tuple[Cond, Cond]:
     others = {"prompt_2": None, "prompt_3": None, **options}
-    cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(
-        prompts, negative_prompt=negatives, **others
-    )
+    with nullcontext() if pipe.text_encoder_3 is None else read_to_the_end(pipe):
+        cond, uncond, pooled, pooled_uncond = pipe.encode_prompt(
+            prompts, negative_prompt=negatives, **others
+        )
     return (
         {"encoder_hidden_states": cond, "pooled_projections": pooled},
         {"encoder_hidden_states": uncond, "pooled_projections": pooled_uncond},
@@ -90,7 +181,8 @@ def encode_flux(pipe: Any, prompts: Texts, negatives: Texts, **options: Any) -> 
         text, pooled, _ = pipe.encode_prompt(prompts, **{"prompt_2": None, **options})
         return {"encoder_hidden_states": text, "pooled_projections": pooled}
 
-    return in_turn(half, prompts, negatives, options)
+    with read_to_the_end(pipe):
+        return in_turn(half, prompts, negatives, options)
 
 
 def encode_z_image(
@@ -151,7 +243,7 @@ def in_turn(
     return cond, half(negatives, shared | renamed)
 
 
-def padded(*halves: list[Tensor]) -> tuple[Cond, Cond]:
+def padded(*halves: list[Tensor], mask: str = "encoder_hidden_states_mask") -> tuple[Cond, Cond]:
     """Texts of many lengths as one tensor each, with zeros behind, and a mask if any has some."""
     longest = max(len(text) for half in halves for text in half)
     made = []
@@ -161,8 +253,7 @@ def padded(*halves: list[Tensor]) -> tuple[Cond, Cond]:
     if any(len(text) < longest for half in halves for text in half):
         for one, texts in zip(made, halves):
             lengths = torch.tensor([[len(text)] for text in texts])
-            mask = torch.arange(longest) < lengths
-            one["encoder_hidden_states_mask"] = mask.to(texts[0].device)
+            one[mask] = (torch.arange(longest) < lengths).to(texts[0].device)
     return made[0], made[1]
 
 
@@ -186,6 +277,9 @@ class Family(NamedTuple):
     """Whether it spaces levels evenly before the shift (`scheduler_sigmas`)."""
     video: bool = False
     """Whether its VAE is one for videos."""
+    clip_layer: int | None = None
+    """The layer of its CLIP text encoders that it reads, counted from the last, which is 1. None:
+    larger encoders read its texts, which are taken as they are."""
     cfg: Callable[[nn.Module], nn.Module] | None = None
     """Its own kind of CFG, if that is not the usual one."""
     patches: int = 1
@@ -195,9 +289,9 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "StableDiffusionPipeline": Family(encode_sd, "unet"),
-    "LatentConsistencyModelPipeline": Family(encode_sd, "unet"),
-    "StableDiffusionXLPipeline": Family(encode_sdxl, "unet"),
+    "StableDiffusionPipeline": Family(encode_sd, "unet", clip_layer=1),
+    "LatentConsistencyModelPipeline": Family(encode_sd, "unet", clip_layer=1),
+    "StableDiffusionXLPipeline": Family(encode_sdxl, "unet", clip_layer=2),
     "StableDiffusion3Pipeline": Family(encode_sd3),
     "FluxPipeline": Family(encode_flux, even=True),
     "Flux2KleinPipeline": Family(encode_flux2, even=True, patches=2, mu=flux2_mu),
@@ -256,11 +350,15 @@ def encode(
     *,
     height: int | None = None,
     width: int | None = None,
+    clip_skip: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """``{"cond": …, "uncond": …}`` of prompts, by the pipeline's own text encoders.
 
-    What `as_denoiser` describes, in the network's dtype, with one row for each prompt.
+    What `as_denoiser` describes, in the network's dtype, with one row for each prompt. SD, LCM and
+    SDXL take prompts as the web UIs read them, of any length and with weights in brackets
+    (`kdpp.checkpoints.prompts`); where texts differ in length, shorter ones are padded and masked,
+    so that a row is the same beside any others. The other pipelines take texts as they are.
 
     Args:
         prompt: one text, or one for each picture. None: its embeddings are among the options.
@@ -268,12 +366,18 @@ def encode(
             text or (SDXL) zeros.
         height, width: the size of the pictures in pixels, which SDXL is told; None: the size that
             its UNet was trained at.
-        options: what ``pipe.encode_prompt`` takes, such as ``clip_skip``, ``prompt_2`` or
-            ``prompt_embeds`` (then with ``negative_prompt_embeds``).
+        clip_skip: the layer of CLIP that is read, as the web UIs count: 1 is the last, 2 the one
+            before. (diffusers' own option counts otherwise.) None: 1, for SDXL 2, which is its
+            least.
+        options: what else ``pipe.encode_prompt`` takes, such as ``prompt_2``, or ``prompt_embeds``
+            with ``negative_prompt_embeds``.
 
     Raises:
-        TypeError: the pipeline is not one of `FAMILIES`.
-        ValueError: there is no prompt, or the number of negative prompts is not that of prompts.
+        TypeError: the pipeline is not one of `FAMILIES`, has no text encoders, or an option does
+            not go with a prompt.
+        ValueError: there is no prompt, or the number of negative prompts is not that of prompts; a
+            prompt holds what the web UIs read and kdpp does not (`kdpp.checkpoints.prompts`); or
+            there is no such layer.
     """
     family, network = family_of(pipe), network_of(pipe)
     if prompt is None and options.get("prompt_embeds") is None:
@@ -289,6 +393,10 @@ def encode(
             "one for each"
         )
     negatives = negatives and list(negatives)
+    if prompts and family.clip_layer:
+        options["clips"] = clips_of(pipe, clip_skip)
+    elif clip_skip is not None:
+        raise ValueError(NO_CLIP_SKIP)
     halves = family.encode(pipe, prompts, negatives, device=pipe._execution_device, **options)
     if family.encode is encode_sdxl:
         side = network.config.sample_size * pipe.vae_scale_factor
@@ -324,7 +432,7 @@ def from_pipelines(
         pipe: the student's pipeline, whose text encoders encode the prompt for both.
         teacher_pipe: the teacher's. None, or ``pipe`` itself: the student without its LoRAs
             (`kdpp.without_adapters`), or, where it has none, the student once more.
-        prompt, negative_prompt, height, width, options: as in `encode`.
+        prompt, negative_prompt, height, width, options: as in `encode`, clip_skip too.
 
     Raises:
         TypeError: a pipeline is not one of `FAMILIES`, lacks its network, or has a scheduler

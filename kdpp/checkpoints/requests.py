@@ -54,6 +54,9 @@ class Request:
     preset: str | None = setting(None, "how the student is sampled (default: by its name)")
     prompt: str | None = setting(None, "what the picture shows")
     negative: str | None = setting(None, "what it does not; for models with CFG")
+    clip_skip: int | None = setting(
+        None, "CLIP's layer, counted from the last as web UIs do (default: 1, of SDXL 2)"
+    )
     image: str | None = setting(None, "a picture to start from")
     mask: str | None = setting(
         None, "a picture: white where the image is drawn anew, black where it is kept"
@@ -129,6 +132,8 @@ def infotext(request: Request, seed: int, guide: Guide) -> str:
         "Model hash": str(request.digests.get("student", ""))[:10],
         "Model": request.student,
     }
+    if request.clip_skip is not None:
+        values["Clip skip"] = request.clip_skip
     if guide == "teacher":
         values["kdpp teacher"] = request.teacher or request.student
     if guide != "none" and request.teacher_scale:
