@@ -170,12 +170,13 @@ def test_cfg_pp_without_the_unconditional_estimate_is_an_error(ask):
 
 def test_an_unconditional_estimate_serves_one_call():
     """One that the host computed at an earlier call is not taken for a later call's."""
-    answers = [(X, UNCOND), (X, None), X]
+    answers = [(X, UNCOND), (X, None), (X, UNCOND), X]
     model = kdpp.HostModel(lambda x, sigma, cfg_scale: answers.pop(0), flow=False)
     model(X, SIGMAS[:BATCH])
     assert model.uncond_denoised() is UNCOND
-    for _ in range(2):
-        model(X, SIGMAS[:BATCH])
+    for calls in (1, 2):  # the second time, one that nobody asked for
+        for _ in range(calls):
+            model(X, SIGMAS[:BATCH])
         with pytest.raises(ValueError, match="the host gave none"):
             model.uncond_denoised()
 
