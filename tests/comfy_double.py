@@ -48,12 +48,14 @@ class Base:
     def __init__(self, network, levels=VE, latents=SD15):
         self.network = network
         self.model_sampling, self.latent_format = levels(), latents()
-        self.patch, self.current_patcher = None, None
+        self.patch, self.current_patcher, self.loaded = None, None, None
         self.interrupt = None
 
     def __call__(self, x, sigma, cond):
         if self.current_patcher is None:
             raise AttributeError("'NoneType' object has no attribute 'apply_hooks'")
+        if self.current_patcher.name != self.loaded:
+            raise AssertionError("hooks of a patcher whose weights are not in place")
         if self.interrupt is not None and self.current_patcher.name == "teacher":
             raise self.interrupt
         return self.network(x, sigma, cond=cond) + self.patch
@@ -174,7 +176,7 @@ LOADED = []  # the names of what was loaded, in order
 def load_models_gpu(patchers, **_):
     for one in patchers:
         LOADED.append(one.name)
-        one.model.patch = one.patch
+        one.model.patch, one.model.loaded = one.patch, one.name
 
 
 def set_post_cfg(model_options, function, disable_cfg1_optimization=False):

@@ -153,12 +153,21 @@ def test_a_batch_is_its_single_pictures(solver, shared):
 def test_a_second_pass_without_noise_has_rows_of_its_own(monkeypatch):
     """Two latents without initial noise do not share their solver's noise."""
     monkeypatch.setattr(sys.modules[__name__], "NOISE", EMPTY)
+    heard = []
+
+    def row_seeds(*shown):
+        heard.append(made := row_seeds_of(*shown))
+        return made
+
+    row_seeds_of = kdpp.row_seeds
+    monkeypatch.setattr(kdpp, "row_seeds", row_seeds)
     latent = seeded(BATCH, *SHAPE, seed=3)
     made = guider(*pair())
     batch = picture(made, latent=latent, solver="euler_ancestral")
     for i in range(BATCH):
         one = picture(made, slice(i, i + 1), latent=latent, solver="euler_ancestral")
         assert relative(batch[i : i + 1], one) < 1e-6
+    assert len(set(heard[0])) == BATCH and heard[0] == [one for (one,) in heard[1:]]
 
 
 def test_the_kept_region_of_an_inpainted_picture_stays():
