@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kdpp.checks import check_number, is_compiling
-from kdpp.kinds import Denoiser, OwnCFG, holds_samples
+from kdpp.kinds import Denoiser, OwnCFG, check_scale_is_taken, holds_samples
 
 __all__ = [
     "Call",
@@ -64,6 +64,7 @@ def conditioning_of(
     if isinstance(model, OwnCFG):
         kwargs = dict(extra_args)
         if cfg_scale is not None:
+            check_scale_is_taken(model, name)
             kwargs["cond_scale"] = check_number(f"{name}_cfg_scale", cfg_scale)
         return Conditioning((kwargs,), 1.0)
     rest = dict(extra_args)

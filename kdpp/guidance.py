@@ -16,13 +16,7 @@ from torch import Tensor, nn
 
 from kdpp.checks import check_count, check_number
 from kdpp.denoisers import bind
-from kdpp.kinds import (
-    Denoiser,
-    check_denoiser,
-    check_scale_is_taken,
-    is_flow,
-    trained_range,
-)
+from kdpp.kinds import Denoiser, check_denoiser, is_flow, trained_range
 from kdpp.noise import NoiseSampler
 from kdpp.plan import FLOW, VE, Space
 
@@ -92,7 +86,6 @@ class Teacher:
 
     def __post_init__(self) -> None:
         check_denoiser(self.denoiser, "teacher")
-        check_scale_is_taken(self.denoiser, "teacher")
         # Copies: what was checked is not changed from outside.
         if isinstance(self.scale, list):
             object.__setattr__(self, "scale", tuple(self.scale))
