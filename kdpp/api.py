@@ -6,16 +6,17 @@ from kdpp.driver import sample
 from kdpp.editing import image_to_image, inpaint, truncate
 from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser, sds_scale
 from kdpp.kinds import OwnCFG
-from kdpp.memory import Borrowed, without_adapters
+from kdpp.memory import Borrowed, swapped, without_adapters
 from kdpp.models import (
     FlowDenoiser,
     GuidanceConditioned,
+    HostModel,
     LCMDenoiser,
     X0Denoiser,
     as_flow,
     as_ve,
 )
-from kdpp.noise import BrownianNoise, SeededNoise
+from kdpp.noise import BrownianNoise, SeededNoise, row_seeds
 from kdpp.rollouts import Rollout, encode, mixed_rollout
 from kdpp.solver import SOLVERS, Option, Solver, solver
 from kdpp.solvers.euler import *
@@ -30,6 +31,7 @@ __all__ = [
     "BrownianNoise",
     "FlowDenoiser",
     "GuidanceConditioned",
+    "HostModel",
     "LCMDenoiser",
     "NoiseRange",
     "Option",
@@ -48,10 +50,12 @@ __all__ = [
     "inpaint",
     "kdiffusion",
     "mixed_rollout",
+    "row_seeds",
     "sample",
     "sds_scale",
     "solver",
     "stack_teachers",
+    "swapped",
     "truncate",
     "without_adapters",
 ]

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kdpp.denoisers import map_tensors
 from kdpp.driver import Noise, PlannedRun, ReadyPlan, plan_run, walk
-from kdpp.memory import borrowed_in
+from kdpp.memory import is_moved
 from kdpp.solver import Solver, solver_of
 
 __all__ = ["capture"]
 
 MODES = ("compile", "graph")
+OLDEST = "2.4"  # the oldest torch that this was run on; the rest of kdpp's core runs from 2.1 on
 WARM_UPS = 3  # runs on a side stream, in which libraries choose their kernels and workspaces
 
 
@@ -53,8 +54,12 @@ def capture(
         ValueError: anything but one of kdpp's samplers, another mode, a callback, a teacher that
             cannot be captured; in a run of a graph, a latent or conditions of another form than
             here.
-        RuntimeError: mode "graph" without CUDA.
+        RuntimeError: mode "graph" without CUDA, or torch before 2.4.
     """
+    if torch.__version__ < OLDEST:
+        raise RuntimeError(
+            f"kdpp.capture needs torch {OLDEST} or later; this is {torch.__version__}"
+        )
     if mode not in MODES:
         raise ValueError(f'mode is {mode!r}; it must be "compile" or "graph"')
     solver, fixed = solver_of(sampler)
@@ -69,7 +74,7 @@ def capture(
         raise ValueError(f"nothing to capture: sigmas holds no step, {sigmas}")
     guided = run.model
     for teacher in guided.teachers:
-        if teacher.maps is not None or borrowed_in(teacher.denoiser):
+        if teacher.maps is not None or is_moved(teacher.denoiser):
             raise ValueError("a teacher with maps, or one that comes and goes, cannot be captured")
     mask = guided.teacher_mask
     if mode == "graph" and mask is not None and mask.device != x.device:

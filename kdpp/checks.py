@@ -21,8 +21,13 @@ __all__ = [
     "check_number",
     "check_sigmas",
     "check_start",
+    "is_compiling",
     "read_levels",
 ]
+
+is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+"""Whether torch is tracing this call. torch before 2.3 does not tell, and `kdpp.capture` asks for
+more."""
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
@@ -120,7 +125,7 @@ def check_start(
                 "have t_to_sigma(timesteps) and get_sigmas(steps)"
             )
         warnings.warn(f"sigmas holds {highest:g}, and {known}", stacklevel=2)
-    if levels[0] > 2.0 and x.is_cpu and not torch.compiler.is_compiling():
+    if levels[0] > 2.0 and x.is_cpu and not is_compiling():
         count = x.numel()
         if count < 64 * x.shape[0] or count == 0:
             return

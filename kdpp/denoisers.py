@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kdpp.checks import check_number
-from kdpp.kinds import Denoiser, OwnCFG, holds_samples
+from kdpp.checks import check_number, is_compiling
+from kdpp.kinds import Denoiser, OwnCFG, check_scale_is_taken, holds_samples
 
 __all__ = [
     "Call",
@@ -64,6 +64,7 @@ def conditioning_of(
     if isinstance(model, OwnCFG):
         kwargs = dict(extra_args)
         if cfg_scale is not None:
+            check_scale_is_taken(model, name)
             kwargs["cond_scale"] = check_number(f"{name}_cfg_scale", cfg_scale)
         return Conditioning((kwargs,), 1.0)
     rest = dict(extra_args)
@@ -81,6 +82,7 @@ def conditioning_of(
             + (f"CFG ({argument}={scale!r})" if scale != 1.0 else "CFG++")
             + f"; given: {sorted(extra_args) or 'nothing'}. Give both"
             + ("" if needs_uncond else f", or set {argument}=1 for no guidance")
+            + ". A host's model, which holds its conditions itself, is wrapped by kdpp.HostModel"
         )
     return Conditioning(({**rest, "cond": uncond}, {**rest, "cond": cond}), scale)
 
@@ -339,7 +341,7 @@ def _describe(value: Any) -> str:
 
 def writes(tensors: Sequence[Tensor]) -> list[int]:
     """How often each was written to, by torch's count, which inference mode does not keep."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return []
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
@@ -358,6 +360,6 @@ def counted(answer: Tensor) -> Tensor:
 
     For one that is kept while a network is called again, which may use its output buffer anew.
     """
-    if torch.compiler.is_compiling() or not answer.is_inference():
+    if is_compiling() or not answer.is_inference():
         return answer
     return answer.clone()

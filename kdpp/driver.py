@@ -344,7 +344,8 @@ def check_model(model: Any) -> TeacherGuidedDenoiser:
     if not isinstance(model, TeacherGuidedDenoiser):
         raise TypeError(
             f"model is a {type(model).__name__}; kdpp's samplers take a student with its teacher: "
-            "wrap it, kdpp.TeacherGuidedDenoiser(student, teacher)"
+            "wrap it, kdpp.TeacherGuidedDenoiser(student, teacher) (a host's own model becomes a "
+            "denoiser by kdpp.HostModel)"
         )
     return model
 

@@ -20,6 +20,7 @@ __all__ = [
     "Transparent",
     "check_denoiser",
     "check_inner",
+    "check_scale_is_taken",
     "holds_samples",
     "inside",
     "is_flow",
@@ -82,7 +83,12 @@ class OwnCFG(Transparent):
         self.uncond_denoised = uncond_denoised
 
     def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        denoised: Tensor = self.model(x, sigma, **extra_args)
+        try:
+            denoised: Tensor = self.model(x, sigma, **extra_args)
+        except TypeError as error:
+            if "cond_scale" in extra_args and "argument 'cond_scale'" in str(error):
+                raise TypeError(f"{takes_no_scale('the model', self.model)} ({error})") from error
+            raise
         return denoised
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnCFG:
@@ -148,6 +154,27 @@ def check_denoiser(model: Any, name: str) -> None:
             f"{name} ({type(model).__name__}) takes uncond and cond_scale, so it seems to do its "
             f"own CFG; say so: {name}=kdpp.OwnCFG(model)"
         )
+
+
+def takes_no_scale(name: str, model: Any) -> str:
+    """The message where kdpp cannot set the CFG scale of a model marked by `OwnCFG`."""
+    return (
+        f"{name} ({type(model).__name__}) is marked by kdpp.OwnCFG and takes no cond_scale, so its "
+        "CFG scale cannot be set. If it is a host's model, say how: kdpp.HostModel(ask, flow=...), "
+        "with ask(x, sigma, cfg_scale, **extra_args)"
+    )
+
+
+def check_scale_is_taken(model: Any, name: str) -> None:
+    """TypeError where a model marked by `OwnCFG` shows that it takes no ``cond_scale``."""
+    if type(model) is not OwnCFG:
+        return
+    try:
+        taken = inspect.signature(getattr(model.model, "forward", model.model)).parameters
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    if "cond_scale" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise TypeError(takes_no_scale(name, model.model))
 
 
 def check_inner(denoiser: Denoiser, owner: str) -> Denoiser:

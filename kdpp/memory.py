@@ -1,13 +1,14 @@
 """Two models in the memory of one: a teacher on the student's weights, or one that comes and goes.
 
-`without_adapters` makes the teacher of a LoRA student out of the student itself. `Borrowed` is a
+`without_adapters` makes the teacher of a LoRA student out of the student itself. `swapped` lets a
+host put the teacher's weights in the student's place for the length of each call. `Borrowed` is a
 second model that takes up device memory in the guided steps only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from kdpp.kinds import (
     trained_range,
 )
 
-__all__ = ["Borrowed", "borrowed_in", "without_adapters"]
+__all__ = ["Borrowed", "borrowed_in", "is_moved", "swapped", "without_adapters"]
 
 
 def without_adapters(denoiser: nn.Module, names: Collection[str] | None = None) -> nn.Module:
@@ -72,10 +73,62 @@ def without_adapters(denoiser: nn.Module, names: Collection[str] | None = None) 
     check_denoiser(denoiser, "denoiser")
     if isinstance(names, str):
         raise TypeError(f"names is {names!r}; give a list of adapters' names")
-    teacher = _WithoutAdapters(denoiser, names)
-    if isinstance(denoiser, OwnCFG):
-        return OwnCFG(teacher, denoiser.uncond_denoised)
-    return teacher
+    return _marked_as(denoiser, _WithoutAdapters(denoiser, names))
+
+
+def swapped(denoiser: Denoiser, enter: Callable[[], Any], leave: Callable[[], Any]) -> nn.Module:
+    """The same denoiser, whose weights a host puts in the student's place for each call.
+
+    For hosts that hold one network for the student and the teacher (a LoRA on the one and not on
+    the other, or one file loaded twice) and patch its weights for whoever is loaded. Every call is
+    ``enter()``, the denoiser's call, ``leave()``::
+
+        teacher = kdpp.swapped(teacher, enter=load_teacher, leave=load_student)
+
+    ``leave`` follows every call, also one that ends by an exception or an interrupt, in ``enter``
+    or in the network, so that the student finds its weights as they were.
+
+    Args:
+        denoiser: the teacher. One marked by `kdpp.OwnCFG`, as a `kdpp.HostModel` is, gives a
+            teacher that is marked too.
+        enter: a function without arguments that puts the teacher's weights in place.
+        leave: one that puts the student's back, whether ``enter`` came to its end or not.
+
+    Raises:
+        TypeError: one of them is not callable, or ``denoiser`` does its own CFG unmarked.
+    """
+    check_denoiser(denoiser, "denoiser")
+    for name, function in (("enter", enter), ("leave", leave)):
+        if not callable(function):
+            raise TypeError(f"{name} is {function!r}; it must be a function without arguments")
+    return _marked_as(denoiser, _Swapped(denoiser, enter, leave))
+
+
+class _Swapped(Transparent):
+    """See `swapped`."""
+
+    def __init__(
+        self, denoiser: Denoiser, enter: Callable[[], Any], leave: Callable[[], Any]
+    ) -> None:
+        super().__init__()
+        self.model, self.enter, self.leave = denoiser, enter, leave
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        try:
+            self.enter()
+            denoised: Tensor = self.model(x, sigma, **extra_args)
+        finally:
+            self.leave()
+        return denoised
+
+
+def _marked_as(denoiser: Any, wrapper: nn.Module) -> nn.Module:
+    """The wrapper, marked by `OwnCFG` where the denoiser that it is around is."""
+    if not isinstance(denoiser, OwnCFG):
+        return wrapper
+    marked = OwnCFG(wrapper, denoiser.uncond_denoised)
+    marked.divisible = denoiser.divisible
+    return marked
 
 
 class _WithoutAdapters(Transparent):
@@ -261,8 +314,16 @@ class Borrowed(Transparent):
 
 def borrowed_in(denoiser: Any) -> list[Borrowed]:
     """Every `Borrowed` inside a denoiser, itself included: what a run fetches and releases."""
-    modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-    return [module for module in modules if isinstance(module, Borrowed)]
+    return [module for module in _modules(denoiser) if isinstance(module, Borrowed)]
+
+
+def is_moved(denoiser: Any) -> bool:
+    """Whether weights inside the denoiser come and go: `Borrowed` or `swapped` ones."""
+    return any(isinstance(module, Borrowed | _Swapped) for module in _modules(denoiser))
+
+
+def _modules(denoiser: Any) -> Iterable[nn.Module]:
+    return denoiser.modules() if isinstance(denoiser, nn.Module) else ()
 
 
 class _Copy:

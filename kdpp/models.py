@@ -1,4 +1,4 @@
-"""Denoisers of few-step and flow models, for which k-diffusion has no wrapper.
+"""Denoisers that k-diffusion has no wrapper for: few-step and flow models, and a host's own.
 
 A denoiser is ``(x, sigma, **extra_args) -> denoised``: x of shape ``(batch, *shape)``, sigma of
 shape ``(batch,)``, the answer D an estimate of x0 in x's shape and dtype. sigma is the standard
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from kdpp.kinds import Denoiser, OwnCFG, Transparent, check_inner, is_flow
 __all__ = [
     "FlowDenoiser",
     "GuidanceConditioned",
+    "HostModel",
     "LCMDenoiser",
     "X0Denoiser",
     "as_flow",
@@ -158,6 +160,98 @@ class GuidanceConditioned(OwnCFG):
         extra_args.pop("uncond", None)
         weights = {self.argument: x.new_full(x.shape[:1], weight)}
         return self.model(x, sigma, **extra_args, **weights).to(x.dtype)
+
+
+class HostModel(OwnCFG):
+    """A host's own model as a denoiser, whatever it looks like and however its CFG scale is set.
+
+    For ComfyUI, web UIs and others that run a network inside conditioning, CFG and hooks of their
+    own: one function of the host's calls the model, and kdpp calls that function::
+
+        def ask(x, sigma, cfg_scale, **extra_args):
+            guider.set_cfg(cfg_scale)
+            return model(x, sigma, **extra_args)
+
+        teacher = kdpp.HostModel(ask, flow=False, sigma_min=0.03, sigma_max=14.6)
+
+    kdpp keeps no list of the modules in it: ``.to()`` and ``.half()`` of a
+    `TeacherGuidedDenoiser` leave the host's model where it is.
+
+    Args:
+        ask: ``(x, sigma, cfg_scale, **extra_args) -> denoised``, or a pair ``(denoised, uncond)``:
+            the host's estimates of x0, under its CFG, and without the condition, which CFG++ needs
+            (None where the host has not computed it; zeros in its place would spoil the picture).
+            x has the shape ``(batch, *shape)``, sigma ``(batch,)``. ``cfg_scale`` is the teacher's
+            ``teacher_cfg_scale``; for a student ``extra_args["cond_scale"]``, and None where that
+            is not given, so that the host's own setting stays. ``extra_args`` are the sampler's.
+        flow: whether sigma is a flow model's τ in [0, 1] and x is ``(1-τ) x0 + τ n``. It must be
+            said: a flow model that is taken for another one makes wrong pictures without an error.
+        sigma_min, sigma_max: the levels that the model was trained on, in its own terms (τ for a
+            flow model). None: unknown, and the teacher is asked at any level.
+
+    Raises:
+        TypeError: ``ask`` is not callable, or ``flow`` is neither True nor False; in a call, an
+            answer that is neither a tensor nor a pair.
+        ValueError: the levels are not two numbers, ``0 ≤ sigma_min < sigma_max`` (≤ 1 for a flow
+            model), or one is given alone; in a run of a CFG++ sampler, no unconditional estimate.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[..., Tensor | tuple[Tensor, Tensor | None]],
+        *,
+        flow: bool,
+        sigma_min: float | Tensor | None = None,
+        sigma_max: float | Tensor | None = None,
+    ) -> None:
+        if not callable(ask):
+            raise TypeError(
+                f"HostModel takes a function that calls the host's model, (x, sigma, cfg_scale, "
+                f"**extra_args) -> denoised or (denoised, uncond), not {ask!r}"
+            )
+        if not isinstance(flow, bool):
+            raise TypeError(f"flow is {flow!r}; it must be True for a flow model, else False")
+        asked = _Asked(ask)
+        super().__init__(asked, asked.uncond)
+        self.flow = flow
+        if sigma_min is not None or sigma_max is not None:
+            self.sigma_min, self.sigma_max = _trained_levels(sigma_min, sigma_max, flow)
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, cond_scale: float | None = None, **extra_args: Any
+    ) -> Tensor:
+        return self.model(x, sigma, cond_scale, **extra_args)
+
+
+class _Asked:
+    """A host's model, and the unconditional estimate of its latest call until it is fetched."""
+
+    def __init__(self, ask: Callable[..., Any]) -> None:
+        self.ask = ask
+        self.latest: Tensor | None = None
+
+    def __call__(self, x: Tensor, sigma: Tensor, cfg_scale: float | None, **extra: Any) -> Any:
+        self.latest = None
+        answer = self.ask(x, sigma, cfg_scale, **extra)
+        if isinstance(answer, Tensor):
+            return answer
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise TypeError(
+                f"the host's model returned {type(answer).__name__}; the function given to "
+                "HostModel returns denoised, or (denoised, uncond)"
+            )
+        denoised, self.latest = answer
+        return denoised
+
+    def uncond(self) -> Tensor:
+        latest, self.latest = self.latest, None
+        if latest is None:
+            raise ValueError(
+                "CFG++ needs the unconditional estimate, and the host gave none: give a negative "
+                "prompt, and see that the host computes it at every CFG scale, 1 included (hosts "
+                "skip it there)"
+            )
+        return latest
 
 
 class FlowDenoiser(nn.Module):
@@ -300,6 +394,20 @@ def _network(network: Denoiser, owner: str) -> Denoiser:
     if not callable(network):
         raise TypeError(f"{owner} takes a network, (x, t, **extra_args), not {network!r}")
     return network
+
+
+def _trained_levels(low: Any, high: Any, flow: bool) -> tuple[float, float]:
+    """sigma_min and sigma_max as numbers; ValueError unless they are levels in their order."""
+    numbers = [one.item() if isinstance(one, Tensor) and one.numel() == 1 else one
+               for one in (low, high)]  # fmt: skip
+    with suppress(ValueError):
+        low, high = (check_number("level", one, 0.0) for one in numbers)
+        if low < high and (high <= 1.0 or not flow):
+            return low, high
+    raise ValueError(
+        f"sigma_min is {low!r} and sigma_max {high!r}; give both or neither, with "
+        f"0 ≤ sigma_min < sigma_max{' ≤ 1, as a flow model has them' if flow else ''}"
+    )
 
 
 def _positive(name: str, value: Any) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import numbers
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +25,7 @@ __all__ = [
     "host_noise",
     "private_generator",
     "private_seed",
+    "row_seeds",
 ]
 
 NoiseSampler = Callable[[Tensor, Tensor], Tensor]
@@ -34,10 +34,10 @@ NoiseSampler = Callable[[Tensor, Tensor], Tensor]
 def host_noise(x: Tensor) -> NoiseSampler:
     """k-diffusion's default noise sampler if k-diffusion is loaded, else ``torch.randn_like``.
 
-    It is looked up at every call, because web UIs put their per-image seeds there. Both draw from
-    torch's stream.
+    It is looked up at every call, because web UIs put their per-image seeds there; a host whose
+    module has another name says so (`kdpp.kdiffusion.use`). Both draw from torch's stream.
     """
-    sampling = sys.modules.get("k_diffusion.sampling")
+    sampling = kdiffusion.loaded("sampling")
     if sampling is not None:
         sampler: NoiseSampler = sampling.default_noise_sampler(x)
         return sampler
@@ -47,10 +47,12 @@ def host_noise(x: Tensor) -> NoiseSampler:
 def brownian_noise(x: Tensor, sigmas: Tensor) -> NoiseSampler:
     """k-diffusion's Brownian tree over the schedule: increments of one path, normalised.
 
-    Without k-diffusion it is `BrownianNoise`, and a warning says so once. Either takes one integer
-    from torch's stream for its seed.
+    Without k-diffusion it is `BrownianNoise`, and a warning says so once, unless that was asked for
+    (``kdpp.kdiffusion.use(None)``). Either takes one integer from torch's stream for its seed.
     """
     low, high = sigmas[sigmas > 0].min(), sigmas.max()
+    if kdiffusion.package() is None:
+        return BrownianNoise(x, low, high)
     try:
         tree = kdiffusion.sampling.BrownianTreeNoiseSampler
     except (ImportError, AttributeError):  # AttributeError: a host's k-diffusion from before it
@@ -72,7 +74,7 @@ def private_seed(x: Tensor) -> int:
     """
     states = [torch.get_rng_state()]
     if x.device.type != "cpu":
-        module = torch.get_device_module(x.device)
+        module = getattr(torch, x.device.type)
         indexed = x.device.type in ("cuda", "xpu")
         states.append(module.get_rng_state(x.device) if indexed else module.get_rng_state())
     digest = hashlib.blake2b(b"kdpp renoise", digest_size=8)
@@ -190,6 +192,51 @@ class SeededNoise:
         accurate = torch.float64 if self.dtype == torch.float64 else torch.float32
         normals = box_muller(words, accurate).flatten(2)[..., : self.size]
         return normals.reshape(self.ahead, *self.shape).to(self.dtype)
+
+
+def row_seeds(seed: int, *shown: Tensor) -> list[int]:
+    """A seed for each sample, from the run's seed and what a host shows of the sample.
+
+    For a host that has one seed for a batch, so that image i is the same in any batch::
+
+        seeds = kdpp.row_seeds(seed, noise)
+        solver_noise, renoise = kdpp.SeededNoise(x, seeds), kdpp.SeededNoise(x, seeds, stream=1)
+
+    The seed of sample i is the BLAKE2b hash of ``seed`` and of row i's numbers in each tensor. So
+    it is the same at any place in any batch, on any device, and in any dtype that holds the
+    numbers exactly. Rows of the same numbers have the same seed, as they are the same picture.
+    Give what is equal to the last bit from batch to batch: the noise that the run starts from, and
+    where that is zeros (a second pass) the latent. The tensors are copied to the CPU.
+
+    Args:
+        seed: the run's, a whole number.
+        shown: floating-point tensors ``(batch, *shape)``, one at least, all of one batch.
+
+    Returns:
+        Whole numbers in [0, 2^63), as `SeededNoise` and `BrownianNoise` take them.
+
+    Raises:
+        TypeError: a tensor is not a floating-point one.
+        ValueError: seed is not a whole number; there is no tensor, or they differ in their batch.
+    """
+    if not isinstance(seed, numbers.Integral) or isinstance(seed, bool):
+        raise ValueError(f"seed is {seed!r}; it must be a whole number")
+    for one in shown:
+        check_latent(one, "a tensor of rows")
+    if len({len(one) for one in shown}) != 1:
+        raise ValueError(
+            f"row_seeds was given tensors of {[len(one) for one in shown]} rows; give one tensor "
+            "or more, with a row for each sample"
+        )
+    made = []
+    # Zero is added, for -0.0 and 0.0 are one number in two ways.
+    for rows in zip(*(one.detach().cpu().double() + 0.0 for one in shown)):
+        digest = hashlib.blake2b(f"kdpp rows {int(seed)}".encode(), digest_size=8)
+        for row in rows:
+            digest.update(f" {tuple(row.shape)} ".encode())
+            digest.update(row.contiguous().numpy().tobytes())
+        made.append(int.from_bytes(digest.digest(), "big") >> 1)  # seeds take 63 bits
+    return made
 
 
 class BrownianNoise:

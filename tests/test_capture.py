@@ -174,6 +174,9 @@ def test_what_cannot_be_captured_is_refused():
         capture(euler, guided(), x, sigmas[:1])
     with pytest.raises(ValueError, match="maps"):
         capture(euler, guided(maps=(torch.neg, torch.neg)), x, sigmas, conditions())
+    moved = kdpp.TeacherGuidedDenoiser(Net(0), kdpp.swapped(Net(1), list, list))
+    with pytest.raises(ValueError, match="comes and goes, cannot be captured"):
+        capture(euler, moved, x, sigmas, conditions())
     with pytest.raises(ValueError, match="must not increase"):
         capture(euler, guided(), x, sigmas.flip(0), conditions())
     # Nothing stays switched: the sampler itself samples.

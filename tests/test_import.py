@@ -288,3 +288,30 @@ def test_no_files_import_each_other_in_a_circle():
     while ends := {name for name, needed in left.items() if needed.isdisjoint(left)}:
         left = {name: needed for name, needed in left.items() if name not in ends}
     assert not left
+
+
+def oldest_torch(requirements):
+    """The lowest version of torch that requirements allow."""
+    (torch,) = (one for one in map(Requirement, requirements) if one.name == "torch")
+    return str(torch.specifier)
+
+
+def test_the_core_needs_nothing_that_torch_has_got_since_its_oldest():
+    """Guided runs where the names are gone that kdpp has used and torch 2.1 has not.
+
+    Hosts pin torch 2.1. The core's whole tests were run on it (docs/hosts.md); this one, on
+    whatever torch there is, keeps what failed there from coming back.
+    """
+    project = read_toml(PACKAGE.parent / "pyproject.toml")["project"]
+    assert oldest_torch(project["dependencies"]) == ">=2.1"
+    run = python(
+        "import torch\n"
+        "for place, name in ((torch.compiler, 'is_compiling'), (torch, 'get_device_module')):\n"
+        "    vars(place).pop(name, None)\n"
+        + SAMPLE
+        + "torch.__version__ = type(torch.__version__)('2.1.2')\n"
+        "try: kdpp.capture('euler', model, x, torch.tensor([2.0, 1.0]))\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "kdpp.capture needs torch 2.4 or later; this is 2.1.2\n"

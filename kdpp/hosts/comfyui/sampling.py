@@ -1,0 +1,246 @@
+"""A guided run inside ComfyUI: its guiders are student and teacher, kdpp's loop is its sampler.
+
+The teacher is sampled by its own guider, with a sampler whose body is the whole run. So its
+conditions, hooks and wrappers are prepared and cleaned up by the host, as the student's are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.k_diffusion.sampling
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from torch import Tensor
+
+import kdpp
+from kdpp.noise import NoiseSampler
+
+__all__ = ["GuidedSampler", "TeacherGuider"]
+
+RENOISE = 1  # the stream of a row's seed that the teacher's renoising takes; the solver's is 0
+
+
+class TeacherGuider(comfy.samplers.CFGGuider):  # type: ignore[misc]
+    """The student's guider, which holds the teacher's as well.
+
+    Raises ValueError unless both are models of the same latents, and both flow models or both not.
+    """
+
+    def __init__(self, student: Any, teacher: Any, teacher_cfg: float) -> None:
+        check_pair(student, teacher)
+        super().__init__(student)
+        # A clone, since hooks on the student's conditions are registered on its own patcher.
+        self.teacher = comfy.samplers.CFGGuider(teacher.clone())
+        self.teacher_cfg = teacher_cfg
+
+
+def check_pair(student: Any, teacher: Any) -> None:
+    """ValueError unless the two models can guide each other."""
+    formats = [type(one.model.latent_format).__name__ for one in (student, teacher)]
+    if formats[0] != formats[1]:
+        raise ValueError(
+            f"the student's latents are {formats[0]} and the teacher's {formats[1]}; take a "
+            "teacher of the student's family"
+        )
+    flow = [is_flow(one.get_model_object("model_sampling")) for one in (student, teacher)]
+    if flow[0] != flow[1]:
+        kinds = ["a flow model" if one else "not a flow model" for one in flow]
+        raise ValueError(
+            f"the student is {kinds[0]} and the teacher is {kinds[1]}; both must be of one kind"
+        )
+
+
+def is_flow(model_sampling: Any) -> bool:
+    """Whether levels are τ in [0, 1]."""
+    return isinstance(model_sampling, comfy.model_sampling.CONST)
+
+
+class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
+    """A solver of kdpp's as a sampler of ComfyUI's. The guider's teacher helps, if it has one."""
+
+    def __init__(
+        self,
+        solver: kdpp.Solver,
+        options: Mapping[str, Any],
+        *,
+        teacher_steps: int,
+        teacher_scale: float,
+        renoise: str | float,
+        by_row: bool,
+    ) -> None:
+        self.solver, self.options, self.by_row = solver, options, by_row
+        self.guidance = {
+            "teacher_steps": teacher_steps,
+            "teacher_scale": teacher_scale,
+            "renoise": renoise,
+        }
+
+    def sample(
+        self,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Callable[..., Any] | None,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        """What the guider calls, inside its own preparations."""
+        shown = (sigmas, noise, latent_image, denoise_mask)
+        student = Asked(guider, extra_args, *shown, needs_uncond=self.solver.cfg_pp)
+        x = student.model_sampling.noise_scaling(
+            sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas)
+        )
+        seed = extra_args["seed"]
+        seeds = kdpp.row_seeds(seed, noise if noise.count_nonzero() else latent_image)
+
+        source = self.noise(x, sigmas, seeds, seed)
+
+        def run(teacher: torch.nn.Module, **guidance: Any) -> Tensor:
+            model = kdpp.TeacherGuidedDenoiser(
+                student.denoiser(),
+                teacher,
+                renoise_noise_sampler=kdpp.SeededNoise(x, seeds, RENOISE),
+                **guidance,
+            )
+            report = None if callback is None else reporting(callback, len(sigmas) - 1)
+            return kdpp.sample(
+                self.solver, model, x, sigmas, None, report, disable_pbar, source, **self.options
+            )
+
+        asked = self.guidance["teacher_steps"] and self.guidance["teacher_scale"]
+        if asked and not hasattr(guider, "teacher"):
+            logging.warning("KDPP Sampler: the guider holds no teacher; the student samples alone")
+        if asked and hasattr(guider, "teacher"):
+            guidance = {**self.guidance, "teacher_cfg_scale": guider.teacher_cfg}
+            image = beside_teacher(guider, shown, seed, lambda teacher: run(teacher, **guidance))
+        else:
+            image = run(student.denoiser(), teacher_steps=0)
+        made: Tensor = student.model_sampling.inverse_noise_scaling(sigmas[-1], image)
+        return made
+
+    def noise(self, x: Tensor, sigmas: Tensor, seeds: list[int], seed: int) -> NoiseSampler | None:
+        """The solver's source of noise: by rows, or the one that ComfyUI's own samplers take."""
+        if self.solver.noise == "none":
+            return None
+        low, high = sigmas[sigmas > 0].min(), sigmas.max()
+        brownian = self.solver.noise == "brownian"
+        if self.by_row:
+            if brownian:
+                return kdpp.BrownianNoise(x, low, high, seed=seeds)
+            return kdpp.SeededNoise(x, seeds)
+        host = comfy.k_diffusion.sampling  # looked up here: other packs load it anew
+        sampler: NoiseSampler = (
+            host.BrownianTreeNoiseSampler(x, low, high, seed=seed, cpu=True)
+            if brownian
+            else host.default_noise_sampler(x, seed=seed)
+        )
+        return sampler
+
+
+def reporting(callback: Callable[..., Any], steps: int) -> Callable[[dict[str, Any]], Any]:
+    """A callback of k-diffusion's form for ComfyUI's: previews, progress and interrupts."""
+    return lambda info: callback(info["i"], info["denoised"], info["x"], steps)
+
+
+class Asked:
+    """A guider as it is asked in a run: inside its mask, with its options and seed."""
+
+    def __init__(
+        self,
+        guider: Any,
+        extra_args: Mapping[str, Any],
+        sigmas: Tensor,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None,
+        needs_uncond: bool = False,
+    ) -> None:
+        self.guider = guider
+        self.model_sampling = guider.inner_model.model_sampling
+        self.model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
+        self.model.noise, self.model.latent_image = noise, latent_image
+        self.uncond: Tensor | None = None
+        options = extra_args["model_options"]
+        if needs_uncond:
+            options = comfy.model_patcher.set_model_options_post_cfg_function(
+                comfy.model_patcher.create_model_options_clone(options),
+                self.hear,
+                disable_cfg1_optimization=True,
+            )
+        self.extra_args = {
+            "model_options": options, "seed": extra_args["seed"], "denoise_mask": denoise_mask
+        }  # fmt: skip
+
+    def hear(self, args: Mapping[str, Any]) -> Tensor:
+        """Keeps the unconditional estimate; without a negative the host hands over zeros."""
+        self.uncond = None if args["uncond"] is None else args["uncond_denoised"]
+        denoised: Tensor = args["denoised"]
+        return denoised
+
+    def __call__(
+        self, x: Tensor, sigma: Tensor, cfg_scale: float | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if cfg_scale is not None:
+            self.guider.set_cfg(cfg_scale)
+        return self.model(x, sigma, **self.extra_args), self.uncond
+
+    def denoiser(self) -> kdpp.HostModel:
+        """The guider as kdpp's student or teacher."""
+        levels = self.model_sampling
+        return kdpp.HostModel(
+            self, flow=is_flow(levels), sigma_min=levels.sigma_min, sigma_max=levels.sigma_max
+        )
+
+
+class Within(comfy.samplers.Sampler):  # type: ignore[misc]
+    """A sampler for the teacher's guider whose body is a whole run; what it returns is not used."""
+
+    def __init__(self, body: Callable[[Any, dict[str, Any]], None]) -> None:
+        self.body = body
+
+    def sample(
+        self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any,
+        noise: Tensor, *rest: Any, **more: Any,
+    ) -> Tensor:  # fmt: skip
+        """Runs the body, with the guider ready to be asked."""
+        self.body(guider, extra_args)
+        return torch.zeros_like(noise)
+
+
+def beside_teacher(
+    guider: Any,
+    shown: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    seed: int,
+    run: Callable[[torch.nn.Module], Tensor],
+) -> Tensor:
+    """``run(teacher)`` with the guider's teacher prepared; the student's weights are in place."""
+    sigmas, noise, latent_image, denoise_mask = shown
+    student, teacher = guider.model_patcher, guider.teacher.model_patcher
+    made: list[Tensor] = []
+
+    def body(inner: Any, extra_args: dict[str, Any]) -> None:
+        load(student)
+        asked = Asked(inner, extra_args, *shown).denoiser()
+        made.append(run(kdpp.swapped(asked, lambda: load(teacher), lambda: load(student))))
+
+    # The teacher's guider maps the latent into model space once more.
+    outside = latent_image
+    if latent_image.count_nonzero():
+        outside = guider.inner_model.process_latent_out(latent_image)
+    guider.teacher.sample(noise, outside, Within(body), sigmas, denoise_mask, None, True, seed)
+    return made[0]
+
+
+def load(patcher: Any) -> None:
+    """Put a model's weights in place, where the other's may have been: one network may hold both,
+    patched for one of them, or there may be room for one at a time."""
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.pre_run()

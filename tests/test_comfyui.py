@@ -1,0 +1,354 @@
+"""The nodes for ComfyUI, in `comfy_double`; docs/comfyui.md says what ran in the real one."""
+
+import asyncio
+import importlib
+import logging
+import sys
+
+import pytest
+import torch
+
+import comfy_double as comfy
+import kdpp
+from kdpp.checkpoints.presets import PRESETS
+from kdpp.hosts.comfyui import nodes
+from problems import SHAPE, conditions, karras, mixture, relative, seeded
+
+BATCH, SEED = 3, 42
+COND, UNCOND = conditions(BATCH)
+NOISE = seeded(BATCH, *SHAPE, seed=9)
+EMPTY = torch.zeros(BATCH, *SHAPE, dtype=torch.float64)
+SIGMAS = {"ve": karras(4), "flow": torch.tensor([1.0, 0.8, 0.5, 0.2, 0.0], dtype=torch.float64)}
+LORA = 0.25  # what the student's patch adds to the network's estimate
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch):
+    """The double in the place of ComfyUI; afterwards nothing of it is left."""
+    for name, module in comfy.modules(v3=True).items():
+        monkeypatch.setitem(sys.modules, name, module)
+    comfy.LOADED.clear()
+    yield
+    sys.modules.pop("kdpp.hosts.comfyui.sampling", None)
+    vars(sys.modules["kdpp.hosts.comfyui"]).pop("sampling", None)
+
+
+def network(seed, kind="ve"):
+    return kdpp.as_flow(mixture(seed), sigma_max=1e4) if kind == "flow" else mixture(seed)
+
+
+def pair(kind="ve", shared=False):
+    """A student's and a teacher's MODEL: two networks, or a LoRA and its base on one."""
+    levels = comfy.CONST if kind == "flow" else comfy.VE
+    base = comfy.Base(network(0, kind), levels)
+    other = base if shared else comfy.Base(network(1, kind), levels)
+    return comfy.Patcher(base, LORA), comfy.Patcher(other, name="teacher")
+
+
+def guider(student, teacher, cfg=2.0, teacher_cfg=4.0):
+    (made,) = nodes.make_guider(student, COND, UNCOND, cfg, teacher, teacher_cfg)
+    return made
+
+
+SETTINGS = {
+    "solver": "euler", "teacher_steps": 2, "teacher_scale": 0.5, "renoise": "next", "level": 1.0,
+    "eta": 1.0, "s_noise": 1.0, "noise": nodes.BY_ROW,
+}  # fmt: skip
+
+
+def picture(
+    guided, rows=slice(None), latent=EMPTY, mask=None, kind="ve", callback=None, **settings
+):
+    """What SamplerCustomAdvanced makes of these rows."""
+    (sampler,) = nodes.make_sampler(**{**SETTINGS, **settings})
+    guided.set_conds(COND[rows], UNCOND[rows])
+    if hasattr(guided, "teacher"):
+        guided.teacher.set_conds(COND[rows], UNCOND[rows])
+    mask = None if mask is None else mask[rows]
+    return guided.sample(
+        NOISE[rows], latent[rows], sampler, SIGMAS[kind], mask, callback, True, SEED
+    )
+
+
+def by_hand(student, teacher, kind="ve", solver="euler", scale=0.5, cfg=2.0):
+    """The same picture by kdpp's own CFG on plain denoisers, in model space and out of it."""
+    sigmas = SIGMAS[kind]
+    x = NOISE if kind == "flow" else NOISE * (1 + sigmas[0] ** 2).sqrt()
+    seeds = kdpp.row_seeds(SEED, NOISE)
+    model = kdpp.TeacherGuidedDenoiser(
+        student, teacher, teacher_steps=2, teacher_scale=scale, teacher_cfg_scale=4.0,
+        renoise_noise_sampler=kdpp.SeededNoise(x, seeds, 1), flow=kind == "flow",
+    )  # fmt: skip
+    extra_args = {"cond": COND, "uncond": UNCOND, "cond_scale": cfg}
+    source = None
+    if kdpp.SOLVERS[solver].noise == "plain":
+        source = kdpp.SeededNoise(x, seeds)
+    elif kdpp.SOLVERS[solver].noise == "brownian":
+        source = kdpp.BrownianNoise(x, sigmas[-2], sigmas[0], seed=seeds)
+    return kdpp.sample(
+        solver, model, x, sigmas, extra_args, None, True, source
+    ) / 0.5  # fmt: skip
+
+
+def plus_lora(denoiser):
+    return lambda x, sigma, cond=None: denoiser(x, sigma, cond=cond) + LORA
+
+
+# ------------------------------------------------------------------------------- a guided run
+
+
+@pytest.mark.parametrize(
+    "solver", ["euler", "euler_ancestral", "dpmpp_sde", "euler_cfg_pp", "heun"]
+)
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "one loader"])
+def test_the_picture_is_kdpps_own(solver, shared):
+    """Student and teacher by their guiders make what plain denoisers make; so does one network."""
+    student, teacher = pair(shared=shared)
+    found = picture(guider(student, teacher), solver=solver)
+    expected = by_hand(plus_lora(mixture(0)), mixture(0 if shared else 1), solver=solver)
+    assert relative(found, expected) < 1e-12
+
+
+def test_a_flow_model_is_sampled_as_one():
+    student, teacher = pair("flow")
+    found = picture(guider(student, teacher), kind="flow")
+    denoisers = plus_lora(network(0, "flow")), network(1, "flow")
+    assert relative(found, by_hand(*denoisers, kind="flow")) < 1e-12
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("lost"), KeyboardInterrupt()])
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "one loader"])
+def test_the_student_is_as_it_was_whatever_ends_the_run(shared, error):
+    """Its weights are in place after the teacher's call, and the next run is a clean one."""
+    student, teacher = pair(shared=shared)
+    expected = picture(guider(student, teacher))
+    assert comfy.LOADED[-1] == "student" and student.model.patch == LORA
+    if error is not None:
+        teacher.model.interrupt = error
+        with pytest.raises(type(error)):
+            picture(guider(student, teacher))
+        teacher.model.interrupt = None
+        assert comfy.LOADED[-1] == "student" and student.model.patch == LORA
+    assert torch.equal(picture(guider(student, teacher)), expected)
+
+
+def test_weights_change_places_in_guided_steps_alone():
+    """For the run, for its preparation, then round each of two teacher's calls."""
+    student, teacher = pair(shared=True)
+    picture(guider(student, teacher))
+    assert " ".join(comfy.LOADED) == "student teacher student" + 2 * " teacher student"
+
+
+@pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_sde", "lcm"])
+@pytest.mark.parametrize("shared", [False, True], ids=["separate", "one loader"])
+def test_a_batch_is_its_single_pictures(solver, shared):
+    """Also in image to image, and where no noise is added (rows told apart by the latent)."""
+    made = guider(*pair(shared=shared))
+    batch = picture(made, solver=solver)
+    for i in range(BATCH):
+        one = picture(made, slice(i, i + 1), solver=solver)
+        assert relative(batch[i : i + 1], one) < 1e-6
+
+
+def test_a_second_pass_without_noise_has_rows_of_its_own(monkeypatch):
+    """Two latents without initial noise do not share their solver's noise."""
+    monkeypatch.setattr(sys.modules[__name__], "NOISE", EMPTY)
+    heard = []
+
+    def row_seeds(*shown):
+        heard.append(made := row_seeds_of(*shown))
+        return made
+
+    row_seeds_of = kdpp.row_seeds
+    monkeypatch.setattr(kdpp, "row_seeds", row_seeds)
+    latent = seeded(BATCH, *SHAPE, seed=3)
+    made = guider(*pair())
+    batch = picture(made, latent=latent, solver="euler_ancestral")
+    for i in range(BATCH):
+        one = picture(made, slice(i, i + 1), latent=latent, solver="euler_ancestral")
+        assert relative(batch[i : i + 1], one) < 1e-6
+    assert len(set(heard[0])) == BATCH and heard[0] == [one for (one,) in heard[1:]]
+
+
+def test_the_kept_region_of_an_inpainted_picture_stays():
+    """The teacher is called inside the same mask, on the same latent."""
+    latent = seeded(BATCH, *SHAPE, seed=3)
+    mask = torch.zeros_like(latent)
+    mask[..., 0] = 1.0
+    student, teacher = pair()
+    found = picture(guider(student, teacher), latent=latent, mask=mask)
+    alone = picture(guider(student, teacher), latent=latent, mask=mask, teacher_scale=0.0)
+    assert torch.equal(found[..., 1], latent[..., 1])
+    assert relative(found[..., 0], alone[..., 0]) > 1e-3
+
+
+def test_the_teachers_conditions_are_prepared_for_the_same_latent():
+    """It goes into model space once, not twice; and the patcher is a clone, with its own hooks."""
+    student, teacher = pair()
+    made = guider(student, teacher)
+    picture(made, latent=seeded(BATCH, *SHAPE, seed=3))
+    assert torch.equal(made.teacher.mapped, made.mapped)
+    assert made.teacher.model_patcher is not teacher and teacher.is_clone(
+        made.teacher.model_patcher
+    )
+
+
+@pytest.mark.parametrize("off", [{"teacher_scale": 0.0}, {"teacher_steps": 0}])
+def test_a_teacher_that_is_not_asked_is_not_loaded(off):
+    student, teacher = pair()
+    found = picture(guider(student, teacher), **off)
+    assert comfy.LOADED == ["student"]
+    assert relative(found, by_hand(plus_lora(mixture(0)), mixture(1), scale=0.0)) < 1e-12
+
+
+def test_another_guider_samples_the_student_alone(caplog):
+    """And says that there is no teacher to ask."""
+    student, teacher = pair()
+    alone = picture(guider(student, teacher), teacher_scale=0.0)
+    plain = comfy.CFGGuider(student)
+    plain.set_conds(COND, UNCOND)
+    plain.set_cfg(2.0)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(picture(plain), alone)
+    assert "the guider holds no teacher" in caplog.text
+
+
+def test_cfg_pp_has_the_negatives_estimate_at_a_scale_of_1():
+    """Where the host would skip it and hand over zeros."""
+    student, teacher = pair()
+    found = picture(guider(student, teacher, cfg=1.0), solver="euler_cfg_pp")
+    expected = by_hand(plus_lora(mixture(0)), mixture(1), solver="euler_cfg_pp", cfg=1.0)
+    assert relative(found, expected) < 1e-12
+
+
+def test_cfg_pp_without_a_negative_is_an_error(monkeypatch):
+    """Zeros in its place would spoil the picture."""
+    student, teacher = pair()
+    made = guider(student, teacher, cfg=1.0)
+    predict = comfy.CFGGuider.predict_noise
+
+    def without(self, x, timestep, model_options=None, seed=None):
+        self.conds["negative"] = None
+        return predict(self, x, timestep, model_options, seed)
+
+    monkeypatch.setattr(comfy.CFGGuider, "predict_noise", without)
+    with pytest.raises(ValueError, match=r"CFG\+\+ needs the unconditional estimate"):
+        picture(made, solver="euler_cfg_pp")
+
+
+def test_the_host_hears_of_every_step():
+    """For previews, the progress bar and interrupts; two-evaluation solvers, too."""
+    heard = []
+    picture(guider(*pair()), solver="heun", callback=lambda *told: heard.append(told))
+    assert [(i, total) for i, _, _, total in heard] == [(i, 4) for i in range(4)]
+    assert all(x0.shape == x.shape == NOISE.shape for _, x0, x, _ in heard)
+
+
+@pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_2m_sde"])
+def test_the_hosts_noise_is_looked_up_when_it_is_needed(solver, monkeypatch):
+    """Its samplers' own, with the run's seed; packs load that module anew."""
+    made = guider(*pair())
+    first = picture(made, solver=solver, noise=nodes.HOST)
+    assert torch.equal(first, picture(made, solver=solver, noise=nodes.HOST))
+    assert not torch.equal(first, picture(made, solver=solver))
+    host = sys.modules["comfy.k_diffusion.sampling"]
+    seeds = []
+
+    def silent(x, *levels, seed=None, cpu=True):
+        seeds.append(seed)
+        return lambda *_: torch.zeros_like(x)
+
+    monkeypatch.setattr(host, "default_noise_sampler", silent)
+    monkeypatch.setattr(host, "BrownianTreeNoiseSampler", silent)
+    assert not torch.equal(first, picture(made, solver=solver, noise=nodes.HOST))
+    assert seeds == [SEED]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"latents": comfy.Flux}, "student's latents are SD15 and the teacher's Flux"),
+        ({"levels": comfy.CONST}, "student is not a flow model and the teacher is a flow model"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused_before_any_work(teacher, message):
+    student = comfy.Patcher(comfy.Base(mixture(0)))
+    with pytest.raises(ValueError, match=message):
+        guider(student, comfy.Patcher(comfy.Base(mixture(1), **teacher)))
+    assert comfy.LOADED == []
+
+
+# ------------------------------------------------------------------------------- the nodes
+
+
+def entry(v3, monkeypatch):
+    """The pack as the host imports it."""
+    for name in ("comfy_api", "comfy_api.latest"):
+        if not v3:
+            monkeypatch.setitem(sys.modules, name, None)
+            monkeypatch.delitem(sys.modules, name)
+    pack = importlib.reload(importlib.import_module("kdpp.hosts.comfyui"))
+    return {name: getattr(pack, name) for name in pack.__all__}
+
+
+def test_both_schemas_say_the_same_of_every_node(monkeypatch):
+    """Names, types, defaults, ranges, choices and tooltips of inputs; outputs; other words."""
+    (entrypoint,) = entry(True, monkeypatch).values()
+    extension = asyncio.run(entrypoint())
+    schemas = [node.define_schema() for node in asyncio.run(extension.get_node_list())]
+    old = entry(False, monkeypatch)
+    assert [one.node_id for one in schemas] == list(old["NODE_CLASS_MAPPINGS"])
+    for schema in schemas:
+        made = old["NODE_CLASS_MAPPINGS"][schema.node_id]
+        assert schema.display_name == old["NODE_DISPLAY_NAME_MAPPINGS"][schema.node_id]
+        assert schema.category == made.CATEGORY and schema.description == made.DESCRIPTION
+        assert schema.search_aliases == made.SEARCH_ALIASES
+        inputs = made.INPUT_TYPES()
+        told = {**inputs["required"], **inputs["optional"]}
+        assert [one.name for one in schema.inputs] == list(told)
+        for one in schema.inputs:
+            kind, said = told[one.name]
+            assert one.optional == (one.name in inputs["optional"])
+            if isinstance(kind, list):
+                assert (one.type, one.options) == ("Combo", kind) and said["default"] in kind
+            else:
+                assert one.type.upper() == kind
+            assert {name: getattr(one, name) for name in said} == said
+            assert said["tooltip"].endswith(".")
+            if "min" in said:
+                assert said["min"] <= said["default"] <= said["max"]
+        outputs = [(one.display_name, one.type.upper()) for one in schema.outputs]
+        assert outputs == list(zip(made.RETURN_NAMES, made.RETURN_TYPES))
+
+
+def test_the_nodes_run_by_either_schema(monkeypatch):
+    """With their defaults: the same preset."""
+    defaults = {field.name: field.default for field in nodes.PRESET.fields}
+    (entrypoint,) = entry(True, monkeypatch).values()
+    extension = asyncio.run(entrypoint())
+    new = asyncio.run(extension.get_node_list())[2].execute(**defaults)
+    old = entry(False, monkeypatch)["NODE_CLASS_MAPPINGS"]["KDPPPreset"]
+    old = getattr(old(), old.FUNCTION)(**defaults)
+    assert torch.equal(new[0], old[0]) and new[2:] == old[2:]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_its_levels_and_settings(name):
+    preset = PRESETS[name]
+    sigmas, sampler, cfg, teacher_cfg = nodes.make_preset(name, 0, 1024, 768)
+    assert sigmas.tolist() == pytest.approx(preset.sigmas(None, (768, 1024)))
+    assert (cfg, teacher_cfg) == (preset.cond_scale, preset.teacher_cfg_scale)
+    assert sampler.solver is kdpp.SOLVERS[preset.sampler]
+    assert sampler.guidance["teacher_scale"] == preset.teacher_scale
+
+
+def test_settings_that_a_solver_does_not_have_are_left_out():
+    (sampler,) = nodes.make_sampler(**SETTINGS)
+    assert sampler.options.keys() <= kdpp.SOLVERS["euler"].options.keys()
+    (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": "euler_ancestral", "eta": 0.5})
+    assert sampler.options == {"eta": 0.5, "s_noise": 1.0}
+
+
+def test_renoise_may_be_a_level():
+    (sampler,) = nodes.make_sampler(**{**SETTINGS, "renoise": nodes.LEVEL, "level": 0.7})
+    assert sampler.guidance["renoise"] == 0.7
