@@ -28,7 +28,7 @@ from kdpp.lab.data import load_data
 from kdpp.lab.metrics import Points, load_features, measure
 from kdpp.lab.models import load_model
 from kdpp.lab.processes import single_thread
-from kdpp.lab.sampling import Batches, Recipe, draw, image_seeds, levels_for
+from kdpp.lab.sampling import Batches, Recipe, draw, image_seeds
 from kdpp.noise import SeededNoise
 
 CHUNK = 500
@@ -37,12 +37,12 @@ CHUNK = 500
 def recipes() -> dict[str, Recipe]:
     """The shipped student alone and guided, and the shipped teacher."""
     student, teacher = load_model("digits:student"), load_model("digits:teacher")
-    levels = levels_for(student, 4)
+    levels = student.levels_for(4)
     guidance = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0}
     return {
         "student, 4 steps": Recipe(student, None, "lcm", levels),
         "student + teacher": Recipe(student, teacher, "lcm", levels, guidance=guidance),
-        "teacher, 4 steps": Recipe(teacher, None, "euler", levels_for(teacher, 4), cond_scale=2.0),
+        "teacher, 4 steps": Recipe(teacher, None, "euler", teacher.levels_for(4), cond_scale=2.0),
     }
 
 

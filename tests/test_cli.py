@@ -227,7 +227,7 @@ def test_what_tune_advises_is_taken_by_evaluate(scale, tmp_path):
     """The command that it prints is a spec with these settings, λ outside [0, 1] too."""
     look = tune.Look("teacher", 3, 0.277, 0.277282, 0.0, 1.0, scale=scale)
     student, teacher = map(load_model, PAIR)
-    recipe = tune.Recipe(student, teacher, "lcm", tune.levels_for(student))
+    recipe = tune.Recipe(student, teacher, "lcm", student.levels_for())
     tuning = SimpleNamespace(by="teacher", guide=True, settings=look.settings)
     arguments = SimpleNamespace(student=PAIR[0], teacher=PAIR[1])
     words = tune.shlex.split(tune._command(tuning, recipe, arguments))

@@ -21,7 +21,7 @@ from kdpp.checkpoints.presets import PRESETS
 from kdpp.checkpoints.requests import read_png, read_texts
 from kdpp.cli import main
 from kdpp.lab.models import load_model, save_model
-from kdpp.lab.sampling import INITIAL, Recipe, draw, levels_for
+from kdpp.lab.sampling import INITIAL, Recipe, draw
 from kdpp.noise import SeededNoise
 
 LAB = ("--student", "digits:student", "--teacher", "digits:teacher")
@@ -56,7 +56,7 @@ def test_a_lab_models_pictures_are_its_images(tmp_path):
     assert run(tmp_path, *LAB, "--seed", "3-5", "--teacher-scale", 0.5, "--label", 4) == 0
     student, teacher = map(load_model, (LAB[1], LAB[3]))
     guidance = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0}
-    recipe = Recipe(student, teacher, "lcm", levels_for(student), guidance=guidance)
+    recipe = Recipe(student, teacher, "lcm", student.levels_for(), guidance=guidance)
     x = draw(recipe, [3, 4, 5], torch.tensor([4, 4, 4]), chunk=1).x
     wanted = x.div(2).add(0.5).clamp(0, 1).mul(255).round().long().flatten(1)
     assert sorted(pictures(tmp_path)) == ["00003.png", "00004.png", "00005.png"]

@@ -23,7 +23,7 @@ from kdpp.lab.data import load_data
 from kdpp.lab.metrics import Points, load_features, measure
 from kdpp.lab.models import DataOrigin, load_model, save_model
 from kdpp.lab.networks import build
-from kdpp.lab.sampling import Recipe, draw, image_seeds, levels_for
+from kdpp.lab.sampling import Recipe, draw, image_seeds
 from kdpp.lab.spec import REFERENCE_SEED, cells_of, read_spec
 
 TABLES = {
@@ -275,12 +275,12 @@ def test_the_figures_are_those_of_the_samplers(finished):
     reference = Points(features(draw(own, seeds).x))
     common = {"teacher_scale": 0.5, "teacher_steps": 1, "renoise": "next"}
     recipes = {
-        "none": Recipe(student, None, "lcm", levels_for(student)),
+        "none": Recipe(student, None, "lcm", student.levels_for()),
         "teacher": Recipe(
-            student, teacher, "lcm", levels_for(student), 1.0, {**common, "teacher_cfg_scale": 2.0}
+            student, teacher, "lcm", student.levels_for(), 1.0, {**common, "teacher_cfg_scale": 2.0}
         ),
         "self": Recipe(
-            student, student, "lcm", levels_for(student), 1.0, {**common, "teacher_cfg_scale": 1.0}
+            student, student, "lcm", student.levels_for(), 1.0, {**common, "teacher_cfg_scale": 1.0}
         ),
     }
     for cell in (plain, guided, itself):

@@ -32,7 +32,7 @@ from kdpp.lab.compare import compare
 from kdpp.lab.data import Data, load_data
 from kdpp.lab.metrics import METRICS, Points, load_features, measure
 from kdpp.lab.models import load_model, save_model
-from kdpp.lab.sampling import Recipe, draw, image_seeds, levels_for
+from kdpp.lab.sampling import Recipe, draw, image_seeds
 
 PAIR = ["digits:student", "--teacher", "digits:teacher", "--teacher-scale", "0.5"]
 SMALL = ["--images", "40", "--seeds", "2"]
@@ -96,11 +96,11 @@ def test_figures_are_those_of_the_metrics(finished):
     student, teacher = load_model("digits:student"), load_model("digits:teacher")
     images, _ = load_data("digits").images, load_data("digits").labels
     features = load_features("digits", images, 10)
-    own = Recipe(teacher, None, "euler", levels_for(teacher, 50), 2.0)
+    own = Recipe(teacher, None, "euler", teacher.levels_for(50), 2.0)
     references = (
         Points(features(images)), Points(features(draw(own, image_seeds(10**9, 40)).x)),
     )  # fmt: skip
-    levels = levels_for(student, 4)
+    levels = student.levels_for(4)
     guidance = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0}
     recipes = {
         "none": (Recipe(student, None, "lcm", levels), (4, 0)),

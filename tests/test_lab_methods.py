@@ -18,7 +18,6 @@ from kdpp.lab import processes
 from kdpp.lab.methods import load_methods
 from kdpp.lab.models import FILE, load_model
 from kdpp.lab.networks import VNetwork
-from kdpp.lab.sampling import denoiser_for
 from kdpp.lab.settings import fill, read_value, to_flag
 from kdpp.lab.trainer import train
 from trainings import draws, guidable_teacher, small, training_of
@@ -252,7 +251,7 @@ def test_the_model_samples_as_its_card_says(case, whole):
     levels = card.levels or kdpp.digits.schedule(3)
     sigmas, scale = torch.tensor(levels), (model.guidance_range or (0.0, 1.0))[1]
     extra_args = {"cond": labels, "uncond": torch.full_like(labels, 3), "cond_scale": scale}
-    denoiser = denoiser_for(model, len(levels) - 1)
+    denoiser = model.denoiser_for(len(levels) - 1)
     x = levels[0] * torch.randn(9, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     if card.sampler == "encode":
         images = kdpp.encode(denoiser, x, sigmas, extra_args, disable=True)

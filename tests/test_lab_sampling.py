@@ -14,12 +14,12 @@ import problems
 from kdpp.lab import processes, sampling
 from kdpp.lab.models import DataOrigin, Model, ModelCard, load_model
 from kdpp.lab.networks import VEDenoiser, build
-from kdpp.lab.sampling import Batches, Recipe, draw, fingerprint, image_seeds, levels_for
+from kdpp.lab.sampling import Batches, Recipe, draw, fingerprint, image_seeds
 from kdpp.noise import SeededNoise
 
 GUIDANCE = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0, "renoise_eta": 0.7}
 STUDENT, TEACHER = load_model("digits:student"), load_model("digits:teacher")
-LEVELS = levels_for(STUDENT, 4)
+LEVELS = STUDENT.levels_for(4)
 
 
 def recipe(sampler="lcm", **changes):
@@ -192,9 +192,9 @@ def test_levels_for_a_model():
     """Its own where they make so many steps, else the schedule's."""
     bound = tiny()
     bound = replace(bound, card=replace(bound.card, levels=(9.0, 2.0, 0.0)))
-    assert levels_for(bound) == levels_for(bound, 2) == (9.0, 2.0, 0.0)
-    assert levels_for(bound, 3) == kdpp.digits.schedule(3)
-    assert (len(levels_for(STUDENT)), len(levels_for(TEACHER))) == (5, 51)
+    assert bound.levels_for() == bound.levels_for(2) == (9.0, 2.0, 0.0)
+    assert bound.levels_for(3) == kdpp.digits.schedule(3)
+    assert (len(STUDENT.levels_for()), len(TEACHER.levels_for())) == (5, 51)
 
 
 def test_no_two_seeds_share_an_image():

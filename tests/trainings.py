@@ -13,7 +13,7 @@ from kdpp.lab.data import Data
 from kdpp.lab.methods import Draws, Method, Training, load_methods
 from kdpp.lab.models import DataOrigin, Model, ModelCard, load_model
 from kdpp.lab.networks import VEDenoiser
-from kdpp.lab.sampling import Recipe, draw, levels_for
+from kdpp.lab.sampling import Recipe, draw
 from kdpp.lab.settings import fill
 from kdpp.lab.trainer import train
 from problems import seeded
@@ -103,7 +103,7 @@ def trained(folder: Path, name: str, settings: dict[str, Any], **rest: Any) -> M
 
 def check_samples(student: Model, steps: int | None = None, sampler: str | None = None) -> float:
     """The share of the student's images whose spot is where it was asked for."""
-    levels = levels_for(student, steps)
+    levels = student.levels_for(steps)
     made = draw(Recipe(student, None, sampler or student.sampler, levels), range(90))
     assert made.x.isfinite().all() and made.x.shape == (90, 1, 4, 4)
     assert made.evaluations == (len(levels) - 1, 0)

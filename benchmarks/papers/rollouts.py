@@ -16,7 +16,7 @@ from kdpp.lab import processes
 from kdpp.lab.data import load_data
 from kdpp.lab.metrics import Points, estimate, load_features, measure
 from kdpp.lab.models import Model, load_model
-from kdpp.lab.sampling import Recipe, draw, image_seeds, levels_for
+from kdpp.lab.sampling import Recipe, draw, image_seeds
 from kdpp.noise import SeededNoise
 
 SUBSTEPS = 8
@@ -35,7 +35,7 @@ def settings(steps: int) -> Iterator[dict[str, Any]]:
 
 def images(student: Model, teacher: Model, seed: int, count: int, row: dict[str, Any]) -> Tensor:
     """One rollout from the noise of the run's seeds; coins from a generator of the seed."""
-    levels = levels_for(student)
+    levels = student.levels_for()
     seeds = torch.tensor(image_seeds(seed, count))
     like = torch.empty(count, *student.shape)
     labels = seeds % student.classes
@@ -57,12 +57,12 @@ def sweep(folder: Path, name: str, seeds: Sequence[int], count: int) -> list[dic
     data = load_data("digits")
     features = load_features("digits", data.images, data.classes)
     reference = Points(features(data.images))
-    own = Recipe(teacher, None, "euler", levels_for(teacher, 50), cond_scale=CFG)
+    own = Recipe(teacher, None, "euler", teacher.levels_for(50), cond_scale=CFG)
     rows = []
     with processes.single_thread():
         # Seeds of its own: a teacher's trajectory from the same noise would be too near.
         theirs = Points(features(draw(own, image_seeds(900, count)).x))
-        for row in tqdm(list(settings(len(levels_for(student)) - 1)), desc=f"rollouts of {name}"):
+        for row in tqdm(list(settings(len(student.levels_for()) - 1)), desc=f"rollouts of {name}"):
             scores = []
             for seed in seeds:
                 x = images(student, teacher, seed, count, row)

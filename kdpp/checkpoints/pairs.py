@@ -37,7 +37,7 @@ from kdpp.checkpoints.requests import Picture, Request, Role
 from kdpp.kinds import is_flow
 from kdpp.lab.files import digest
 from kdpp.lab.models import Model, load_model
-from kdpp.lab.sampling import Recipe, denoiser_for, levels_for, solver_for, weights_digest
+from kdpp.lab.sampling import Recipe, solver_for
 from kdpp.memory import without_adapters
 from kdpp.models import LCMDenoiser
 from kdpp.solver import unknown
@@ -143,7 +143,7 @@ class LabPair(Pair):
             raise ValueError(f"{request.student} draws {model.shape[2]} x {model.shape[1]} pixels")
         if request.label is not None and not 0 <= request.label < model.classes:
             raise ValueError(f"label is {request.label}; it must be in 0 … {model.classes - 1}")
-        levels = request.sigmas or levels_for(model, request.steps)
+        levels = request.sigmas or model.levels_for(request.steps)
         plain = teacher is None or teacher.card.guidance is None
         self.request = replace(
             _guided(request, 0.1, 1, 2.0 if plain else 1.0),
@@ -159,13 +159,13 @@ class LabPair(Pair):
                 for role, name in request.places.items()
                 if role in ("image", "mask")
             }
-            | {"student": weights_digest(model)}
-            | ({"teacher": weights_digest(teacher)} if teacher else {}),
+            | {"student": model.digest()}
+            | ({"teacher": teacher.digest()} if teacher else {}),
         )
         self._check(model, teacher)
         steps = len(levels) - 1
-        self.student = denoiser_for(model, steps)
-        self.teacher = denoiser_for(teacher or model, steps)
+        self.student = model.denoiser_for(steps)
+        self.teacher = (teacher or model).denoiser_for(steps)
         self.networks = (model.network, (teacher or model).network)
         self.shape, self.classes, self.device = model.shape, model.classes, device
         own = model.levels

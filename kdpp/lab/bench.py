@@ -56,8 +56,6 @@ from kdpp.lab.sampling import (
     attempt,
     fingerprint,
     image_seeds,
-    levels_for,
-    weights_digest,
 )
 from kdpp.lab.settings import fill, to_toml
 from kdpp.lab.spec import REFERENCE_SEED, Cell, Guidance, Spec, cells_of
@@ -199,7 +197,7 @@ class Bench:
         self.spec, self.device, self.folder = spec, processes.device(device), folder
         students = spec.students.items()
         self.models = {name: load_model(place, self.device) for name, place in students}
-        self.weights = {name: weights_digest(model) for name, model in self.models.items()}
+        self.weights = {name: model.digest() for name, model in self.models.items()}
         self.teacher = None if spec.teacher is None else load_model(spec.teacher, self.device)
         first = next(iter(self.models.values()))
         self.data = load_data(spec.data or first.card.data.source)
@@ -236,7 +234,7 @@ class Bench:
         wanted = self.spec.own_samples
         if wanted is None or self.teacher is None:
             return None
-        levels = levels_for(self.teacher, wanted.steps)
+        levels = self.teacher.levels_for(wanted.steps)
         recipe = Recipe(self.teacher, None, wanted.sampler, levels, wanted.cond_scale)
         name = digest([self._given, fingerprint(recipe)])
         return Job(None, recipe, REFERENCE_SEED, self.folder / f"teacher-{name}.safetensors")

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kdpp import _version
+from kdpp.checks import check_count
 from kdpp.digits import checkpoints
 from kdpp.kinds import Denoiser
 from kdpp.lab.diffusion import cfg
+from kdpp.lab.files import digest
 from kdpp.lab.networks import CFG_MINUS_ONE, VEDenoiser, VNetwork, build
+from kdpp.lab.schedules import schedule
 from kdpp.lab.settings import from_json
 from kdpp.lab.weights import fill_network, read_weights, write_weights
+from kdpp.models import GuidanceConditioned
 from kdpp.solver import unknown
 
 __all__ = [
     "FILE",
     "DataOrigin",
+    "GenerativeModel",
     "Model",
     "ModelCard",
     "TeacherOrigin",
@@ -113,6 +119,68 @@ class ModelCard(Usage):
         return dataclasses.asdict(self)
 
 
+class GenerativeModel(Protocol):
+    """What the lab asks of a model: of its own (`Model`), or of a pipeline
+    (`kdpp.checkpoints.models.PipelineModel`).
+
+    Attributes:
+        network: whose calls are its evaluations.
+        shape: of one sample, an image or a latent.
+        classes: how many classes or prompts there are to draw; a label is the number of one.
+        bounds: (low, high) of the samples that are images; None for latents.
+        sampler: the solver that it was made for, by its name in `kdpp.SOLVERS`.
+        guidance: the CFG scale that it has built in; None: none.
+        guidance_range: the least and most CFG scale, where that is an input; None: it is none.
+        parameters: how many numbers the network has.
+        device: where it is.
+    """
+
+    @property
+    def network(self) -> nn.Module: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def bounds(self) -> tuple[float, float] | None: ...
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def guidance(self) -> float | None: ...
+    @property
+    def guidance_range(self) -> tuple[float, float] | None: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def levels_for(self, steps: int | None = None) -> tuple[float, ...]:
+        """The levels to sample it on in so many steps; None: those it was made for."""
+
+    def denoiser_for(self, steps: int) -> nn.Module:
+        """Its denoiser for a run of so many steps."""
+
+    def conditions(self, labels: Tensor) -> dict[str, Any]:
+        """``{"cond": …, "uncond": …}`` for int64 labels (B,), on its device."""
+
+    def digest(self) -> str:
+        """A digest of the weights, of what is known of them, and of the device's type."""
+
+
+class _StepConditioned(nn.Module):
+    """A denoiser that is told how many steps there are."""
+
+    def __init__(self, denoiser: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.inner_model = denoiser
+        self.steps = float(steps)
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        steps = x.new_full(x.shape[:1], self.steps)
+        denoised: Tensor = self.inner_model(x, sigma, steps=steps, **extra_args)
+        return denoised
+
+
 @dataclass(frozen=True)
 class Model:
     """A trained network, ready to sample with, and what is known of it.
@@ -167,6 +235,65 @@ class Model:
             return None
         low, high = self.card.conditions[CFG_MINUS_ONE]
         return low + 1.0, high + 1.0
+
+    @property
+    def guidance(self) -> float | None:
+        """The CFG scale that it has built in; None: none."""
+        return self.card.guidance
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """(-1, 1) for pictures; None for latents that leave this range."""
+        return (-1.0, 1.0) if self.card.data.bounded else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+    def levels_for(self, steps: int | None = None) -> tuple[float, ...]:
+        """The levels that it was trained on if they make ``steps`` steps, else the schedule's.
+
+        Without ``steps``: its own, or for a model of any levels 4 steps, 50 for a teacher. The
+        schedule is `kdpp.lab.schedules.schedule`.
+        """
+        own = self.levels
+        if own is not None and steps in (None, len(own) - 1):
+            return own
+        if steps is None:
+            steps = 50 if self.card.method == "teacher" else 4
+        return schedule(check_count("steps", steps, 1))
+
+    def denoiser_for(self, steps: int) -> nn.Module:
+        """Its denoiser for a run of so many steps.
+
+        A network that takes their number gets it, one that takes w gets the CFG scale minus 1
+        (`kdpp.GuidanceConditioned`). Raises ValueError where it takes something else.
+        """
+        conditions, denoiser = set(self.card.conditions), self.denoiser
+        if conditions - {CFG_MINUS_ONE, "steps"}:
+            raise ValueError(
+                f"the network of method {self.card.method!r} takes {sorted(conditions)}; samplers "
+                "know w and steps only"
+            )
+        if "steps" in conditions:
+            denoiser = _StepConditioned(denoiser, steps)
+        return GuidanceConditioned(denoiser) if self.guidance_range else denoiser
+
+    def conditions(self, labels: Tensor) -> dict[str, Any]:
+        """``cond``: the labels; ``uncond``: "no label"."""
+        cond = labels.to(self.device)
+        return {"cond": cond, "uncond": torch.full_like(cond, self.classes)}
+
+    def digest(self) -> str:
+        """Of the weights, of what is known of them, and of the device that they are on."""
+        tensors = self.network.state_dict()
+        contents = (value.cpu().contiguous().flatten() for value in tensors.values())
+        return digest([
+            json.dumps(self.card.to_json(), sort_keys=True),
+            self.device.type,
+            list(tensors), *(content.view(torch.uint8).numpy().tobytes() for content in contents),
+        ])  # fmt: skip
 
     def with_cfg(self, labels: Tensor, scale: Tensor | float) -> Denoiser:
         """``(x, σ) -> D_∅ + scale·(D_c - D_∅)`` for these labels, see `kdpp.lab.diffusion.cfg`."""

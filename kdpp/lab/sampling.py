@@ -30,9 +30,7 @@ from kdpp.editing import noised
 from kdpp.kinds import is_flow
 from kdpp.lab import processes
 from kdpp.lab.files import digest, make_folder, write_atomically
-from kdpp.lab.models import Model
-from kdpp.lab.networks import CFG_MINUS_ONE
-from kdpp.lab.schedules import schedule
+from kdpp.lab.models import GenerativeModel
 from kdpp.noise import SeededNoise, read_seeds
 from kdpp.solver import Solver, solver_of, unknown
 
@@ -43,15 +41,12 @@ __all__ = [
     "Recipe",
     "attempt",
     "counted",
-    "denoiser_for",
     "draw",
     "fingerprint",
     "image_seeds",
-    "levels_for",
     "most_memory",
     "sample_seeds",
     "solver_for",
-    "weights_digest",
 ]
 
 GUIDANCE = (
@@ -89,8 +84,8 @@ class Recipe:
             teacher of different shapes or classes.
     """
 
-    student: Model
-    teacher: Model | None
+    student: GenerativeModel
+    teacher: GenerativeModel | None
     sampler: str | Solver
     levels: tuple[float, ...]
     cond_scale: float = 1.0
@@ -123,15 +118,15 @@ class Recipe:
 
     def guided(self, noise: Any = None) -> kdpp.TeacherGuidedDenoiser:
         """Student and teacher, ready to sample with; ``noise`` is the renoise noise sampler."""
-        student = denoiser_for(self.student, self.steps)
+        student = self.student.denoiser_for(self.steps)
         if self.teacher is None:
             return kdpp.TeacherGuidedDenoiser(student, student, teacher_steps=0)
-        teacher = denoiser_for(self.teacher, self.steps)
+        teacher = self.teacher.denoiser_for(self.steps)
         return kdpp.TeacherGuidedDenoiser(
             student, teacher, renoise_noise_sampler=noise, **self.guidance
         )
 
-    def _check_pair(self, teacher: Model) -> None:
+    def _check_pair(self, teacher: GenerativeModel) -> None:
         ours, theirs = [(list(m.shape), m.classes) for m in (self.student, teacher)]
         if ours != theirs:
             raise ValueError(
@@ -190,51 +185,6 @@ class Images:
     compute: float
     seconds: float
     memory: int
-
-
-class _StepConditioned(nn.Module):
-    """A denoiser that is told how many steps there are."""
-
-    def __init__(self, denoiser: nn.Module, steps: int) -> None:
-        super().__init__()
-        self.inner_model = denoiser
-        self.steps = float(steps)
-
-    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        steps = x.new_full(x.shape[:1], self.steps)
-        denoised: Tensor = self.inner_model(x, sigma, steps=steps, **extra_args)
-        return denoised
-
-
-def denoiser_for(model: Model, steps: int) -> nn.Module:
-    """The model's denoiser for a run of so many steps.
-
-    A network that takes their number gets it, one that takes w gets the CFG scale minus 1
-    (`kdpp.GuidanceConditioned`). Raises ValueError where it takes something else.
-    """
-    conditions, denoiser = set(model.card.conditions), model.denoiser
-    if conditions - {CFG_MINUS_ONE, "steps"}:
-        raise ValueError(
-            f"the network of method {model.card.method!r} takes {sorted(conditions)}; samplers "
-            "know w and steps only"
-        )
-    if "steps" in conditions:
-        denoiser = _StepConditioned(denoiser, steps)
-    return kdpp.GuidanceConditioned(denoiser) if model.guidance_range else denoiser
-
-
-def levels_for(model: Model, steps: int | None = None) -> tuple[float, ...]:
-    """The levels that the model was trained on if they make ``steps`` steps, else the schedule's.
-
-    Without ``steps``: its own, or for a model of any levels 4 steps, 50 for a teacher. The
-    schedule is `kdpp.lab.schedules.schedule`.
-    """
-    own = model.levels
-    if own is not None and steps in (None, len(own) - 1):
-        return own
-    if steps is None:
-        steps = 50 if model.card.method == "teacher" else 4
-    return schedule(check_count("steps", steps, 1))
 
 
 def image_seeds(seed: int, count: int) -> range:
@@ -328,7 +278,7 @@ class Batches:
     def make(self, wanted: Collection[int], progress: bool = False) -> None:
         """Have these batches, by their numbers: those that are not there are sampled."""
         self._take(wanted)
-        device = next(self.recipe.student.network.parameters()).device
+        device = self.recipe.student.device
         threads = processes.single_thread() if device.type == "cpu" else nullcontext()
         bar = tqdm(
             wanted, desc="sampling", unit="batch", leave=False, delay=1, disable=not progress
@@ -406,9 +356,7 @@ def _read(recipe: Recipe, seeds: Sequence[int], labels: Tensor | None) -> tuple[
 def _sample(recipe: Recipe, seeds: Tensor, labels: Tensor, device: torch.device) -> Tensor:
     """The images of one batch."""
     like = torch.empty(len(seeds), *recipe.student.shape, device=device)
-    cond = labels.to(device)
-    uncond = torch.full_like(cond, recipe.student.classes)
-    extra_args = {"cond": cond, "uncond": uncond, "cond_scale": recipe.cond_scale}
+    extra_args = {**recipe.student.conditions(labels), "cond_scale": recipe.cond_scale}
     return sample_seeds(
         recipe.guided, like, seeds, recipe.levels, extra_args, recipe.solver, recipe.options
     ).cpu()
@@ -530,19 +478,8 @@ def fingerprint(recipe: Recipe) -> str:
     solver = recipe.solver
     return digest([
         kdpp.__version__, torch.__version__, CHUNK,
-        *(model and weights_digest(model) for model in (recipe.student, recipe.teacher)),
+        *(model and model.digest() for model in (recipe.student, recipe.teacher)),
         recipe.levels, solver.plan(recipe.levels, **recipe.options), solver.cfg_pp, solver.noise,
         recipe.cond_scale,
         sorted(guidance.items()),  # not as JSON, which would take a NoiseRange for a list of steps
-    ])  # fmt: skip
-
-
-def weights_digest(model: Model) -> str:
-    """A digest of the weights, of what is known of them, and of the device that they are on."""
-    tensors = model.network.state_dict()
-    contents = (value.cpu().contiguous().flatten() for value in tensors.values())
-    return digest([
-        json.dumps(model.card.to_json(), sort_keys=True),
-        next(model.network.parameters()).device.type,
-        list(tensors), *(content.view(torch.uint8).numpy().tobytes() for content in contents),
     ])  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from kdpp.checks import check_count
 from kdpp.lab.metrics import NEIGHBOURS
 from kdpp.lab.models import Model
-from kdpp.lab.sampling import image_seeds, levels_for, solver_for
+from kdpp.lab.sampling import image_seeds, solver_for
 from kdpp.lab.settings import fill, read_toml, setting
 from kdpp.solver import unknown
 
@@ -303,7 +303,7 @@ def _unguided(
     except ValueError as error:
         raise ValueError(f"{error}{where and f' (sampler{where})'}") from error
     options = tuple((n, v) for n, v in settings.items() if v != solver.options[n].default)
-    levels = levels_for(model, combination.steps)
+    levels = model.levels_for(combination.steps)
     return Cell(combination.student, solver.name, levels, combination.cond_scale, options)
 
 

@@ -47,7 +47,7 @@ from kdpp.lab.looks import (
     steps_of,
 )
 from kdpp.lab.models import load_model
-from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, image_seeds, levels_for
+from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, image_seeds
 from kdpp.noise import SeededNoise
 
 __all__ = ["Change", "Look", "Price", "Trial", "Tuning", "add_arguments", "run", "tune"]
@@ -521,7 +521,7 @@ def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, float]:
         scale = float(baked)
     recipe = Recipe(
         student, teacher, arguments.sampler or student.sampler,
-        levels_for(student, arguments.steps),
+        student.levels_for(arguments.steps),
         cond_scale=scale if baked is None else 1.0,
     )  # fmt: skip
     attempt(recipe, "the student")
