@@ -258,13 +258,17 @@ def test_a_picture_that_became_another_counts_once():
     perfect = torch.linspace(-1.0, 1.0, 50).view(50, 1)
     plain = perfect + 0.1
     plain[7] = 40.0
-    distances = measured.Distances(None, plain, perfect, None)
-    assert distances.plain.max() == pytest.approx(0.01, rel=1e-4)
-    change = distances.change(distances.of(perfect + 0.05) - distances.plain)
+    far = measured.distances(plain, perfect, None)
+    near = measured.distances(perfect + 0.05, perfect, None)
+    found = measured.Distances(far, perfect, None)
+    assert found.plain.max() == pytest.approx(0.01, rel=1e-4)
+    change = found.trial(trial(0, 0).look, trial(0, 0).itself, near, far).change
     assert change.mean == pytest.approx(-0.75, abs=1e-4)
     assert change.of_variance == pytest.approx(-0.0075 / float(perfect.var()), rel=1e-3)
-    clamped = measured.Distances(None, plain, perfect, (-1.0, 1.0))
-    assert clamped.plain.max() <= distances.plain.max() and clamped.plain[-1] == 0.0
+    clamped = measured.distances(plain, perfect, (-1.0, 1.0))
+    assert (
+        clamped[7] == pytest.approx(float(1.0 - perfect[7]) ** 2) and clamped[-1] == 0.0 < far[-1]
+    )
 
 
 def test_intervals_are_for_all_looks_together():

@@ -32,6 +32,7 @@ __all__ = [
     "Pair",
     "Price",
     "Trial",
+    "distances",
     "estimates",
     "possible_looks",
     "steps_of",
@@ -217,7 +218,7 @@ class Pair:
         halves = 2 if asks_both else self.evaluations_of("student", self.own_scale)
         self.evaluations = halves * sum(len(step.stages) for step in self.plan)
         self.spent: dict[By, int] = {"student": 0, "teacher": 0}
-        self.bar: Any = None
+        self.progress: Callable[[int], object] = lambda count: None
 
     @property
     def steps(self) -> list[int]:
@@ -232,11 +233,12 @@ class Pair:
             student, teacher, flow=False, max_batch=self.max_batch, **settings
         )
 
-    def half(self, x: Tensor, seeds: Tensor, rows: Tensor) -> Half:
+    def half(
+        self, x: Tensor, seeds: Tensor, rows: Tensor, extra_args: Mapping[str, Any] | None = None
+    ) -> Half:
         """These of the samples; ``rows`` on the CPU."""
-        return Half(
-            self, x[rows.to(x.device)], pick_rows(self.extra_args, len(x), rows), seeds[rows]
-        )
+        given = self.extra_args if extra_args is None else extra_args
+        return Half(self, x[rows.to(x.device)], pick_rows(given, len(x), rows), seeds[rows])
 
     def grid(self, i: int) -> list[float]:
         """The levels of the teacher's own run through step i, to where that goes without noise.
@@ -273,8 +275,7 @@ class Pair:
     def spend(self, by: By, count: int) -> None:
         """Count evaluations."""
         self.spent[by] += count
-        if self.bar is not None:
-            self.bar.update(count)
+        self.progress(count)
 
     def price_of(self, look: Look) -> Price:
         """What an image takes with the look."""
@@ -296,6 +297,13 @@ class Half:
     x: Tensor
     extra_args: Mapping[str, Any]
     seeds: Tensor
+
+    def parts(self, batch: int | None) -> list[Half]:
+        """The same samples, so many at a time."""
+        return [
+            self.pair.half(self.x, self.seeds, rows, self.extra_args)
+            for rows in torch.split(torch.arange(len(self.x)), batch or len(self.x))
+        ]
 
     @cached_property
     def noises(self) -> list[Tensor]:
@@ -392,40 +400,37 @@ class Half:
         return Study(told[-1]["x"], self.perfect(first), torch.stack(sums, 1))
 
 
-class Distances:
-    """Mean squared distances of pictures to the teacher's in their place, sample by sample."""
+def seen(pictures: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """The pictures as a viewer sees them; ValueError for numbers that are not finite."""
+    if not bool(pictures.isfinite().all()):
+        raise ValueError("a run of the student or the teacher ended in NaN or infinite numbers")
+    pictures = pictures.double()
+    return pictures if bounds is None else pictures.clamp(*bounds)
 
-    def __init__(
-        self,
-        part: Half,
-        plain: Tensor,
-        perfect: Tensor,
-        bounds: tuple[float, float] | None,
-    ) -> None:
-        self.part, self.bounds = part, bounds
-        self.farthest = math.inf
-        self.perfect = self.seen(perfect)
-        self.variance = float(self.perfect.var(0).mean())
+
+def distances(a: Tensor, b: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    """Mean squared distances of pictures, sample by sample."""
+    return (seen(a, bounds) - seen(b, bounds)).square().flatten(1).mean(1)
+
+
+class Distances:
+    """What guidance changes of the distances to the teacher's pictures.
+
+    Args:
+        plain: the unguided distances, one for each sample (`distances`).
+        perfect: the teacher's pictures.
+    """
+
+    def __init__(self, plain: Tensor, perfect: Tensor, bounds: tuple[float, float] | None) -> None:
+        self.variance = float(seen(perfect, bounds).var(0).mean())
         if self.variance == 0.0:
             raise ValueError("the teacher's pictures are all the same; there is nothing to tune")
-        distances = self.of(plain)
-        self.farthest = float(distances.quantile(FAR))
-        self.plain = distances.clamp(max=self.farthest)
+        self.farthest = float(plain.quantile(FAR))
+        self.plain = plain.clamp(max=self.farthest)
 
-    def seen(self, pictures: Tensor) -> Tensor:
-        """The pictures as a viewer sees them."""
-        if not bool(pictures.isfinite().all()):
-            raise ValueError("a run of the student or the teacher ended in NaN or infinite numbers")
-        pictures = pictures.double()
-        return pictures if self.bounds is None else pictures.clamp(*self.bounds)
-
-    def of(self, pictures: Tensor) -> Tensor:
-        distances = (self.seen(pictures) - self.perfect).square().flatten(1).mean(1)
-        return distances.clamp(max=self.farthest)
-
-    def trial(self, look: Look, itself: Look) -> Trial:
-        """Both looks in whole runs."""
-        taught, second = (self.of(self.part.guided(one)) for one in (look, itself))
+    def trial(self, look: Look, itself: Look, taught: Tensor, second: Tensor) -> Trial:
+        """What both looks change; ``taught`` and ``second`` are the distances with each."""
+        taught, second = (one.clamp(max=self.farthest) for one in (taught, second))
         changes = (taught - self.plain, second - self.plain, taught - second)
         return Trial(look, itself, *map(self.change, changes))
 

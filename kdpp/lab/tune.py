@@ -14,7 +14,7 @@ import argparse
 import io
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,13 @@ from kdpp.lab.looks import (
     Price,
     Sampler,
     Trial,
+    distances,
     estimates,
     possible_looks,
     steps_of,
 )
 from kdpp.lab.models import load_model
+from kdpp.lab.pieces import Pieces, Tensors
 from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, image_seeds
 from kdpp.noise import SeededNoise
 
@@ -131,6 +133,7 @@ def tune(
     bounds: tuple[float, float] | None = None,
     detail: int = DETAIL,
     max_batch: int | None = None,
+    batch: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Tuning:
@@ -183,6 +186,7 @@ def tune(
             ``tan(φ)`` with evenly spaced φ).
         max_batch: the most rows of a network's call, as in the wrapper; without it all looks of a
             step, of half the samples, go in one call.
+        batch: the most samples that are worked on at a time; without it half of them.
         seed: of the split, of the sampler's noise and of the looks'.
         progress: show a bar, in network evaluations of one sample.
 
@@ -196,63 +200,195 @@ def tune(
     pair = Pair(
         student, teacher, sampler, sigmas, extra_args or {}, teacher_cfg_scale, detail, max_batch
     )
-    check_latent(x)
-    if len(x) < LEAST:
-        raise ValueError(f"x holds {len(x)} samples; give {LEAST} or more, better 50 to 200")
-    looks = possible_looks(pair, levels)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    halves = order[: len(x) // 2].sort().values, order[len(x) // 2 :].sort().values
-    seeds = torch.tensor(image_seeds(check_count("seed", seed, 0), len(x)))
-    fit, check = (pair.half(x, seeds, rows) for rows in halves)
-    student_evaluations, teacher_evaluations = pair.expense(looks, *map(len, halves))
+    work = Work.of(pair, x, levels, bounds, batch, seed)
     if progress:
-        say(
-            f"{len(x)} samples, {len(looks)} looks: at most {student_evaluations:,} evaluations of "
-            f"the student, {teacher_evaluations:,} of the teacher"
+        say(work.price())
+    found = work.run(Pieces(), progress)
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """What `tune` is to do: checked, divided into parts, and not begun."""
+
+    pair: Pair
+    fit: Sequence[Half]
+    check: Sequence[Half]
+    looks: Sequence[Look]
+    bounds: tuple[float, float] | None
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        pair: Pair,
+        x: Tensor,
+        levels: Sequence[float],
+        bounds: tuple[float, float] | None,
+        batch: int | None,
+        seed: int,
+    ) -> Work:
+        """The arguments are those of `tune`, which says what it raises."""
+        check_latent(x)
+        if len(x) < LEAST:
+            raise ValueError(f"x holds {len(x)} samples; give {LEAST} or more, better 50 to 200")
+        if batch is not None:
+            check_count("batch", batch, 1)
+        looks = possible_looks(pair, levels)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+        halves = order[: len(x) // 2].sort().values, order[len(x) // 2 :].sort().values
+        seeds = torch.tensor(image_seeds(check_count("seed", seed, 0), len(x)))
+        fit, check = (pair.half(x, seeds, rows).parts(batch) for rows in halves)
+        return cls(pair, fit, check, looks, bounds, seed)
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """How many choose, and how many check."""
+        fit, check = (sum(len(part.x) for part in parts) for parts in (self.fit, self.check))
+        return fit, check
+
+    @property
+    def expense(self) -> tuple[int, int]:
+        """Evaluations of student and teacher, at most."""
+        return self.pair.expense(self.looks, *self.samples)
+
+    def price(self, seconds: tuple[float, float] | None = None) -> str:
+        """What it will take, in words; ``seconds`` are those of one evaluation of each."""
+        student, teacher = self.expense
+        said = (
+            f"{sum(self.samples)} samples, {len(self.looks)} looks: at most {student:,} "
+            f"evaluations of the student, {teacher:,} of the teacher"
         )
-    total = student_evaluations + teacher_evaluations
-    with tqdm(total=total, desc="tuning", unit="eval", disable=not progress) as pair.bar:
-        return _tune(pair, fit, check, looks, bounds, seed)
+        if seconds is None:
+            return said
+        total = student * seconds[0] + teacher * seconds[1]
+        each = f"at {seconds[0]:.2g} s and {seconds[1]:.2g} s each"
+        return f"{said}; {each} about {_duration(total)}"
+
+    def run(self, pieces: Pieces, progress: bool = False) -> Tuning | None:
+        """The answer; None on other processes than the main one."""
+        total = sum(self.expense)
+        with tqdm(total=total, desc="tuning", unit="eval", disable=not progress) as bar:
+            self.pair.progress = lambda count: bar.update(count * pieces.size)
+            return self._run(pieces, bar)
+
+    def _run(self, pieces: Pieces, bar: Any) -> Tuning | None:
+        spent = torch.zeros(2, dtype=torch.int64)
+
+        def stage(name: str, parts: Sequence[Half], make: Callable[[int], Tensors]) -> Tensors:
+            """What all parts give, one after the other; on other processes, at the last, theirs."""
+            mine = pieces.make(name, len(parts), lambda i: self._counted(make, i))
+            if name == "check" and pieces.rank > 0:
+                return {}
+            found = pieces.all(name, len(parts), mine)
+            spent.add_(sum(one["spent"] for one in found))
+            _go_on(bar, int(spent.sum()))
+            return {key: torch.cat([one[key] for one in found]) for key in found[0]}
+
+        def study(i: int) -> Tensors:
+            found = self.fit[i].study(self.looks)
+            return {"sums": found.sums, **self._compared(found.plain, found.perfect)}
+
+        learnt = stage("study", self.fit, study)
+        looks = estimates(self.looks, learnt["sums"])
+        near = Distances(learnt["plain"], learnt["perfect"], self.bounds)
+        trials = []
+        for look, itself in (_best_of(looks, step) for step in steps_of(looks)):
+            if look.worth_a_trial:
+                tried = self._tried(self.fit, learnt["perfect"], look, itself)
+                made = stage(f"trial-{look.step}", self.fit, tried)
+                trials.append(near.trial(look, itself, made["taught"], made["itself"]))
+        renewed = any(bool(noise.any()) for noise in self.fit[0].noises)
+        chosen = _choose(trials, renewed) if trials else None
+
+        def check(i: int) -> Tensors:
+            part = self.check[i]
+            found = self._compared(part.plain(), part.perfect())
+            if chosen is None:
+                return found
+            return found | self._guided(part, found["perfect"], chosen.look, chosen.itself)
+
+        fresh = stage("check", self.check, check)
+        if not fresh:
+            return None
+        far = Distances(fresh["plain"], fresh["perfect"], self.bounds)
+        checked = chosen and far.trial(chosen.look, chosen.itself, fresh["taught"], fresh["itself"])
+        distance = float(far.plain.mean()) / far.variance
+        student, teacher = spent.tolist()
+        return self._tuning(looks, trials, checked, distance, (student, teacher))
+
+    def _counted(self, make: Callable[[int], Tensors], i: int) -> Tensors:
+        """A part's tensors, on the CPU, with the evaluations that they took."""
+        before = list(self.pair.spent.values())
+        found = {name: value.cpu() for name, value in make(i).items()}
+        taken = [now - then for now, then in zip(self.pair.spent.values(), before)]
+        return {**found, "spent": torch.tensor(taken)}
+
+    def _compared(self, plain: Tensor, perfect: Tensor) -> Tensors:
+        return {"plain": distances(plain, perfect, self.bounds), "perfect": perfect}
+
+    def _guided(self, part: Half, perfect: Tensor, look: Look, itself: Look) -> Tensors:
+        """Distances to the teacher's pictures with both looks, in whole runs."""
+        return {
+            name: distances(part.guided(one), perfect.to(part.x.device), self.bounds)
+            for name, one in (("taught", look), ("itself", itself))
+        }
+
+    def _tried(
+        self, parts: Sequence[Half], perfect: Tensor, look: Look, itself: Look
+    ) -> Callable[[int], Tensors]:
+        theirs = torch.split(perfect, [len(part.x) for part in parts])
+        return lambda i: self._guided(parts[i], theirs[i], look, itself)
+
+    def _tuning(
+        self,
+        looks: Sequence[Look],
+        trials: Sequence[Trial],
+        checked: Trial | None,
+        distance: float,
+        evaluations: tuple[int, int],
+    ) -> Tuning:
+        pair = self.pair
+        by, reason = _judge(checked)
+        advised = None
+        if checked is not None and by is not None:
+            advised = checked.look if by == "teacher" else checked.itself
+        return Tuning(
+            by=by,
+            reason=reason,
+            settings=advised.settings if advised else {"teacher_steps": 0},
+            looks=tuple(looks),
+            trials=tuple(trials),
+            check=checked,
+            distance=distance,
+            cost=pair.price_of(advised) if advised else None,
+            sampler=_name(pair),
+            levels=tuple(pair.levels),
+            teacher_cfg_scale=pair.teacher_cfg_scale,
+            samples=sum(self.samples),
+            seed=self.seed,
+            evaluations=evaluations,
+        )
 
 
-def _tune(
-    pair: Pair,
-    fit: Half,
-    check: Half,
-    looks: Sequence[Look],
-    bounds: tuple[float, float] | None,
-    seed: int,
-) -> Tuning:
-    study = fit.study(looks)
-    looks = estimates(looks, study.sums)
-    near = Distances(fit, study.plain, study.perfect, bounds)
-    pairs = [_best_of(looks, step) for step in steps_of(looks)]
-    trials = [near.trial(look, itself) for look, itself in pairs if look.worth_a_trial]
-    fresh = Distances(check, check.plain(), check.perfect(), bounds)
-    checked = None
-    if trials:
-        chosen = _choose(trials, renewed=any(bool(noise.any()) for noise in fit.noises))
-        checked = fresh.trial(chosen.look, chosen.itself)
-    by, reason = _judge(checked)
-    advised = None
-    if checked is not None and by is not None:
-        advised = checked.look if by == "teacher" else checked.itself
-    return Tuning(
-        by=by,
-        reason=reason,
-        settings=advised.settings if advised else {"teacher_steps": 0},
-        looks=tuple(looks),
-        trials=tuple(trials),
-        check=checked,
-        distance=float(fresh.plain.mean()) / fresh.variance,
-        cost=pair.price_of(advised) if advised else None,
-        sampler=_name(pair),
-        levels=tuple(pair.levels),
-        teacher_cfg_scale=pair.teacher_cfg_scale,
-        samples=len(fit.x) + len(check.x),
-        seed=seed,
-        evaluations=(pair.spent["student"], pair.spent["teacher"]),
-    )
+def _go_on(bar: Any, done: int) -> None:
+    """Set a bar to what is done; what others did, or an earlier run, is not in its speed."""
+    if bar.disable:
+        return
+    found = done - bar.n
+    bar.initial += found
+    bar.last_print_n += found
+    bar.n = done
+    bar.refresh()
+
+
+def _duration(seconds: float) -> str:
+    """In words, to two digits."""
+    for name, unit in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.2g} {name}"
+    return f"{max(seconds, 1.0):.2g} seconds"
 
 
 def _best_of(looks: Sequence[Look], step: int) -> tuple[Look, Look]:
