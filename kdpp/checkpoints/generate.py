@@ -10,25 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kdpp.checkpoints.flags import (
+    add_settings,
+    has_teacher,
+    read_prompts,
+    request_of,
+    settings_of,
+)
 from kdpp.checkpoints.places import place_of
-from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, Role, read_png
-from kdpp.lab.settings import fill, read_option, read_value
+from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, read_png
 
 __all__ = ["add_arguments", "run"]
-
-OWN = ("options", "digests", "loras")
-"""The settings that have no flag of their name."""
-ROLES: dict[str, tuple[Role, str]] = {
-    "": ("both", "for student and teacher"),
-    "student-": ("student", "for the student alone: its network without it is the teacher"),
-    "teacher-": ("teacher", "for the teacher alone"),
-}
-"""Of the flags for LoRAs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,16 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "was stopped goes on where it was; under `accelerate launch` the processes share the "
         "pictures."
     )
-    for entry in fields(Request):
-        if entry.name not in OWN:
-            flag = f"--{entry.name.replace('_', '-')}"
-            parser.add_argument(flag, metavar="VALUE", help=_help(entry))
+    add_settings(parser)
     add = parser.add_argument
-    add("--option", action="append", default=[], metavar="NAME=VALUE",
-        help="of the sampler, such as eta=0.5; `kdpp solvers NAME` names them")  # fmt: skip
-    for role in ROLES:
-        add(f"--{role}lora", dest=f"{role}loras", action="append", default=[],
-            metavar="FILE[:WEIGHT]", help=f"a LoRA, {ROLES[role][1]}; may be repeated")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="a text file, a prompt in each line")
     add("--seed", metavar="SEEDS", help="7, 0-99 or [3, 5] (default: 0)")
     add("--like", type=Path, metavar="FILE.png", help="draw a picture of kdpp generate once more")
@@ -60,13 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="beside each picture NAME-steps.png, what each step made of it")  # fmt: skip
     add("--out", type=Path, required=True, help="folder for the pictures")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-
-
-def _help(entry: Any) -> str:
-    about = entry.metadata["help"]
-    return about if entry.default is None or entry.default == "" else (
-        f"{about} (default: {str(entry.default).lower()})"
-    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -89,40 +70,22 @@ def run(arguments: argparse.Namespace) -> None:
 
 def wanted(arguments: argparse.Namespace) -> tuple[Request, list[Picture], Guide]:
     """The request, the pictures that are to be drawn, and by whose help."""
-    given = {
-        entry.name: read_value(Request, entry.name, text)
-        for entry in fields(Request)
-        if entry.name not in OWN and (text := getattr(arguments, entry.name)) is not None
-    }
-    loras = tuple(
-        (*read_lora(text), role)
-        for kind, (role, _) in ROLES.items()
-        for text in getattr(arguments, f"{kind}loras")
-    )
-    if loras:
-        given["loras"] = loras
-    if arguments.option:
-        given["options"] = dict(map(read_option, arguments.option))
+    given = settings_of(arguments)
     if arguments.like is not None:
         request, seed, guide = read_png(arguments.like)
         request = again(request, given)
         seeds = [seed] if arguments.seed is None else read_seeds(arguments.seed)
     else:
-        request = replace(fill(Request, {**given, "loras": ()}), loras=loras)
+        request = request_of(given)
         guide = "teacher" if has_teacher(request) else "none"
         if guide == "none" and request.teacher_scale is not None:
             guide = "self"
         seeds = read_seeds(arguments.seed or "0")
-    if given.keys() >= {"steps", "sigmas"}:
-        raise ValueError("--steps and --sigmas say the same; give one of them")
     if not request.student:
         raise ValueError("which model? --student MODEL")
     prompts: dict[int | None, str | None] = {None: request.prompt}
     if arguments.prompts is not None:
-        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-        prompts = dict(enumerate(line.strip() for line in lines if line.strip()))
-        if not prompts:
-            raise ValueError(f"{arguments.prompts} holds no prompt")
+        prompts = dict(enumerate(read_prompts(arguments.prompts)))
         request = replace(request, prompt=prompts[0])
     pictures = [
         Picture(seed, prompt, request.label, line)
@@ -148,20 +111,6 @@ def again(request: Request, given: Mapping[str, Any]) -> Request:
     if given.keys() & {"steps", "sigmas", "preset"}:  # they say the levels anew
         changed = {"steps": None, "sigmas": None, **changed}
     return replace(request, **changed)
-
-
-def has_teacher(request: Request) -> bool:
-    """Whether somebody else than the student helps: a model, or its network with other LoRAs."""
-    return request.teacher is not None or any(role != "both" for _, _, role in request.loras)
-
-
-def read_lora(text: str) -> tuple[str, float | None]:
-    """File and weight of ``FILE:0.8``; of ``FILE`` without a weight."""
-    path, colon, weight = text.rpartition(":")
-    with suppress(ValueError):
-        if colon:
-            return path, float(weight)
-    return text, None
 
 
 def read_seeds(text: str) -> list[int]:
