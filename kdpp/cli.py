@@ -32,7 +32,7 @@ COMMANDS = {
 }
 TAKES_NO_FILES = {"demo", "inspect"}
 """The commands that need no solvers or methods of one's own."""
-KEEPS = {"generate", "train", "evaluate", "compare"}
+KEEPS = {"generate", "train", "evaluate", "compare", "tune"}
 """The commands that keep what is finished, so that the same one goes on."""
 EXPECTED = (ImportError, OSError, ValueError, ArithmeticError, MemoryError)
 """What a user can mend."""

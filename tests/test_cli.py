@@ -13,6 +13,7 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 import kdpp
 from kdpp.cli import MODULES, main
 from kdpp.lab import bench, evaluate, plugins, tune
+from kdpp.lab.looks import Look
 from kdpp.lab.models import load_model
 from kdpp.lab.spec import cells_of
 
@@ -167,7 +168,7 @@ def test_a_solver_of_an_installed_package(solvers, capsys, tmp_path, monkeypatch
 
 COMMANDS = {
     "evaluate": (["evaluate", *SMALL], {"results.json", "results.csv", "grid.png", "cells"}),
-    "tune": (["tune", *PAIR, "--samples", "20"], {"tuning.json", "tuning.png"}),
+    "tune": (["tune", *PAIR, "--samples", "20"], {"parts", "tuning.json", "tuning.png"}),
 }
 
 
@@ -203,7 +204,7 @@ def test_a_closed_pipe(command, tmp_path, monkeypatch, capsys):
     [
         (["evaluate", *SMALL], (bench.Bench, "carry_out"), "give the same command again"),
         (["compare", "--example"], (bench.Bench, "carry_out"), "give the same command again"),
-        (["tune", *PAIR], (tune, "_tune"), "nothing was written"),
+        (["tune", *PAIR], (tune.Work, "run"), "give the same command again"),
     ],
 )
 def test_ctrl_c(arguments, place, words, tmp_path, monkeypatch, capsys):
@@ -225,12 +226,13 @@ def test_ctrl_c(arguments, place, words, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("scale", [0.978, 2.391, -0.25])
 def test_what_tune_advises_is_taken_by_evaluate(scale, tmp_path):
     """The command that it prints is a spec with these settings, λ outside [0, 1] too."""
-    look = tune.Look("teacher", 3, 0.277, 0.277282, 0.0, 1.0, scale=scale)
+    look = Look("teacher", 3, 0.277, 0.277282, 0.0, 1.0, scale=scale)
     student, teacher = map(load_model, PAIR)
     recipe = tune.Recipe(student, teacher, "lcm", student.levels_for())
     tuning = SimpleNamespace(by="teacher", guide=True, settings=look.settings)
-    arguments = SimpleNamespace(student=PAIR[0], teacher=PAIR[1])
-    words = tune.shlex.split(tune._command(tuning, recipe, arguments))
+    request = tune.Request(student=PAIR[0], teacher=PAIR[1])
+    asked = tune.Asked(request, recipe, 2.0, None, tune.LAB, 0)
+    words = tune.shlex.split(asked.command(tuning))
     assert words[:2] == ["kdpp", "evaluate"]
     parser = evaluate.argparse.ArgumentParser()
     evaluate.add_arguments(parser)

@@ -21,6 +21,7 @@ from kdpp.digits.metrics import features_of
 from kdpp.lab import files
 from kdpp.lab import looks as measured
 from kdpp.lab import tune as module
+from kdpp.lab import tuning as search
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.metrics import frechet_distance
 from kdpp.lab.schedules import SCHEDULE, schedule
@@ -230,13 +231,13 @@ def test_which_step_is_chosen():
     """The one that gains most; under a sampler with noise the latest that gains half of that; not
     where the student itself does as much, unless there is no other."""
     trials = [trial(0, -0.5), trial(1, -0.4), trial(2, -0.26), trial(3, -0.2)]
-    assert module._choose(trials, renewed=False).look.step == 0
-    assert module._choose(trials, renewed=True).look.step == 2
+    assert search._choose(trials, renewed=False).look.step == 0
+    assert search._choose(trials, renewed=True).look.step == 2
     trials[0] = trial(0, -0.5, itself=-0.495)
-    assert module._choose(trials, renewed=False).look.step == 1
-    assert module._choose(trials, renewed=True).look.step == 3
-    assert module._choose([trials[0], trial(1, -0.001)], renewed=True).look.step == 0
-    assert module._choose([trial(0, -0.02), trial(1, 0.0, itself=-0.3)], True).look.step == 1
+    assert search._choose(trials, renewed=False).look.step == 1
+    assert search._choose(trials, renewed=True).look.step == 3
+    assert search._choose([trials[0], trial(1, -0.001)], renewed=True).look.step == 0
+    assert search._choose([trial(0, -0.02), trial(1, 0.0, itself=-0.3)], True).look.step == 1
 
 
 def test_what_is_judged_of_it():
@@ -249,7 +250,7 @@ def test_what_is_judged_of_it():
         (trial(0, 0.2), None, "no gain is sure"),
         (None, None, "no look surely explains 5 %"),
     ):
-        found, reason = module._judge(check)
+        found, reason = search._judge(check)
         assert found == by and words in reason
 
 
@@ -512,7 +513,7 @@ def shipped(tmp_path_factory):
 def test_files(shipped):
     """Both files are there, whole; the JSON holds the looks and says what is printed."""
     out, found = shipped
-    assert sorted(path.name for path in out.iterdir()) == ["tuning.json", "tuning.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["parts", "tuning.json", "tuning.png"]
     assert (out / "tuning.png").read_bytes().startswith(b"\x89PNG")
     assert found["student"] == "digits:student" and found["samples"] == 60
     assert found["teacher_cfg_scale"] == 2.0 and found["sampler"] == "lcm"
@@ -570,8 +571,8 @@ def test_calibrated_scale_transfers_to_fresh_seeds(shipped):
     assert distances[1] < distances[0] - 4.0
 
 
-def test_a_killed_command_leaves_nothing(tmp_path, monkeypatch):
-    """Files are written at the end only: stopped just before, there are none."""
+def test_a_killed_command_leaves_no_answer(tmp_path, monkeypatch):
+    """Its files are written at the end only: stopped just before, there are the parts alone."""
 
     def stopped(tuning):
         raise KeyboardInterrupt
@@ -579,7 +580,7 @@ def test_a_killed_command_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "draw", stopped)
     with pytest.raises(KeyboardInterrupt):
         command("digits:student", "digits:teacher", "--out", str(tmp_path), "--samples", "20")
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
 
 
 @pytest.mark.parametrize(

@@ -125,13 +125,7 @@ class LabPair(Pair):
     """Models of the lab (`kdpp.lab.models.load_model`), which draw classes."""
 
     def __init__(self, request: Request, device: torch.device, source: Source | None) -> None:
-        for name in ("prompt", "negative", "clip_skip", "preset", "components", "prediction",
-                     "loras"):  # fmt: skip
-            if getattr(request, name) not in (None, ()):
-                raise ValueError(f"a model of the lab takes no {name}; it draws a class: --label N")
-        _check_video(request, False)
-        if request.dtype != "float32":
-            raise ValueError("models of the lab are float32; leave --dtype out")
+        check_lab(request)
         model = load_model(request.student, device)
         teacher = None if request.teacher is None else load_model(request.teacher, device)
         if len(model.shape) != 3 or model.shape[0] not in (1, 3) or not model.card.data.bounded:
@@ -195,6 +189,17 @@ class LabPair(Pair):
 
     def latents_of(self, pictures: Tensor) -> Tensor:
         return pictures.to(self.device) * 2.0 - 1.0
+
+
+def check_lab(request: Request) -> None:
+    """ValueError for settings that models of the lab do not have."""
+    for name in ("prompt", "negative", "clip_skip", "preset", "components", "prediction",
+                 "loras"):  # fmt: skip
+        if getattr(request, name) not in (None, ()):
+            raise ValueError(f"a model of the lab takes no {name}; it draws a class: --label N")
+    _check_video(request, False)
+    if request.dtype != "float32":
+        raise ValueError("models of the lab are float32; leave --dtype out")
 
 
 class PipelinePair(Pair):
@@ -295,6 +300,14 @@ class PipelinePair(Pair):
         if request.steps is None:
             raise ValueError("say how the student is sampled: --preset NAME, or --steps N")
         return tuple(pipeline_sigmas(self.pipe, request.steps, *size).tolist())
+
+    def levels_of(self, steps: int) -> tuple[float, ...]:
+        """Those of so many steps, whatever the request says."""
+        request = self.request
+        assert request.height is not None and request.width is not None
+        preset = None if request.preset is None else PRESETS[request.preset]
+        asked = replace(request, steps=steps, sigmas=None)
+        return self._levels(asked, preset, (request.height, request.width))
 
     def _size(self, request: Request, source: Source | None) -> tuple[int, int]:
         """(height, width) of the pictures; by default the given picture's, or the training's."""

@@ -12,7 +12,8 @@ its name. In the order that data flows:
 - metrics: images become figures, figures of several seeds an estimate
 - spec, bench: what is to be measured; the engine of `kdpp evaluate` and `kdpp compare`
 - report, pictures: the page, the tables, the grids of images
-- looks: what `kdpp tune` measures
+- looks, tuning, answer: what `kdpp tune` measures, how it decides, and what it says
+- pieces: work in parts that are kept and shared
 - files, processes, console: writing whole or not at all; several processes; what commands say
 
 Everything heavier than torch is imported when it is used; the extra `lab` installs it.

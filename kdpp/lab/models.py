@@ -129,7 +129,8 @@ class GenerativeModel(Protocol):
         classes: how many classes or prompts there are to draw; a label is the number of one.
         bounds: (low, high) of the samples that are images; None for latents.
         sampler: the solver that it was made for, by its name in `kdpp.SOLVERS`.
-        guidance: the CFG scale that it has built in; None: none.
+        cond_scale: the CFG scale to sample it with.
+        guidance: the teacher's CFG scale that it is meant to reach without one; None: unknown.
         guidance_range: the least and most CFG scale, where that is an input; None: it is none.
         parameters: how many numbers the network has.
         device: where it is.
@@ -145,6 +146,8 @@ class GenerativeModel(Protocol):
     def bounds(self) -> tuple[float, float] | None: ...
     @property
     def sampler(self) -> str: ...
+    @property
+    def cond_scale(self) -> float: ...
     @property
     def guidance(self) -> float | None: ...
     @property
@@ -235,6 +238,11 @@ class Model:
             return None
         low, high = self.card.conditions[CFG_MINUS_ONE]
         return low + 1.0, high + 1.0
+
+    @property
+    def cond_scale(self) -> float:
+        """1: no CFG."""
+        return 1.0
 
     @property
     def guidance(self) -> float | None:

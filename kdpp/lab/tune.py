@@ -1,11 +1,7 @@
 """``kdpp tune STUDENT TEACHER``: is guidance worth it for this pair, where, and how much?
 
-A *look* is one call of the teacher at one step, ``b = D_ψ^ω(x̂ + σ_s ε, σ_s)``. Guidance moves the
-student's estimate x̂ along ``b - x̂``. The *miss* of a step is how far it ends from where the
-teacher's many steps lead from the same state. Least squares of the miss on ``b - x̂`` gives λ*, and
-the share of the miss that such a look can correct. The best look of each step is then tried in
-whole runs, and the best of these is checked on samples that played no part in the choice. See
-`tune`.
+The command: which models are meant, what it costs, where it is kept. What it asks is
+`kdpp.lab.tuning`'s.
 """
 
 from __future__ import annotations
@@ -13,385 +9,88 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from tqdm.auto import tqdm
+from torch import Tensor, nn
 
 import kdpp
-from kdpp.checks import check_count, check_latent
-from kdpp.kinds import Denoiser
-from kdpp.lab import processes
-from kdpp.lab.answer import Tuning, draw, in_words, need_matplotlib
-from kdpp.lab.console import say
-from kdpp.lab.files import locked, make_folder, write_atomically
-from kdpp.lab.looks import (
-    EXPLAINED,
-    VISIBLE,
-    By,
-    Change,
-    Distances,
-    Half,
-    Look,
-    Pair,
-    Price,
-    Sampler,
-    Trial,
-    distances,
-    estimates,
-    possible_looks,
-    steps_of,
+from kdpp.checkpoints.flags import (
+    add_settings,
+    has_teacher,
+    read_prompts,
+    request_of,
+    settings_of,
 )
-from kdpp.lab.models import load_model
-from kdpp.lab.pieces import Pieces, Tensors
-from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, image_seeds
+from kdpp.checkpoints.models import open_models
+from kdpp.checkpoints.requests import Request
+from kdpp.kinds import Denoiser, is_flow
+from kdpp.lab import processes
+from kdpp.lab.answer import Tuning, draw, need_matplotlib
+from kdpp.lab.console import say
+from kdpp.lab.files import digest, locked, make_folder, write_atomically
+from kdpp.lab.looks import Pair, Sampler
+from kdpp.lab.pieces import Pieces
+from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, fingerprint, image_seeds
+from kdpp.lab.tuning import DETAIL, LEAST, LEVELS, Work, tune
 from kdpp.noise import SeededNoise
 
-__all__ = ["Change", "Look", "Price", "Trial", "Tuning", "add_arguments", "run", "tune"]
+__all__ = ["add_arguments", "run", "tune"]
 
-LEVELS = (0.3, 0.2)
-"""Levels of late looks, beside each step's own level and the next one."""
-DETAIL = 50
-"""Steps of the teacher's own run from the first level to 0."""
-LEAST = 20
-"""Samples, below which no interval is worth its name."""
-
-
-@torch.no_grad()
-def tune(
-    student: Denoiser,
-    teacher: Denoiser,
-    x: Tensor,
-    sigmas: Tensor | Sequence[float],
-    extra_args: Mapping[str, Any] | None = None,
-    *,
-    sampler: Sampler,
-    teacher_cfg_scale: float = 1.0,
-    levels: Sequence[float] = LEVELS,
-    bounds: tuple[float, float] | None = None,
-    detail: int = DETAIL,
-    max_batch: int | None = None,
-    batch: int | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> Tuning:
-    """Whether, where and how much the teacher should guide the student.
-
-    Half of the samples, drawn by the seed, chooses; the other half checks. Step i of the student's
-    own run leads from the state x_i at σ_i, by the estimate x̂ and the noise N_i, to x_{i+1}. It
-    should lead to where the teacher's many steps lead::
-
-        miss_i = (Φ_ψ(x_i; σ_i → σ_down) + N_i - x_{i+1}) / c_i
-
-    with Φ_ψ the teacher's ODE, solved in many steps, σ_down the level that the step goes to before
-    it adds noise, and c_i the weight of a revision. For LCM σ_down is 0, and ``x̂ + miss`` is the
-    end of the teacher's run. For Euler it is σ_{i+1}: a student that follows the teacher's path
-    misses nothing. Over samples and pixels, for each look ``b = D_ψ^ω(x̂ + σ_s ε, σ_s)``::
-
-        λ* = Σ<b - x̂, miss> / Σ|b - x̂|²      R² = Σ<b - x̂, miss>² / (Σ|b - x̂|² Σ|miss|²)
-
-    with a jackknife's interval over samples, at 95 % for all looks together. At each step the look
-    with the largest R² is tried in runs that are guided to the end. So is, as a control, the
-    student's own best look in the teacher's place. Both are compared with the run from the same
-    noise in which the teacher takes every step, Φ_ψ. A gain counts if it is sure and at least 0.3 %
-    of the pictures' variance (25 dB below it). Chosen is the step where the teacher's look surely
-    gains most, of those where it gains more than the control. With a sampler that adds noise it is
-    the latest step that gains half as much: after an early step the noise of the later ones can
-    still lead to another picture, and nothing changes what the last step leaves. The other half of
-    the samples checks the choice: there too the gain must count, and exceed the control's.
-
-    Distances count up to the 90 % quantile of the unguided ones. Two runs that are farther apart
-    have come to different pictures, and how far those are apart is chance.
-
-    λ* makes a squared distance small. It says whether guidance gains something, and roughly where;
-    of two settings that both gain it cannot say which looks better.
-
-    Args:
-        student, teacher: denoisers as `kdpp.TeacherGuidedDenoiser` takes them, in VE form.
-        x: the starting latents, ``(samples, *shape)``, with noise of standard deviation sigmas[0];
-            at least 20, better 50 to 200.
-        sigmas: the student's levels, as the sampler takes them.
-        extra_args: as the sampler takes them; tensors with x's batch size go by sample.
-        sampler: one of kdpp's samplers, a partial of one, or its name; its noise comes from the
-            seed. Churn is refused.
-        teacher_cfg_scale: the CFG scale ω of the teacher's own run, which the student is meant to
-            reach. The looks have this scale and 1.
-        levels: σ_s to try at every step that starts above it, beside the step's own level and the
-            next. Those outside the models' trained range are left out.
-        bounds: the pictures' range, (low, high): distances are measured clamped, as viewers see
-            them. None for latents.
-        detail: steps of the teacher's run from sigmas[0] to 0 (DPM-Solver++(2M), levels
-            ``tan(φ)`` with evenly spaced φ).
-        max_batch: the most rows of a network's call, as in the wrapper; without it all looks of a
-            step, of half the samples, go in one call.
-        batch: the most samples that are worked on at a time; without it half of them.
-        seed: of the split, of the sampler's noise and of the looks'.
-        progress: show a bar, in network evaluations of one sample.
-
-    Torch's random streams are left as they are.
-
-    Raises:
-        TypeError, ValueError: what the wrapper and the sampler refuse; a flow model (bring both
-            over with `kdpp.as_ve`); fewer than 20 samples; a student or teacher that answers
-            with numbers that are not finite.
-    """
-    pair = Pair(
-        student, teacher, sampler, sigmas, extra_args or {}, teacher_cfg_scale, detail, max_batch
-    )
-    work = Work.of(pair, x, levels, bounds, batch, seed)
-    if progress:
-        say(work.price())
-    found = work.run(Pieces(), progress)
-    assert found is not None
-    return found
+SETTINGS = (
+    "components", "prediction", "preset", "dtype", "negative", "width", "height", "sampler",
+    "steps", "sigmas", "cond_scale", "teacher_cfg_scale",
+)  # fmt: skip
+"""Those of a `Request` that have a flag here, beside student, teacher and LoRAs."""
+PURE = 0.999
+"""τ in the place of 1, where the VE form of a flow model has infinite noise."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """What `tune` is to do: checked, divided into parts, and not begun."""
+class Affordable(NamedTuple):
+    """What a sample costs by default, and how many there are."""
 
-    pair: Pair
-    fit: Sequence[Half]
-    check: Sequence[Half]
-    looks: Sequence[Look]
-    bounds: tuple[float, float] | None
-    seed: int
-
-    @classmethod
-    def of(
-        cls,
-        pair: Pair,
-        x: Tensor,
-        levels: Sequence[float],
-        bounds: tuple[float, float] | None,
-        batch: int | None,
-        seed: int,
-    ) -> Work:
-        """The arguments are those of `tune`, which says what it raises."""
-        check_latent(x)
-        if len(x) < LEAST:
-            raise ValueError(f"x holds {len(x)} samples; give {LEAST} or more, better 50 to 200")
-        if batch is not None:
-            check_count("batch", batch, 1)
-        looks = possible_looks(pair, levels)
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-        halves = order[: len(x) // 2].sort().values, order[len(x) // 2 :].sort().values
-        seeds = torch.tensor(image_seeds(check_count("seed", seed, 0), len(x)))
-        fit, check = (pair.half(x, seeds, rows).parts(batch) for rows in halves)
-        return cls(pair, fit, check, looks, bounds, seed)
-
-    @property
-    def samples(self) -> tuple[int, int]:
-        """How many choose, and how many check."""
-        fit, check = (sum(len(part.x) for part in parts) for parts in (self.fit, self.check))
-        return fit, check
-
-    @property
-    def expense(self) -> tuple[int, int]:
-        """Evaluations of student and teacher, at most."""
-        return self.pair.expense(self.looks, *self.samples)
-
-    def price(self, seconds: tuple[float, float] | None = None) -> str:
-        """What it will take, in words; ``seconds`` are those of one evaluation of each."""
-        student, teacher = self.expense
-        said = (
-            f"{sum(self.samples)} samples, {len(self.looks)} looks: at most {student:,} "
-            f"evaluations of the student, {teacher:,} of the teacher"
-        )
-        if seconds is None:
-            return said
-        total = student * seconds[0] + teacher * seconds[1]
-        each = f"at {seconds[0]:.2g} s and {seconds[1]:.2g} s each"
-        return f"{said}; {each} about {_duration(total)}"
-
-    def run(self, pieces: Pieces, progress: bool = False) -> Tuning | None:
-        """The answer; None on other processes than the main one."""
-        total = sum(self.expense)
-        with tqdm(total=total, desc="tuning", unit="eval", disable=not progress) as bar:
-            self.pair.progress = lambda count: bar.update(count * pieces.size)
-            return self._run(pieces, bar)
-
-    def _run(self, pieces: Pieces, bar: Any) -> Tuning | None:
-        spent = torch.zeros(2, dtype=torch.int64)
-
-        def stage(name: str, parts: Sequence[Half], make: Callable[[int], Tensors]) -> Tensors:
-            """What all parts give, one after the other; on other processes, at the last, theirs."""
-            mine = pieces.make(name, len(parts), lambda i: self._counted(make, i))
-            if name == "check" and pieces.rank > 0:
-                return {}
-            found = pieces.all(name, len(parts), mine)
-            spent.add_(sum(one["spent"] for one in found))
-            _go_on(bar, int(spent.sum()))
-            return {key: torch.cat([one[key] for one in found]) for key in found[0]}
-
-        def study(i: int) -> Tensors:
-            found = self.fit[i].study(self.looks)
-            return {"sums": found.sums, **self._compared(found.plain, found.perfect)}
-
-        learnt = stage("study", self.fit, study)
-        looks = estimates(self.looks, learnt["sums"])
-        near = Distances(learnt["plain"], learnt["perfect"], self.bounds)
-        trials = []
-        for look, itself in (_best_of(looks, step) for step in steps_of(looks)):
-            if look.worth_a_trial:
-                tried = self._tried(self.fit, learnt["perfect"], look, itself)
-                made = stage(f"trial-{look.step}", self.fit, tried)
-                trials.append(near.trial(look, itself, made["taught"], made["itself"]))
-        renewed = any(bool(noise.any()) for noise in self.fit[0].noises)
-        chosen = _choose(trials, renewed) if trials else None
-
-        def check(i: int) -> Tensors:
-            part = self.check[i]
-            found = self._compared(part.plain(), part.perfect())
-            if chosen is None:
-                return found
-            return found | self._guided(part, found["perfect"], chosen.look, chosen.itself)
-
-        fresh = stage("check", self.check, check)
-        if not fresh:
-            return None
-        far = Distances(fresh["plain"], fresh["perfect"], self.bounds)
-        checked = chosen and far.trial(chosen.look, chosen.itself, fresh["taught"], fresh["itself"])
-        distance = float(far.plain.mean()) / far.variance
-        student, teacher = spent.tolist()
-        return self._tuning(looks, trials, checked, distance, (student, teacher))
-
-    def _counted(self, make: Callable[[int], Tensors], i: int) -> Tensors:
-        """A part's tensors, on the CPU, with the evaluations that they took."""
-        before = list(self.pair.spent.values())
-        found = {name: value.cpu() for name, value in make(i).items()}
-        taken = [now - then for now, then in zip(self.pair.spent.values(), before)]
-        return {**found, "spent": torch.tensor(taken)}
-
-    def _compared(self, plain: Tensor, perfect: Tensor) -> Tensors:
-        return {"plain": distances(plain, perfect, self.bounds), "perfect": perfect}
-
-    def _guided(self, part: Half, perfect: Tensor, look: Look, itself: Look) -> Tensors:
-        """Distances to the teacher's pictures with both looks, in whole runs."""
-        return {
-            name: distances(part.guided(one), perfect.to(part.x.device), self.bounds)
-            for name, one in (("taught", look), ("itself", itself))
-        }
-
-    def _tried(
-        self, parts: Sequence[Half], perfect: Tensor, look: Look, itself: Look
-    ) -> Callable[[int], Tensors]:
-        theirs = torch.split(perfect, [len(part.x) for part in parts])
-        return lambda i: self._guided(parts[i], theirs[i], look, itself)
-
-    def _tuning(
-        self,
-        looks: Sequence[Look],
-        trials: Sequence[Trial],
-        checked: Trial | None,
-        distance: float,
-        evaluations: tuple[int, int],
-    ) -> Tuning:
-        pair = self.pair
-        by, reason = _judge(checked)
-        advised = None
-        if checked is not None and by is not None:
-            advised = checked.look if by == "teacher" else checked.itself
-        return Tuning(
-            by=by,
-            reason=reason,
-            settings=advised.settings if advised else {"teacher_steps": 0},
-            looks=tuple(looks),
-            trials=tuple(trials),
-            check=checked,
-            distance=distance,
-            cost=pair.price_of(advised) if advised else None,
-            sampler=_name(pair),
-            levels=tuple(pair.levels),
-            teacher_cfg_scale=pair.teacher_cfg_scale,
-            samples=sum(self.samples),
-            seed=self.seed,
-            evaluations=evaluations,
-        )
+    samples: int
+    detail: int
+    batch: int | None
+    max_batch: int | None
 
 
-def _go_on(bar: Any, done: int) -> None:
-    """Set a bar to what is done; what others did, or an earlier run, is not in its speed."""
-    if bar.disable:
-        return
-    found = done - bar.n
-    bar.initial += found
-    bar.last_print_n += found
-    bar.n = done
-    bar.refresh()
-
-
-def _duration(seconds: float) -> str:
-    """In words, to two digits."""
-    for name, unit in (("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * unit:
-            return f"{seconds / unit:.2g} {name}"
-    return f"{max(seconds, 1.0):.2g} seconds"
-
-
-def _best_of(looks: Sequence[Look], step: int) -> tuple[Look, Look]:
-    """The teacher's and the student's look at the step that explain most."""
-    here = [look for look in looks if look.step == step]
-    teacher, student = (
-        max((look for look in here if look.by == by), key=lambda look: look.explained)
-        for by in ("teacher", "student")
-    )
-    return teacher, student
-
-
-def _choose(trials: Sequence[Trial], renewed: bool) -> Trial:
-    """See `tune`; ``renewed``: the sampler adds noise."""
-    worth = [trial for trial in trials if trial.change.counts and trial.own.high < 0.0]
-    if not worth:
-        return min(trials, key=lambda trial: min(trial.change.high, trial.itself_change.high))
-    best = min(worth, key=lambda trial: trial.change.high)
-    if not renewed:
-        return best
-    return [trial for trial in worth if trial.change.mean <= 0.5 * best.change.mean][-1]
-
-
-def _judge(check: Trial | None) -> tuple[By | None, str]:
-    """Whose look is worth its price, and why."""
-    if check is None:
-        return None, f"no look surely explains {100 * EXPLAINED:g} % of what the student misses"
-    said = f"on fresh samples the squared distance to the teacher's run {in_words(check.change)}"
-    if check.own.mean >= 0.0 and check.itself_change.counts:
-        return "student", f"{said}; with the student's own look it {in_words(check.itself_change)}"
-    if check.change.counts:
-        return "teacher", said
-    if check.change.high >= 0.0:
-        return None, f"{said}: no gain is sure"
-    return None, f"{said}: a gain below {100 * VISIBLE:.1g} % cannot be seen"
-
-
-def _name(pair: Pair) -> str:
-    """The sampler, with the options that are fixed in it."""
-    options = ", ".join(f"{name}={value!r}" for name, value in pair.options.items())
-    return pair.solver.name + f"({options})" * bool(options)
+LAB = Affordable(100, DETAIL, None, None)
+PIPELINES = Affordable(50, 20, 4, 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
         "Say whether a teacher's guidance is worth it for a student, at which step, with which λ, "
-        "σ_s and CFG scale; write tuning.json and tuning.png."
+        "σ_s and CFG scale; write tuning.json and tuning.png. The price is said first. A run that "
+        "was stopped goes on where it was; under `accelerate launch` the processes share the work."
     )
     add = parser.add_argument
-    add("student", metavar="STUDENT", help="checkpoint, or digits:student")
-    add("teacher", metavar="TEACHER", help="checkpoint, or digits:teacher")
+    for role in ("student", "teacher"):
+        about = f"a safetensors file, a folder of diffusers, a lab checkpoint, or digits:{role}"
+        place = parser.add_mutually_exclusive_group()
+        place.add_argument(
+            role, metavar=role.upper(), nargs="?", default=argparse.SUPPRESS, help=about
+        )
+        place.add_argument(f"--{role}", metavar="MODEL", help="the same, by name")
+    add("--prompts", type=Path, metavar="FILE",
+        help="what pipelines draw: a text file, a prompt in each line, one a sample")  # fmt: skip
+    add_settings(parser, SETTINGS)
     add("--out", type=Path, required=True, help="folder for the two files")
-    add("--sampler", help="a solver, see `kdpp solvers` (default: the student's own)")
-    add("--steps", type=int, help="default: those it was trained for, else 4")
-    add(
-        "--teacher-cfg-scale", type=float, metavar="SCALE",
-        help="the teacher's CFG scale (default: that which the student was distilled with)",
-    )  # fmt: skip
-    add("--samples", type=int, default=100, help="50 to 200 suffice (default: 100)")
-    add("--max-batch", type=int, help="rows of a network's call (default: any)")
+    usual = "(default: {}; pipelines {})".format
+    add("--samples", type=int, help=f"50 to 200 suffice {usual(LAB.samples, PIPELINES.samples)}")
+    add("--detail", type=int,
+        help=f"steps of the teacher's own run {usual(LAB.detail, PIPELINES.detail)}")  # fmt: skip
+    add("--batch", type=int,
+        help=f"samples that are worked on at a time {usual('half', PIPELINES.batch)}")  # fmt: skip
+    add("--max-batch", type=int,
+        help=f"rows of a network's call {usual('any', PIPELINES.max_batch)}")  # fmt: skip
     add("--seed", type=int, default=0, help="of all noise (default: 0)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
@@ -403,91 +102,194 @@ RENAMED = {"--guidance": "--teacher-cfg-scale"}
 def run(arguments: argparse.Namespace) -> None:
     """Tune, write ``tuning.json`` and ``tuning.png`` at the end, and then print the answer.
 
-    Raises, before any work, ImportError where matplotlib is missing, OSError where a checkpoint
-    cannot be read or the folder be made, or another run writes to it, ValueError for what does not
-    fit together.
+    Raises, before any work, ImportError where a package is missing, OSError where a file cannot be
+    read or the folder be made, or another run writes to it, ValueError for what does not fit
+    together.
     """
     need_matplotlib()
-    if not LEAST <= arguments.samples <= IMAGES:
-        raise ValueError(f"--samples is {arguments.samples}; give {LEAST} or more, say 100")
-    seeds = image_seeds(arguments.seed, arguments.samples)
-    recipe, scale = _recipe(arguments)
-    make_folder(arguments.out)
-    with locked(arguments.out), processes.single_thread():
-        tuning = _tuned(recipe, scale, seeds, arguments)
-        about = {"student": arguments.student, "teacher": arguments.teacher}
-        about |= {"kdpp": kdpp.__version__, "torch": torch.__version__}
-        about |= {"verdict": tuning.verdict, "code": tuning.code}
-        about["command"] = command = _command(tuning, recipe, arguments)
-        text = json.dumps(about | asdict(tuning), indent=1, ensure_ascii=False) + "\n"
-        files = {"tuning.json": text.encode(), "tuning.png": draw(tuning)}
-        for name, content in files.items():
-            write_atomically(arguments.out / name, content)
+    rank, size = processes.share()
+    with processes.single_thread():
+        asked = Asked.by(arguments)
+        make_folder(arguments.out)
+        with locked(arguments.out) if rank == 0 else nullcontext():
+            work = asked.work()
+            if rank == 0:
+                say(work.price(work.seconds(), size))
+            folder = arguments.out / "parts" / asked.name
+            tuning = work.run(Pieces(folder, rank, size), progress=rank == 0)
+            if tuning is None:
+                return
+            command = asked.command(tuning)
+            about = {
+                "student": asked.request.student,
+                "teacher": asked.request.teacher,
+                "prompts": asked.prompts and str(asked.prompts),
+                "kdpp": kdpp.__version__,
+                "torch": torch.__version__,
+                "verdict": tuning.verdict,
+                "code": tuning.code,
+                "command": command,
+                **asdict(tuning),
+            }
+            text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+            files = {"tuning.json": text.encode(), "tuning.png": draw(tuning)}
+            for name, content in files.items():
+                write_atomically(arguments.out / name, content)
     say(f"{tuning.table}\n\n{tuning.verdict}")
+    if asked.flow:
+        say("\nAll levels here are of the VE form, σ = τ/(1-τ), for kdpp.as_ve of both models.")
     if command is not None:
         say(f"\n{command}\n")
     for name in files:
         say(f"wrote {arguments.out / name}")
 
 
-def _recipe(arguments: argparse.Namespace) -> tuple[Recipe, float]:
-    """How the student samples with its teacher, and the teacher's CFG scale."""
-    device = processes.device(arguments.device)
-    student, teacher = (load_model(name, device) for name in (arguments.student, arguments.teacher))
-    baked, scale = student.card.guidance, arguments.teacher_cfg_scale
-    if scale is None:
-        if baked is None:
-            raise ValueError(
-                "the student's checkpoint names no CFG scale that it was distilled with; name the "
-                "one that it is to reach: --teacher-cfg-scale SCALE"
-            )
-        scale = float(baked)
-    recipe = Recipe(
-        student, teacher, arguments.sampler or student.sampler,
-        student.levels_for(arguments.steps),
-        cond_scale=scale if baked is None else 1.0,
-    )  # fmt: skip
-    attempt(recipe, "the student")
-    attempt(Recipe(teacher, None, "euler", recipe.levels, scale), "the teacher")
-    return recipe, scale
+@dataclass(frozen=True)
+class Asked:
+    """What the command is asked for, with its models loaded.
+
+    Attributes:
+        request: student, teacher and their settings, as they were given.
+        recipe: how the student samples with its teacher.
+        scale: the teacher's CFG scale.
+        prompts: the file that they are in; None for models of the lab.
+        each: how many samples, and how each is worked on.
+    """
+
+    request: Request
+    recipe: Recipe
+    scale: float
+    prompts: Path | None
+    each: Affordable
+    seed: int
+
+    @classmethod
+    def by(cls, arguments: argparse.Namespace) -> Asked:
+        """Load and check all that the arguments name."""
+        request, prompts = request_of(settings_of(arguments)), arguments.prompts
+        if not request.student:
+            raise ValueError("which model? kdpp tune --student MODEL --teacher MODEL")
+        if not has_teacher(request):
+            raise ValueError("whose help? --teacher MODEL, or a LoRA of the student's alone: "
+                             "--student-lora FILE")  # fmt: skip
+        usual = LAB if prompts is None else PIPELINES
+        given = {name: getattr(arguments, name) for name in Affordable._fields}
+        each = usual._replace(**{name: n for name, n in given.items() if n is not None})
+        if not LEAST <= each.samples <= IMAGES:
+            raise ValueError(f"--samples is {each.samples}; give {LEAST} or more, say 100")
+        image_seeds(arguments.seed, each.samples)
+        device = processes.device(arguments.device)
+        student, teacher = open_models(request, device, prompts and read_prompts(prompts))
+        assert teacher is not None
+        reach, scale = student.guidance, request.teacher_cfg_scale
+        if scale is None:
+            if reach is None:
+                raise ValueError(
+                    "the student's checkpoint names no CFG scale that it was distilled with; name "
+                    "the one that it is to reach: --teacher-cfg-scale SCALE"
+                )
+            scale = float(reach)
+        own = scale if reach is None else student.cond_scale
+        recipe = Recipe(
+            student, teacher, request.sampler or student.sampler,
+            request.sigmas or student.levels_for(request.steps),
+            cond_scale=own if request.cond_scale is None else request.cond_scale,
+            options=request.options,
+        )  # fmt: skip
+        attempt(recipe, "the student")
+        attempt(Recipe(teacher, None, "euler", recipe.levels, scale), "the teacher")
+        return cls(request, recipe, scale, prompts, each, arguments.seed)
+
+    @property
+    def name(self) -> str:
+        """A digest of all that the answer depends on."""
+        return digest([fingerprint(self.recipe), self.scale, self.each, self.seed])
+
+    @property
+    def flow(self) -> bool:
+        return is_flow(self.recipe.student.denoiser_for(self.recipe.steps))
+
+    def work(self) -> Work:
+        """What is to be done, from the noise of the seeds."""
+        recipe, student, model = self.recipe, self.recipe.student, self.recipe.guided()
+        sampler: Sampler = recipe.solver
+        if recipe.options and recipe.solver.sample:
+            sampler = partial(recipe.solver.sample, **recipe.options)
+        seeds = torch.tensor(image_seeds(self.seed, self.each.samples))
+        levels = recipe.levels
+        if self.flow:
+            levels = tuple(tau / (1.0 - tau) for tau in (min(tau, PURE) for tau in levels))
+        like = torch.empty(len(seeds), *student.shape, device=student.device)
+        pair = Pair(
+            _in_ve(model.student),
+            _in_ve(model.teachers[0].denoiser),
+            sampler,
+            levels,
+            {**student.conditions(seeds % student.classes), "cond_scale": recipe.cond_scale},
+            self.scale,
+            self.each.detail,
+            self.each.max_batch,
+        )
+        x = SeededNoise(like, seeds, INITIAL)() * levels[0]
+        return Work.of(pair, x, LEVELS, student.bounds, self.each.batch, self.seed)
+
+    def command(self, tuning: Tuning) -> str | None:
+        """What tries the advice: `kdpp generate`, or for models of the lab `kdpp evaluate`."""
+        if tuning.by is None:
+            return None
+        request, settings = self.request, dict(tuning.settings)
+        if self.flow:
+            settings["renoise"] = float(f"{settings['renoise'] / (1.0 + settings['renoise']):.6g}")
+        settings = {
+            "sampler": self.recipe.solver.name,
+            "steps": self.recipe.steps,
+            "cond_scale": self.recipe.cond_scale,
+            **settings,
+        }
+        if self.prompts is None:
+            helper = request.teacher if tuning.guide else request.student
+            words = ["kdpp", "evaluate", request.student, "--teacher", str(helper)]
+            return shlex.join([*words, *_flags(settings), "--out", "DIR"])
+        if request.preset is not None or request.sigmas is not None:
+            del settings["steps"]
+        names = ("student", "teacher", *SETTINGS)
+        given = {n: v for n in names if (v := getattr(request, n)) != getattr(Request(), n)}
+        words = ["kdpp", "generate", *_flags(given | settings)]
+        for path, weight, role in request.loras:
+            words += [f"--{role}-lora".replace("both-", ""), f"{path}:{weight:g}"]
+        for name, value in request.options.items():
+            words += ["--option", f"{name}={value}"]
+        return shlex.join([*words, "--prompts", str(self.prompts), "--compare", "--out", "DIR"])
 
 
-def _tuned(
-    recipe: Recipe, scale: float, seeds: Sequence[int], arguments: argparse.Namespace
-) -> Tuning:
-    """`tune` for the recipe's student and teacher, from the noise of these seeds."""
-    student, model = recipe.student, recipe.guided()
-    device = next(student.network.parameters()).device
-    like = torch.empty(len(seeds), *student.shape, device=device)
-    labels = torch.tensor(seeds, device=device) % student.classes
-    return tune(
-        model.student,
-        model.teachers[0].denoiser,
-        SeededNoise(like, seeds, INITIAL)() * recipe.levels[0],
-        recipe.levels,
-        {
-            "cond": labels,
-            "uncond": torch.full_like(labels, student.classes),
-            "cond_scale": recipe.cond_scale,
-        },
-        sampler=recipe.sampler,
-        teacher_cfg_scale=scale,
-        bounds=(-1.0, 1.0) if student.card.data.bounded else None,
-        max_batch=arguments.max_batch,
-        seed=arguments.seed,
-        progress=True,
-    )
-
-
-def _command(tuning: Tuning, recipe: Recipe, arguments: argparse.Namespace) -> str | None:
-    """The `kdpp evaluate` that measures what is advised."""
-    if tuning.by is None:
-        return None
-    helper = arguments.teacher if tuning.guide else arguments.student
-    words = ["kdpp", "evaluate", arguments.student, "--teacher", helper]
-    settings = {"sampler": recipe.solver.name, "steps": recipe.steps}
-    settings |= {"cond_scale": recipe.cond_scale, **tuning.settings}
+def _flags(settings: Mapping[str, Any]) -> list[str]:
+    words = []
     for name, value in settings.items():
         text = value if isinstance(value, str) else json.dumps(value)
         words += [f"--{name.replace('_', '-')}", text]
-    return shlex.join([*words, "--out", "DIR"])
+    return words
+
+
+class _Unmarked(nn.Module):
+    """A flow model that does its own CFG, without the mark."""
+
+    flow = True
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.inner_model = denoiser
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        denoised: Tensor = self.inner_model(x, sigma, **extra_args)
+        return denoised
+
+
+def _in_ve(denoiser: Denoiser) -> Denoiser:
+    """The denoiser in VE form, and marked as it was."""
+    if not is_flow(denoiser):
+        return denoiser
+    if not isinstance(denoiser, kdpp.OwnCFG):
+        return kdpp.as_ve(denoiser)
+    marked = kdpp.OwnCFG(kdpp.as_ve(_Unmarked(denoiser)))
+    marked.divisible = denoiser.divisible
+    return marked
