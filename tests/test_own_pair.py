@@ -6,10 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
@@ -17,15 +20,19 @@ pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 
 import kdpp
 from kdpp.checkpoints.load import load_pipeline
-from kdpp.checkpoints.models import open_models
+from kdpp.checkpoints.models import Shelf, open_models
 from kdpp.checkpoints.pipelines import encode, network_of
 from kdpp.checkpoints.presets import PRESETS
-from kdpp.checkpoints.requests import Request
+from kdpp.checkpoints.requests import Request, read_png
 from kdpp.cli import main
 from kdpp.lab import pieces, tune
+from kdpp.lab.data import load_pictures
 from kdpp.lab.looks import Look
+from kdpp.lab.metrics import frechet_distance
+from kdpp.lab.sampling import Recipe, draw
 from test_loras import lora
 
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 tiny = pytest.importorskip("tiny_pipelines", reason="needs diffusers and transformers")
 
 CPU = torch.device("cpu")
@@ -231,8 +238,6 @@ def test_what_is_advised_is_taken_by_generate(kind, tmp_path):
     words = shlex.split(one.command(advice))
     words[words.index("DIR")] = str(tmp_path / "out")
     assert main([*words[1:], "--seed", "5"]) == 0
-    from kdpp.checkpoints.requests import read_png
-
     request, _, _ = read_png(tmp_path / "out" / "00001-00005-teacher.png")
     level = 0.2 if kind == "sd3" else 0.25
     assert request.guidance == look.settings | {"renoise": level, "teacher_steps": (1,)}
@@ -267,3 +272,257 @@ def test_what_cannot_be_tuned_is_said_before_any_work(words, sentence, sd, tmp_p
     (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("kdpp: ")]
     assert sentence in line
     assert not list((tmp_path / "out" / "parts").glob("*"))
+
+
+# kdpp compare -------------------------------------------------------------------------------------
+
+METRICS = '''
+from pathlib import Path
+
+import torch
+
+
+def brightness(pictures, prompts):
+    """How bright a picture is."""
+    assert pictures.shape == (len(prompts), 3, *pictures.shape[2:])
+    assert 0.0 <= pictures.min() and pictures.max() <= 1.0
+    with open(Path(__file__).with_name("seen.txt"), "a") as file:
+        file.writelines(f"{prompt}\\n" for prompt in prompts)
+    return pictures.mean((1, 2, 3))
+
+
+def noise(pictures, prompts):
+    return [float(picture.std()) for picture in pictures]
+
+
+noise.better = "lower"
+
+
+def corners(pictures):
+    return torch.nn.functional.adaptive_avg_pool2d(pictures, 1).flatten(1)
+
+
+def too_few(pictures, prompts):
+    return [1.0]
+
+
+def fd(pictures, prompts):
+    return torch.zeros(len(pictures))
+
+
+def broken(pictures, prompts):
+    raise RuntimeError("no weights")
+'''
+SPEC = """
+prompts = "prompts.txt"
+images = 4
+seeds = 2
+batch = 3
+metrics = ["mine.py:brightness", "mine.py:noise"]
+teacher = "teacher"
+self_control = true
+
+[pipelines]
+width = 16
+height = 16
+steps = 2
+
+[students]
+mine = "student"
+
+[[grid]]
+student = "mine"
+teacher_scale = [0.0, 0.5]
+"""
+
+
+def compared(folder, spec, tmp_path, *changes):
+    """The command's status, with texts of the spec replaced; the folder of results."""
+    (folder / "mine.py").write_text(METRICS)
+    (folder / "seen.txt").unlink(missing_ok=True)
+    for old, new in changes:
+        assert old in spec
+        spec = spec.replace(old, new)
+    file = folder / f"{tmp_path.name}.toml"
+    file.write_text(spec)
+    return run("compare", file, "--out", tmp_path / "out"), tmp_path / "out"
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def references(folder, count=6):
+    """Pictures of two sizes."""
+    (folder / "coco").mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        pixels = torch.randint(256, (16 + i % 2, 20, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / "coco" / f"{i}.png")
+
+
+def test_a_pair_of_pipelines_is_compared(sd, tmp_path):
+    """Alone, with the teacher, with itself; each figure is that of pictures drawn by hand."""
+    status, out = compared(sd, SPEC, tmp_path)
+    assert status == 0
+    found = results(out)
+    assert [cell["guide"] for cell in found["cells"]] == ["none", "teacher", "self"]
+    assert [metric["name"] for metric in found["metrics"]] == ["brightness", "noise"]
+    assert [metric["better"] for metric in found["metrics"]] == ["higher", "lower"]
+    assert found["metrics"][0]["what"] == "How bright a picture is."
+    plain, taught, _ = found["cells"]
+    costs = [plain["costs"][f"{who}_evaluations"] for who in ("student", "teacher")]
+    assert costs == [2, 0] and taught["costs"]["teacher_evaluations"] == 2  # CFG 7.5
+    assert taught["teacher_cfg_scale"] == 7.5 and taught["steps"] == 2
+    change = taught["metrics"]["brightness"]
+    values = [one["metrics"]["brightness"]["values"] for one in (plain, taught)]
+    assert change["change"]["mean"] == pytest.approx(
+        sum(b - a for a, b in zip(*values, strict=True)) / 2
+    )
+    assert change["own_share"] is not None and change["change"]["low"] < change["change"]["high"]
+    # Seed 0 draws prompts 0 to 3, seed 1 goes on with the 4th.
+    student, teacher = open_models(
+        Request(str(sd / "student"), str(sd / "teacher"), steps=2, width=16, height=16),
+        CPU,
+        PROMPTS,
+    )
+    guidance = {"teacher_scale": 0.5, "teacher_cfg_scale": 7.5}
+    for k, recipe in enumerate((
+        Recipe(student, None, "euler", student.levels_for()),
+        Recipe(student, teacher, "euler", student.levels_for(), guidance=guidance),
+    )):  # fmt: skip
+        for seed in (0, 1):
+            labels = torch.tensor([(4 * seed + i) % 3 for i in range(4)])
+            x = draw(recipe, range(seed * 10**6, seed * 10**6 + 4), labels, chunk=3).x
+            wanted = float(student.decode(x).mean((1, 2, 3)).mean())
+            assert values[k][seed] == pytest.approx(wanted, rel=1e-6)
+    seen = (sd / "seen.txt").read_text().splitlines()
+    assert len(seen) == 3 * 2 * 4 and set(seen) == set(PROMPTS)
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png") == 3 and "real images" not in page
+    # Once more: nothing is measured.
+    (sd / "seen.txt").unlink()
+    assert run("compare", sd / f"{tmp_path.name}.toml", "--out", out) == 0
+    assert not (sd / "seen.txt").exists() and results(out) == found
+
+
+def test_the_papers_table_is_a_spec(tmp_path):
+    """benchmarks/paper_table.toml, run to the end on tiny models with other places and sizes."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for seed, name in enumerate(("sdxl", "lightning", "dmd2", "turbo")):
+        tiny.sdxl(seed=seed).save_pretrained(folder / name)
+    scheduler = diffusers.LCMScheduler(**tiny.TABLE)
+    tiny.sdxl(scheduler, seed=5, time_cond_proj_dim=8).save_pretrained(folder / "lcm")
+    lora(folder / "lcm_lora_sdxl.safetensors", 3, width=(8, 32))
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    references(folder)
+    spec = (Path(__file__).parents[1] / "benchmarks" / "paper_table.toml").read_text()
+    status, out = compared(
+        folder, spec, tmp_path,
+        ('components = "sdxl.safetensors"\n', ""), ('"sdxl.safetensors"', '"sdxl"'),
+        ("lcm_sdxl_unet.safetensors", "lcm"), ("dmd2_sdxl_4step_unet.safetensors", "dmd2"),
+        ("sdxl_lightning_4step_unet.safetensors", "lightning"),
+        ("sd_xl_turbo.safetensors", "turbo"), ("= 2500 ", "= 4 "), ("seeds = 4 ", "seeds = 2 "),
+        ("= 1024", "= 16"), ("= 512", "= 24"), ('"float16"', '"float32"'),
+        ("inception:inception.safetensors", "mine.py:corners"),
+        ("my_metrics.py:image_reward", "mine.py:brightness"),
+        ("my_metrics.py:pick_score", "mine.py:noise"),
+    )  # fmt: skip
+    assert status == 0
+    found = results(out)
+    ways = {}
+    for cell in found["cells"]:
+        costs = tuple(cell["costs"][f"{who}_evaluations"] for who in ("student", "teacher"))
+        ways.setdefault(cell["student"], []).append((cell["guide"], cell["steps"], costs))
+    names = ("lcm", "lcm-lora", "lightning", "dmd2", "turbo")
+    assert sorted(ways) == sorted(names)
+    for name in names:
+        own = {4: 7, 5: 9} if name == "turbo" else {4: 4, 5: 5}  # 2S: two calls, and one at last
+        assert sorted(ways[name]) == sorted([
+            ("none", 4, (own[4], 0)), ("teacher", 4, (own[4], 2)), ("self", 4, (own[4] + 1, 0)),
+            ("none", 5, (own[5], 0)),
+        ])  # fmt: skip
+    lightning = [cell for cell in found["cells"] if cell["student"] == "lightning"]
+    assert lightning[1]["teacher_scale"] == 0.1 and lightning[1]["teacher_cfg_scale"] == 7.5
+    assert len({cell["metrics"]["brightness"]["mean"] for cell in found["cells"]}) == 20
+    assert {"fd", "kid", "brightness", "noise"} <= {one["name"] for one in found["metrics"]}
+    lines = (out / "results.csv").read_text().splitlines()
+    page = (out / "report.html").read_text()
+    assert len(lines) == 21 and page.count("real images") == 5 and "brightness" in page
+
+
+def test_the_fd_is_that_of_the_named_features(sd, tmp_path):
+    """Between the reference pictures, of any sizes, and the samples; and to the teacher's own."""
+    references(sd)
+    status, out = compared(
+        sd, SPEC, tmp_path, ("batch = 3", 'batch = 3\ndata = "coco"\nfeatures = "mine.py:corners"'),
+        ("[students]", "[reference]\ncond_scale = 3.0\nsteps = 3\n\n[students]"),
+        ("[0.0, 0.5]", "0.0"), ("seeds = 2", "seeds = 1"),
+    )  # fmt: skip
+    assert status == 0
+    (cell,) = results(out)["cells"]
+    request = Request(str(sd / "student"), str(sd / "teacher"), steps=2, width=16, height=16)
+    student, teacher = open_models(request, CPU, PROMPTS)
+    labels = torch.tensor([0, 1, 2, 0])
+
+    def rows(recipe, seed, labels):
+        seeds = range(seed * 10**6, seed * 10**6 + 4)
+        return student.decode(draw(recipe, seeds, labels, chunk=3).x).mean((2, 3)).double()
+
+    made = rows(Recipe(student, None, "euler", student.levels_for()), 0, labels)
+    real = torch.cat([one.add(1).div(2).mean((2, 3)) for one in load_pictures(sd / "coco")])
+    wanted = frechet_distance(made, real.double())
+    assert cell["metrics"]["fd"]["mean"] == pytest.approx(wanted, rel=1e-4)
+    own = Recipe(teacher, None, "euler", student.levels_for(3), 3.0)
+    theirs = rows(own, 10**9, (torch.arange(4) + 10**9 * 4) % 3)
+    wanted = frechet_distance(made, theirs)
+    assert cell["metrics"]["fd_teacher"]["mean"] == pytest.approx(wanted, rel=1e-3, abs=1e-9)
+
+
+def test_one_pair_at_a_time_is_in_memory(sd):
+    """What is known of the others stays; they are loaded again when they are used."""
+    shelf = Shelf(CPU, PROMPTS)
+    settings = {"steps": 2, "width": 16, "height": 16}
+    first, _ = shelf.models(Request(str(sd / "student"), str(sd / "teacher"), **settings))
+    held = [weakref.ref(first.network), weakref.ref(shelf.open(first._request)[1].network)]
+    assert all(one() is not None for one in held)
+    second, none = shelf.models(Request(str(sd / "teacher"), **settings))
+    assert none is None and all(one() is None for one in held)
+    assert first.shape == second.shape and first.digest() != second.digest()
+    assert first.levels_for(3) == second.levels_for(3)
+    assert first.network is not second.network
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ([("mine.py:noise", "mine.py:nose")], "mine.py has no function 'nose'"),
+        ([("mine.py:noise", "noise")], "must be module:function, or FILE.py:function"),
+        ([("mine.py:noise", "no_such_module:noise")], "no_such_module"),
+        ([("mine.py:noise", "mine.py:brightness")], "give each its own name"),
+        ([("mine.py:noise", "mine.py:fd")], "give each its own name"),
+        ([("mine.py:noise", "mine.py:too_few")], "gave 1 scores for 3 pictures"),
+        ([('["mine.py:brightness", "mine.py:noise"]', "[]")], "nothing is measured"),
+        ([("batch = 3", 'batch = 3\ndata = "coco"')], "give both or neither"),
+        ([("batch = 3", "batch = 0")], "batch is 0"),
+        ([('prompts = "prompts.txt"', "")], "give prompts, a file"),
+        ([("prompts.txt", "nothing.txt")], "nothing.txt"),
+        ([('"student"\n', '{model = "student", preset = "dmd3"}\n')], "did you mean 'dmd2'"),
+        ([('"student"\n', '{model = "student", pre = "dmd2"}\n')], "did you mean 'preset'"),
+        ([('"student"\n', '{model = "nowhere"}\n')], "nowhere"),
+        ([("[0.0, 0.5]", "0.5\nsteps = 3\nlevels = [[2.0, 0.0]]")], "say the same"),
+        ([('teacher = "teacher"', "")], "no teacher is named"),
+        ([('mine = "student"', 'mine = "digits:student"')], "digits:student"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(changes, sentence, sd, tmp_path, capsys):
+    status, _ = compared(sd, SPEC, tmp_path, *changes)
+    assert status == 1
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("kdpp: ")]
+    assert sentence in line
+
+
+def test_a_mistake_in_a_metric_is_named_by_its_line(sd, tmp_path, capsys):
+    assert compared(sd, SPEC, tmp_path, ("mine.py:noise", "mine.py:broken"))[0] == 1
+    assert "mine.py, line 36: RuntimeError: no weights" in capsys.readouterr().err

@@ -6,20 +6,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from kdpp.checkpoints.flags import ROLES, read_lora, request_of
 from kdpp.checkpoints.load import is_pipeline
 from kdpp.checkpoints.pairs import PipelinePair, check_lab
+from kdpp.checkpoints.pipelines import decode
 from kdpp.checkpoints.requests import Picture, Request
 from kdpp.lab.files import digest
 from kdpp.lab.models import GenerativeModel, load_model
 
-__all__ = ["PipelineModel", "open_models"]
+__all__ = ["PipelineModel", "Shelf", "open_models", "student_request"]
 
 
 def open_models(
@@ -49,6 +52,73 @@ def open_models(
     if pair.teacher is pair.student:
         return student, None
     return student, PipelineModel(pair, "teacher", prompts)
+
+
+class Shelf:
+    """Students and their teachers, of which one pair at a time is in memory.
+
+    Pairs of many pipelines do not fit beside each other. The one that was asked for last is kept.
+    """
+
+    def __init__(self, device: torch.device, prompts: Sequence[str]) -> None:
+        self.device, self.prompts = device, prompts
+        self._held: tuple[Request, tuple[PipelineModel, PipelineModel | None]] | None = None
+
+    def models(self, request: Request) -> tuple[GenerativeModel, GenerativeModel | None]:
+        """Student and teacher, loaded when they are used."""
+        student, teacher = self.open(request)
+        return _Shelved(self, request, student), teacher and _Shelved(self, request, teacher)
+
+    def open(self, request: Request) -> tuple[PipelineModel, PipelineModel | None]:
+        """The pair itself."""
+        if self._held is None or self._held[0] != request:
+            self._held = None
+            gc.collect()  # a pair holds itself
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            pair: Any = open_models(request, self.device, self.prompts)
+            self._held = (request, pair)
+        return self._held[1]
+
+
+class _Shelved:
+    """A model of a `Shelf`: what is known of it at once, and the rest where it is loaded."""
+
+    bounds = None
+    guidance_range = None
+
+    def __init__(self, shelf: Shelf, request: Request, model: PipelineModel) -> None:
+        self._shelf, self._request, self._role = shelf, request, model.role
+        self.shape, self.classes, self.device = model.shape, model.classes, model.device
+        self.sampler, self.levels, self.method = model.sampler, model.levels, model.method
+        self.cond_scale, self.guidance = model.cond_scale, model.guidance
+        self.parameters, self._digest = model.parameters, model.digest()
+
+    @property
+    def _model(self) -> PipelineModel:
+        student, teacher = self._shelf.open(self._request)
+        return student if self._role == "student" or teacher is None else teacher
+
+    @property
+    def network(self) -> nn.Module:
+        return self._model.network
+
+    def levels_for(self, steps: int | None = None) -> tuple[float, ...]:
+        if self.levels is not None and steps in (None, len(self.levels) - 1):
+            return self.levels
+        return self._model.levels_for(steps)
+
+    def denoiser_for(self, steps: int) -> nn.Module:
+        return self._model.denoiser_for(steps)
+
+    def conditions(self, labels: Tensor) -> dict[str, Any]:
+        return self._model.conditions(labels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self._model.decode(latents)
+
+    def digest(self) -> str:
+        return self._digest
 
 
 class PipelineModel:
@@ -93,6 +163,16 @@ class PipelineModel:
         return self.pair.request.teacher_cfg_scale
 
     @property
+    def method(self) -> str:
+        """Its preset."""
+        return self.pair.request.preset or "pipeline"
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """The request's or the preset's."""
+        return self.pair.request.sigmas
+
+    @property
     def parameters(self) -> int:
         """How many numbers the network has."""
         return sum(p.numel() for p in self.network.parameters())
@@ -118,6 +198,10 @@ class PipelineModel:
         given = self.pair.extra_args([Picture(0, self.prompts[i]) for i in labels.tolist()])
         return {"cond": given["cond"], "uncond": given["uncond"]}
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (batch, 3, h, w) in [0, 1], on the model's device."""
+        return decode(self.pair.pipe, latents)
+
     def digest(self) -> str:
         """A digest of the files, of how they are read, and of what is drawn."""
         request = self.pair.request
@@ -132,3 +216,30 @@ class PipelineModel:
             self.role, sorted(files.items()), loras, request.preset, request.prediction,
             request.dtype, request.negative, self.shape, self.prompts, self.device.type,
         ])  # fmt: skip
+
+
+def student_request(about: str | Mapping[str, Any], teacher: str | None) -> Request:
+    """The request for a student of a spec: its place, or a table of settings of a `Request`.
+
+    ``model`` names the student, ``lora``, ``student_lora`` and ``teacher_lora`` name LoRAs, each
+    ``FILE``, ``FILE:0.8`` or a list of them. A student with LoRAs has no other teacher than its
+    network without those that are its own.
+
+    Raises ValueError for an unknown setting, or a value that cannot be.
+    """
+    given: dict[str, Any] = {"model": about} if isinstance(about, str) else dict(about)
+    given["student"] = given.pop("model", "")
+    loras = tuple(
+        (*read_lora(text), role)
+        for kind, (role, _) in ROLES.items()
+        for text in _listed(given.pop(f"{kind.replace('-', '_')}lora", []))
+    )
+    if loras:
+        given["loras"] = loras
+    elif teacher is not None:
+        given.setdefault("teacher", teacher)
+    return request_of(given)
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]

@@ -30,25 +30,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor
 from tqdm.auto import tqdm
 
 import kdpp
-from kdpp.lab import pictures, processes
-from kdpp.lab.data import Data, load_data
+from kdpp.checkpoints.flags import read_prompts
+from kdpp.checkpoints.models import Shelf, open_models, student_request
+from kdpp.checkpoints.requests import Request
+from kdpp.lab import processes
 from kdpp.lab.files import digest, locked, make_folder, remove_leftovers, write_atomically
-from kdpp.lab.metrics import (
-    METRICS,
-    Points,
-    describe,
-    estimate,
-    load_features,
-    measure,
-    paired,
-    remarks,
-    verdict,
-)
-from kdpp.lab.models import Model, load_model
+from kdpp.lab.judges import DataJudge, Judge, PictureJudge
+from kdpp.lab.metrics import Points, estimate, paired, verdict
+from kdpp.lab.models import GenerativeModel, Model
 from kdpp.lab.sampling import (
     Batches,
     Images,
@@ -103,11 +95,12 @@ def run(
         bench = Bench(spec, device, out / "cells")
         _check_folder(out, bench)
         jobs = bench.jobs()
-        for job in {job.cell: job for job in jobs if not job.done}.values():
+        untried = {job.cell: job for job in jobs if not job.done}
+        for job in untried.values():
             attempt(job.recipe, job.cell or job)
         make_folder(out / "cells")
         with locked(out) if rank == 0 else nullcontext():
-            for remark in bench.remarks if rank == 0 else ():
+            for remark in bench.judge.remarks if rank == 0 else ():
                 print(f"kdpp: {remark}", file=sys.stderr)
             bench.carry_out(jobs, rank, size)
             if rank > 0:
@@ -129,7 +122,7 @@ def _check_folder(out: Path, bench: Bench) -> None:
         theirs = checkpoints | {str(model.get("weights")) for model in models}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # nothing, or nothing that was written by this
-    ours = {*bench.spec.students.values(), *bench.weights.values()}
+    ours = {*map(str, bench.spec.students.values()), *bench.weights.values()}
     if theirs and not ours & theirs:
         raise ValueError(
             f"{out} holds results of {', '.join(sorted(checkpoints))}; name another folder"
@@ -180,6 +173,11 @@ class Job:
         return None
 
     @property
+    def student(self) -> str:
+        """Its name; nothing without a cell."""
+        return self.cell.student if self.cell else ""
+
+    @property
     def done(self) -> bool:
         return (Result.read(self.path) if self.cell else self.features) is not None
 
@@ -195,28 +193,50 @@ class Bench:
 
     def __init__(self, spec: Spec, device: str, folder: Path) -> None:
         self.spec, self.device, self.folder = spec, processes.device(device), folder
-        students = spec.students.items()
-        self.models = {name: load_model(place, self.device) for name, place in students}
-        self.weights = {name: model.digest() for name, model in self.models.items()}
-        self.teacher = None if spec.teacher is None else load_model(spec.teacher, self.device)
+        prompts = read_prompts(Path(spec.prompts)) if spec.prompts else ()
+        self.shelf = Shelf(self.device, prompts)
+        self.models: dict[str, GenerativeModel] = {}
+        self.helpers: dict[str, GenerativeModel | None] = {}
+        self.teacher: GenerativeModel | None = None
+        self._open()
         first = next(iter(self.models.values()))
-        self.data = load_data(spec.data or first.card.data.source)
+        self.weights = {name: model.digest() for name, model in self.models.items()}
+        self.judge: Judge = (
+            DataJudge(spec, first)
+            if isinstance(first, Model)
+            else PictureJudge(spec, prompts, folder)
+        )
         for name, model in {**self.models, "the teacher": self.teacher}.items():
             if model is not None:
-                _check_fit(name, model, self.data)
+                self.judge.check(name, model)
         self.cells, self.notes = cells_of(spec, self.models)
-        self.recipes = {cell: self._recipe(cell) for cell in self.cells}
-        default = "digits" if self.data.source == "digits" else "pixels"
-        name = spec.features or default
-        self.features = load_features(name, self.data.images, self.data.classes)
-        self.points = Points(self.features(self.data.images))
-        self.remarks = remarks(self.points, spec.images, None if spec.features else default)
-        drawn = pictures.drawable(self.data)
-        self.real = self._picture(pictures.real_images(self.data)) if drawn else None
+        by_student = sorted(self.cells, key=lambda cell: list(self.models).index(cell.student))
+        self.recipes = {cell: self._recipe(cell) for cell in by_student}
+        self.judge.load()
+
+    def _open(self) -> None:
+        """The students and their teachers: of the lab at once, of pipelines when they are used."""
+        spec = self.spec
+        if spec.prompts:
+            for name, about in spec.students.items():
+                request = student_request({**spec.pipelines, **_table(about)}, spec.teacher)
+                self.models[name], self.helpers[name] = self.shelf.models(request)
+            if spec.teacher is not None and spec.own_samples is not None:
+                steps = {"model": spec.teacher, "steps": spec.own_samples.steps}
+                alone = student_request({**spec.pipelines, **steps}, None)
+                self.teacher, _ = self.shelf.models(alone)
+            return
+        for name, place in spec.students.items():
+            self.models[name], _ = open_models(Request(student=place), self.device)
+        if spec.teacher is not None:
+            self.teacher, _ = open_models(Request(student=spec.teacher), self.device)
+        self.helpers = dict.fromkeys(self.models, self.teacher)
 
     def _recipe(self, cell: Cell) -> Recipe:
         student = self.models[cell.student]
-        guides = {"none": None, "teacher": self.teacher, "self": student}
+        guides = {"none": None, "teacher": self.helpers[cell.student], "self": student}
+        if cell.guide == "teacher" and guides["teacher"] is None:
+            raise ValueError(f"{cell}: no teacher is named; name one")
         try:
             return Recipe(
                 student, guides[cell.guide], cell.sampler, cell.levels, cell.cond_scale,
@@ -224,9 +244,6 @@ class Bench:
             )  # fmt: skip
         except (TypeError, ValueError) as error:
             raise ValueError(f"{cell}: {error}") from error
-
-    def _picture(self, images: Tensor) -> str:
-        return pictures.grid(images, self.data.classes)
 
     @cached_property
     def own(self) -> Job | None:
@@ -240,13 +257,9 @@ class Bench:
         return Job(None, recipe, REFERENCE_SEED, self.folder / f"teacher-{name}.safetensors")
 
     @cached_property
-    def _given(self) -> str:
-        """A digest of what the images are compared with, and in what."""
-        name = self.features.name
-        return digest([
-            self.spec.images, self.data.images.numpy().tobytes(), self.data.classes,
-            name, _file_content(name),
-        ])  # fmt: skip
+    def _given(self) -> object:
+        """All that figures depend on but the samples."""
+        return self.judge.given()
 
     @cached_property
     def _names(self) -> dict[Cell, str]:
@@ -264,7 +277,8 @@ class Bench:
         """All that is to be computed, each once: one checkpoint may have two names.
 
         The teacher's own samples come first, because every result needs them. The others are in the
-        order of their digests, so that no pattern of the grid makes uneven shares.
+        order of their students, and then of their digests, so that no pattern of the grid makes
+        uneven shares.
         """
         jobs = {
             path: Job(cell, recipe, seed, path)
@@ -272,7 +286,9 @@ class Bench:
             for seed in self.spec.seed_list
             for path in [self.path(cell, seed)]
         }
-        return [*([self.own] if self.own else []), *(jobs[path] for path in sorted(jobs))]
+        names = list(self.models)
+        others = sorted(jobs.values(), key=lambda job: (names.index(job.student), job.path))
+        return [*([self.own] if self.own else []), *others]
 
     def carry_out(self, jobs: Sequence[Job], rank: int = 0, size: int = 1) -> None:
         """Compute what is missing of this process's share; the main one then waits for the rest.
@@ -283,7 +299,7 @@ class Bench:
         with tqdm(total=len(jobs), desc="cells", unit="cell", disable=rank > 0) as bar:
             for number, job in enumerate(jobs):
                 if not job.done:
-                    bar.set_postfix_str(job.cell.student if job.cell else str(job))
+                    bar.set_postfix_str(job.student or str(job))
                     self._work(job, number, rank, size)
                 bar.update()
         while rank == 0 and not all(job.done for job in jobs):
@@ -295,7 +311,8 @@ class Bench:
     def _work(self, job: Job, number: int, rank: int, size: int) -> None:
         """Sample this process's batches of a job; measure all of them if it is its turn."""
         seeds = image_seeds(job.seed, self.spec.images)
-        batches = Batches(job.recipe, seeds, folder=_batches(job))
+        labels = self.judge.labels(job.seed, self.spec.images)
+        batches = Batches(job.recipe, seeds, labels, self.judge.batch, _batches(job))
         count = len(batches)
         mine = [i for i in range(count) if (number * count + i) % size == rank]
         batches.make(mine, progress=rank == 0)
@@ -311,20 +328,21 @@ class Bench:
         """Measure the images, and write what is found."""
         try:
             if job.cell is None:
-                content = to_bytes({"features": torch.from_numpy(self.features(images.x))})
+                features = self.judge.features_of(job.recipe.student, images)
+                content = to_bytes({"features": torch.from_numpy(features)})
             else:
-                content = json.dumps(asdict(self._result(images)), indent=1).encode()
+                found = self._result(job.recipe.student, images)
+                content = json.dumps(asdict(found), indent=1).encode()
         except ValueError as error:
             raise ValueError(f"{job}: {error}; what is finished is kept") from error
         write_atomically(job.path, content)
 
-    def _result(self, images: Images) -> Result:
-        scores = measure(images.x, images.labels, self.features, self.points, self._reference)
+    def _result(self, student: GenerativeModel, images: Images) -> Result:
         return Result(
-            scores=scores,
+            scores=self.judge.scores(student, images, self._reference),
             evaluations=images.evaluations,
             compute=images.compute,
-            picture=self._picture(images.x) if self.real else None,
+            picture=self.judge.picture(student, images),
             seconds=images.seconds,
             memory=images.memory,
             finished=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -345,7 +363,7 @@ class Bench:
         """All results, which must be there; ``text`` is the spec as it was written."""
         found = {cell: self._stored(cell) for cell in self.cells}
         records = [record for records in found.values() for record in records]
-        names = [name for name in METRICS if all(name in one.scores for one in records)]
+        names = [name for name in self.judge.metrics if all(name in one.scores for one in records)]
         values = {
             cell: {name: [one.scores[name] for one in records] for name in names}
             for cell, records in found.items()
@@ -354,7 +372,7 @@ class Bench:
         results = {
             "title": self.spec.title,
             "settings": self._settings(),
-            "remarks": self.remarks,
+            "remarks": self.judge.remarks,
             "models": self._models(),
             "versions": {
                 "kdpp": kdpp.__version__,
@@ -364,8 +382,8 @@ class Bench:
             },
             "finished": max(record.finished for record in records),
             "notes": self.notes,
-            "metrics": [{"name": name, **METRICS[name]._asdict()} for name in names],
-            "data": describe(self.points, self.data.labels, self.features),
+            "metrics": [{"name": name, **self.judge.metrics[name]._asdict()} for name in names],
+            "data": self.judge.described,
             "cells": [
                 {
                     "cell": numbers[cell],
@@ -379,7 +397,7 @@ class Bench:
             ],
             "spec": text,
         }
-        shown = [self.real, *(found[cell][0].picture for cell in self.cells)]
+        shown = [self.judge.real, *(found[cell][0].picture for cell in self.cells)]
         return Report(results, [picture for picture in shown if picture])
 
     def _stored(self, cell: Cell) -> list[Result]:
@@ -390,8 +408,8 @@ class Bench:
     def _settings(self) -> dict[str, Any]:
         spec = self.spec
         return {
-            "data": self.data.source,
-            "features": self.features.name,
+            "data": self.judge.source,
+            "features": self.judge.features,
             "images": spec.images,
             "seeds": list(spec.seed_list),
             "teacher": spec.teacher,
@@ -405,7 +423,7 @@ class Bench:
             name: {
                 "checkpoint": place,
                 "weights": self.weights[name],
-                "method": self.models[name].card.method,
+                "method": self.models[name].method,
                 "parameters": self.models[name].parameters,
                 "sampler": self.models[name].sampler,
                 "levels": self.models[name].levels,
@@ -419,23 +437,8 @@ def _batches(job: Job) -> Path:
     return job.path.with_suffix(".batches")
 
 
-def _check_fit(name: str, model: Model, data: Data) -> None:
-    """ValueError unless the model makes such images as the data are."""
-    made, wanted = (model.shape, model.classes), (data.shape, data.classes)
-    if made != wanted:
-        raise ValueError(
-            f"{name} makes images of shape {list(made[0])} and {made[1]} classes; the data have "
-            f"{list(wanted[0])} and {wanted[1]}"
-        )
-
-
-def _file_content(features: str) -> str | None:
-    """A digest of the files that features are read from."""
-    place = Path(features.partition(":")[2])
-    if place == Path():
-        return None
-    paths = sorted(place.iterdir()) if place.is_dir() else [place]
-    return digest([path.read_bytes() for path in paths if path.is_file()])
+def _table(about: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"model": about} if isinstance(about, str) else about
 
 
 def _metric(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,21 @@ def _folder(folder: Path, source: str) -> Data:
     sizes = torch.tensor([len(files) for files in groups])
     labels = torch.arange(len(groups)).repeat_interleave(sizes)
     return Data(_unit(images), labels, len(groups), source)
+
+
+def load_pictures(folder: str | Path) -> Iterator[Tensor]:
+    """The pictures in a folder and in those inside it, by name, one at a time: (1, 3, h, w).
+
+    They may be of many sizes; pixels 0..255 become -1..1. Raises OSError where the folder cannot be
+    read, ValueError where it holds none, and as `load_data` of a file.
+    """
+    paths = _files(Path(folder))
+    if not paths:
+        raise ValueError(f"{folder} holds no images; add some")
+    for path in paths:
+        pixels = _pixels(path)
+        coloured = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+        yield _unit(torch.from_numpy(coloured).permute(2, 0, 1).unsqueeze(0))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from kdpp.digits.checkpoints import load_classifier
+from kdpp.lab.plugins import load_function
 from kdpp.lab.processes import single_thread
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Metric",
     "Points",
     "accuracy",
+    "compared",
     "data_range",
     "describe",
     "diversity",
@@ -39,6 +41,7 @@ __all__ = [
     "inception_score",
     "kernel_distance",
     "load_features",
+    "load_picture_features",
     "measure",
     "paired",
     "precision_recall",
@@ -155,6 +158,23 @@ def load_features(name: str, images: Tensor, classes: int) -> Features:
         return NETWORKS[kind](name, Path(place))
     allowed = "'digits', 'pixels', 'inception:FILE.safetensors' or 'clip:FOLDER'"
     raise ValueError(f"features is {name!r}; it must be {allowed}")
+
+
+def load_picture_features(name: str) -> Features:
+    """Features of pictures (n, 3, h, w) in [-1, 1]: a network of `load_features`, or one's own.
+
+    "module:function" or "FILE.py:function" names a function of pictures in [0, 1] that gives
+    vectors, (n, D). Raises as `load_features` and `kdpp.lab.plugins.load_function`.
+    """
+    kind, _, place = name.partition(":")
+    if kind in NETWORKS and place:
+        return NETWORKS[kind](name, Path(place))
+    function = load_function(name)
+
+    def extract(images: Tensor) -> Tensor:
+        return torch.as_tensor(function(images.add(1.0).div(2.0)))
+
+    return Features(name, extract, (-1.0, 1.0))
 
 
 def _inception(name: str, path: Path) -> Features:
@@ -391,17 +411,24 @@ def measure(
     threadpoolctl.
     """
     points = Points(features(images))
+    scores = compared(points, data, teacher) | describe(points, labels, features)
+    return {name: scores[name] for name in METRICS if name in scores}
+
+
+@_single_thread()
+def compared(points: Points, data: Points, teacher: Points | None = None) -> dict[str, float]:
+    """Those of the `METRICS` that compare points with the data, and with the teacher's samples."""
     precision, recall = precision_recall(points, data)
     scores = {
         "fd": frechet_distance(points.rows, data.rows),
         "kid": kernel_distance(points, data),
         "precision": precision,
         "recall": recall,
-    } | describe(points, labels, features)
+    }
     if teacher is not None:
         scores["fd_teacher"] = frechet_distance(points.rows, teacher.rows)
         scores["kid_teacher"] = kernel_distance(points, teacher)
-    return {name: scores[name] for name in METRICS if name in scores}
+    return scores
 
 
 @_single_thread()

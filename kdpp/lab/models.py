@@ -129,9 +129,11 @@ class GenerativeModel(Protocol):
         classes: how many classes or prompts there are to draw; a label is the number of one.
         bounds: (low, high) of the samples that are images; None for latents.
         sampler: the solver that it was made for, by its name in `kdpp.SOLVERS`.
+        levels: the sigmas that it was made for; None: any.
         cond_scale: the CFG scale to sample it with.
         guidance: the teacher's CFG scale that it is meant to reach without one; None: unknown.
         guidance_range: the least and most CFG scale, where that is an input; None: it is none.
+        method: how it was made, in a word.
         parameters: how many numbers the network has.
         device: where it is.
     """
@@ -147,11 +149,15 @@ class GenerativeModel(Protocol):
     @property
     def sampler(self) -> str: ...
     @property
+    def levels(self) -> tuple[float, ...] | None: ...
+    @property
     def cond_scale(self) -> float: ...
     @property
     def guidance(self) -> float | None: ...
     @property
     def guidance_range(self) -> tuple[float, float] | None: ...
+    @property
+    def method(self) -> str: ...
     @property
     def parameters(self) -> int: ...
     @property
@@ -243,6 +249,11 @@ class Model:
     def cond_scale(self) -> float:
         """1: no CFG."""
         return 1.0
+
+    @property
+    def method(self) -> str:
+        """By which it was trained."""
+        return self.card.method
 
     @property
     def guidance(self) -> float | None:

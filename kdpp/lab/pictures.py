@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate, pad
 
 from kdpp.lab.data import Data
 
-__all__ = ["drawable", "grid", "real_images", "together"]
+__all__ = ["drawable", "grid", "real_images", "square", "together"]
 
 COLUMNS, LINES = 10, 5
 """The most of a grid."""
@@ -63,6 +63,14 @@ def grid(images: Tensor, classes: int) -> str:
     pixels = pixels.view(lines, columns, *pixels.shape[1:]).permute(0, 3, 1, 4, 2)
     whole = pixels.flatten(2, 3).flatten(0, 1)[:-GAP, :-GAP].squeeze(-1)
     return b64encode(_png(_pillow().fromarray(whole.numpy()))).decode()
+
+
+def square(images: Tensor) -> Tensor:
+    """The middle of each image (N, C, h, w), as squares of the size of a grid's."""
+    side = min(images.shape[2:])
+    top, left = ((length - side) // 2 for length in images.shape[2:])
+    middle = images[:, :, top : top + side, left : left + side].float().cpu()
+    return interpolate(middle, LARGE, mode="bilinear", antialias=True)
 
 
 def together(grids: Mapping[str, str]) -> bytes:

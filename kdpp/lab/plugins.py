@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-__all__ = ["import_file", "load_entry_points", "place_of"]
+__all__ = ["import_file", "load_entry_points", "load_function", "place_of"]
 
 
 _IMPORTED: set[str] = set()
@@ -44,6 +47,25 @@ def _import(path: Path) -> ModuleType:
         place = syntax or place_of(error) or path
         raise ImportError(f"{place}: {type(error).__name__}: {error}", path=name) from error
     return module
+
+
+def load_function(name: str) -> Callable[..., Any]:
+    """The function of ``module:function`` or ``FILE.py:function``.
+
+    Raises ValueError for another text, and where the module has no such function; FileNotFoundError
+    and ImportError as `import_file`.
+    """
+    place, colon, function = name.rpartition(":")
+    if not colon or not place or not function.isidentifier():
+        raise ValueError(
+            f"{name!r} names no function; it must be module:function, or FILE.py:function"
+        )
+    module = import_file(place) if place.endswith(".py") else import_module(place)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"{place} has no function {function!r}")
+    made: Callable[..., Any] = found
+    return made
 
 
 def place_of(error: Exception) -> str | None:

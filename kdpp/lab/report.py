@@ -19,6 +19,8 @@ from itertools import groupby
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from kdpp.lab.metrics import METRICS
+
 if TYPE_CHECKING:
     from kdpp.lab.bench import Report
 
@@ -68,7 +70,8 @@ CHANGES = {
     "own_share": About("teacher's own", "paired: against the student in the teacher's place"),
 }
 SHOWN = ("fd", "fd_teacher", "inception_score", "accuracy")
-"""The figures that the page begins with; buttons show the others."""
+"""The figures that the page begins with, beside metrics of the user's own; buttons show the
+others."""
 
 
 # Comma-separated values ---------------------------------------------------------------------------
@@ -442,14 +445,18 @@ def _samples(found: Report) -> str:
     if not found.pictures:
         return '<p class="note">None are shown: the data are no pictures.</p>'
     labels, seed = _labels(results), results["settings"]["seeds"][0]
-    real = _picture(found.pictures[0], "Images of the data", "real images")
+    shown = dict(zip(reversed(labels), reversed(found.pictures)))  # of the cells, without the first
+    beside = ""
+    if len(found.pictures) > len(shown):
+        real = _picture(found.pictures[0], "Images of the data", "real images")
+        beside = f"<figure>{real}</figure>"
     parts = [f'<p class="note">The first images of seed {seed}, all from the same noise.</p>']
     for family, members in _families(results).items():
-        parts += [f"<h3>{escape(family)}</h3>", '<div class="tiles">', f"<figure>{real}</figure>"]
+        parts += [f"<h3>{escape(family)}</h3>", '<div class="tiles">', beside]
         for cell in members:
             number, label = cell["cell"], escape(labels[cell["cell"]])
             about = f"Samples of cell {number}: {escape(family)}, {label}"
-            picture = _picture(found.pictures[number], about, f"<b>{number}</b> {label}")
+            picture = _picture(shown[number], about, f"<b>{number}</b> {label}")
             parts.append(f'<figure id="cell-{number}">{picture}</figure>')
         parts.append("</div>")
     return "\n".join(parts)
@@ -495,7 +502,7 @@ def _plot_data(results: Results) -> str:
                 "name": metric["name"],
                 "title": metric["title"],
                 "hint": _meaning(metric),
-                "shown": metric["name"] in SHOWN,
+                "shown": metric["name"] in SHOWN or metric["name"] not in METRICS,
             }
             for metric in results["metrics"]
         ],

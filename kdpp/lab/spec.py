@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdpp.checks import check_count
-from kdpp.lab.metrics import NEIGHBOURS
-from kdpp.lab.models import Model
+from kdpp.lab.metrics import NEIGHBOURS, NETWORKS
+from kdpp.lab.models import GenerativeModel
 from kdpp.lab.sampling import image_seeds, solver_for
 from kdpp.lab.settings import fill, read_toml, setting
 from kdpp.solver import unknown
@@ -38,6 +38,8 @@ RENOISE = ("next", "current", "random")
 REFERENCE_SEED = 10**9
 """The seed of the teacher's own samples. Those of a spec are lower: no cell is measured against
 samples from its own noise."""
+PLACES = {"model", "components", "lora", "student_lora", "teacher_lora"}
+"""The settings of a student that are files."""
 MOST = 100_000
 """Results of a spec, cells × seeds, and combinations of a grid."""
 
@@ -53,10 +55,14 @@ class Spec:
     features: str = setting(
         "", "in what, see `load_features`; default: digits for the digits, else pixels"
     )
+    metrics: tuple[str, ...] = setting((), "functions of pictures and prompts, module:function")
+    prompts: str = setting("", "what pipelines draw: a text file, a prompt in each line")
+    batch: int = setting(4, "pictures of pipelines in a run")
     images: int = setting(1000, "how many, of each cell and seed")
     seeds: int | tuple[int, ...] = setting(3, "so many, from 0; or a list of them")
     teacher: str | None = setting(None, "the checkpoint that guides")
     self_control: bool = setting(False, "also put each student in the teacher's place")
+    pipelines: dict[str, Any] = field(default_factory=dict)  # settings of all students' requests
     students: dict[str, Any] = field(default_factory=dict)  # names and their checkpoints
     reference: dict[str, Any] = field(default_factory=dict)  # the settings of `Reference`
     grid: tuple[dict[str, Any], ...] = setting((), "tables of settings of `Combination`")
@@ -103,7 +109,10 @@ class Combination(Guidance):
     sampler: str | None = setting(None, "a name of kdpp.SOLVERS; default: the student's own")
     steps: int | None = setting(None, "default: the student's own")
     options: dict[str, Any] = setting({}, "the sampler's own, such as {eta = 0.5}")
-    cond_scale: float = setting(1.0, "the student's CFG scale")
+    levels: tuple[float, ...] | None = setting(
+        None, "the levels themselves, falling to 0, in place of steps; τ for flow models"
+    )
+    cond_scale: float | None = setting(None, "the student's CFG scale; default: its own, or 1")
 
 
 @dataclass(frozen=True)
@@ -166,9 +175,15 @@ def read_spec(path: str | Path) -> Spec:
     return replace(
         spec,
         data=_placed(spec.data, path),
-        features=_placed(spec.features, path),
+        features=(_of_pictures if spec.prompts else _placed)(spec.features, path),
+        metrics=tuple(_of_pictures(name, path) for name in spec.metrics),
+        prompts=spec.prompts and str(path.parent / spec.prompts),
         teacher=spec.teacher and _placed(spec.teacher, path),
-        students={name: _placed(place, path) for name, place in spec.students.items()},
+        pipelines=_placed_all(spec.pipelines, path),
+        students={
+            name: _placed(about, path) if isinstance(about, str) else _placed_all(about, path)
+            for name, about in spec.students.items()
+        },
     )
 
 
@@ -186,8 +201,12 @@ def check_spec(spec: Spec) -> None:
     if not spec.students:
         raise ValueError('no student is named; add [students] with lines name = "checkpoint"')
     for name, place in spec.students.items():
-        if not isinstance(place, str):
+        if not isinstance(place, str) and not (spec.prompts and isinstance(place, Mapping)):
             raise ValueError(f"student {name!r} is {place!r}; it must be text, a checkpoint")
+    for name in ("pipelines", "metrics"):
+        if getattr(spec, name) and not spec.prompts:
+            raise ValueError(f"{name} is for pipelines, which draw prompts; give prompts, a file")
+    check_count("batch", spec.batch, 1)
     if not spec.grid:
         raise ValueError("there is no [[grid]]; add one that names a student")
     reference = spec.own_samples
@@ -204,12 +223,29 @@ def check_spec(spec: Spec) -> None:
 def _placed(name: str, spec: Path) -> str:
     """A path from the spec's folder; names of what ships with kdpp as they are."""
     kind, colon, place = name.partition(":")
-    if kind in ("inception", "clip") and colon:
+    if kind in NETWORKS and colon:
         return f"{kind}:{spec.parent / place}"
     return name if kind in ("", "digits", "pixels") else str(spec.parent / name)
 
 
-def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[str]]:
+def _of_pictures(name: str, spec: Path) -> str:
+    """The same of features and metrics of pictures: functions of modules as they are."""
+    kind = name.partition(":")[0]
+    return _placed(name, spec) if kind in NETWORKS or kind.endswith(".py") else name
+
+
+def _placed_all(settings: Mapping[str, Any], spec: Path) -> dict[str, Any]:
+    """The settings of a student, with its files from the spec's folder."""
+    placed = dict(settings)
+    for name in PLACES & settings.keys():
+        value = settings[name]
+        places = value if isinstance(value, list) else [value]
+        found = [str(spec.parent / place) for place in places]
+        placed[name] = found if isinstance(value, list) else found[0]
+    return placed
+
+
+def cells_of(spec: Spec, models: Mapping[str, GenerativeModel]) -> tuple[list[Cell], list[str]]:
     """The cells of all grids, each once, and notes on what was added, left out or run once.
 
     Combinations that sample alike make one cell: λ = 0 or k = 0, whatever else is said of the
@@ -248,7 +284,7 @@ def cells_of(spec: Spec, models: Mapping[str, Model]) -> tuple[list[Cell], list[
 
 
 def _grid_cells(
-    grid: Mapping[str, Any], where: str, spec: Spec, models: Mapping[str, Model]
+    grid: Mapping[str, Any], where: str, spec: Spec, models: Mapping[str, GenerativeModel]
 ) -> list[Cell | None]:
     """The grid's combinations as cells; None for guided steps that a combination does not have."""
     cells: list[Cell | None] = []
@@ -261,7 +297,7 @@ def _grid_cells(
             cells.append(base)
         elif _has_steps(base.steps, steps):
             present.add(steps)
-            cells.append(_guided(combination, base, where, spec))
+            cells.append(_guided(combination, base, where, spec, models))
         else:
             absent[steps] = max(base.steps, absent.get(steps, 0))
             cells.append(None)
@@ -289,7 +325,7 @@ def _combinations(grid: Mapping[str, Any], where: str) -> Iterator[Combination]:
 
 
 def _unguided(
-    combination: Combination, where: str, spec: Spec, models: Mapping[str, Model]
+    combination: Combination, where: str, spec: Spec, models: Mapping[str, GenerativeModel]
 ) -> Cell:
     """The combination without its guidance."""
     if not combination.student:
@@ -303,13 +339,22 @@ def _unguided(
     except ValueError as error:
         raise ValueError(f"{error}{where and f' (sampler{where})'}") from error
     options = tuple((n, v) for n, v in settings.items() if v != solver.options[n].default)
-    levels = model.levels_for(combination.steps)
-    return Cell(combination.student, solver.name, levels, combination.cond_scale, options)
+    if combination.steps is not None and combination.levels is not None:
+        raise ValueError(f"steps and levels{where} say the same; give one of them")
+    levels = combination.levels or model.levels_for(combination.steps)
+    own = model.cond_scale if combination.cond_scale is None else combination.cond_scale
+    return Cell(combination.student, solver.name, levels, own, options)
 
 
-def _guided(combination: Combination, base: Cell, where: str, spec: Spec) -> Cell:
+def _guided(
+    combination: Combination,
+    base: Cell,
+    where: str,
+    spec: Spec,
+    models: Mapping[str, GenerativeModel],
+) -> Cell:
     """The cell with the combination's guidance; without, where no step is left to guide."""
-    if spec.teacher is None:
+    if spec.teacher is None and not spec.prompts:
         raise ValueError(f"teacher_scale{where} is not 0, and no teacher is named; name one")
     if isinstance(combination.renoise, str) and combination.renoise not in RENOISE:
         raise ValueError(f"{unknown(f'renoise{where}', combination.renoise, RENOISE)}, or a level")
@@ -327,6 +372,8 @@ def _guided(combination: Combination, base: Cell, where: str, spec: Spec) -> Cel
     if steps == 0:
         return base
     scale = combination.teacher_cfg_scale
+    if scale is None and spec.prompts:
+        scale = models[base.student].guidance
     if scale is None:
         scale = spec.own_samples.cond_scale if spec.own_samples else 1.0
     given = {field.name: getattr(combination, field.name) for field in fields(Guidance)}
