@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import kdpp
-from kdpp.lab import bench, report
+from kdpp.checkpoints import models
+from kdpp.lab import bench, judges, report
 from kdpp.lab import compare as command
 from kdpp.lab.compare import compare
 from kdpp.lab.data import load_data
@@ -465,7 +466,7 @@ def test_other_weights_are_other_cells(finished, tmp_path, monkeypatch):
     old = jobs(spec_of(tmp_path), finished)
     model = load_model("digits:student")
     model.network.leave.bias[0] += 1e-3
-    monkeypatch.setattr(bench, "load_model", lambda name, device: (
+    monkeypatch.setattr(models, "load_model", lambda name, device: (
         model if name == "digits:student" else load_model(name)))  # fmt: skip
     assert not paths(old) & paths(jobs(spec_of(tmp_path), finished))
     monkeypatch.undo()
@@ -496,20 +497,20 @@ def test_a_checkpoint_of_two_names_is_measured_once(finished, tmp_path):
 def test_what_images_are_compared_with_names_a_result(finished, tmp_path, monkeypatch):
     """The number of classes, and the content of the features' file, whatever it is called."""
     old = paths(jobs(spec_of(tmp_path), finished))
-    fits = bench._check_fit
-    monkeypatch.setattr(bench, "_check_fit", lambda *_: None)
+    fits = judges.DataJudge.check
+    monkeypatch.setattr(judges.DataJudge, "check", lambda *_: None)
     data = replace(load_data("digits"), classes=11)
-    monkeypatch.setattr(bench, "load_data", lambda _: data)
+    monkeypatch.setattr(judges, "load_data", lambda _: data)
     pixels = '"pixels"'
     new = jobs(spec_of(tmp_path, top_features=pixels), finished)
     monkeypatch.undo()
     other = jobs(spec_of(tmp_path, top_features=pixels), finished)
     assert not paths(new) & paths(other) and not paths(other) & old
-    assert fits is bench._check_fit
+    assert fits is judges.DataJudge.check
 
     def named():
         features = replace(load_features("pixels", data.images, 10), name=f"clip:{tmp_path}/clip")
-        monkeypatch.setattr(bench, "load_features", lambda *_: features)
+        monkeypatch.setattr(judges, "load_features", lambda *_: features)
         return paths(jobs(spec_of(tmp_path), finished))
 
     (tmp_path / "clip").mkdir()
@@ -586,7 +587,7 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
         count += 1
         return measure(images if count < 3 else images * float("nan"), *rest)
 
-    monkeypatch.setattr(bench, "measure", failing)
+    monkeypatch.setattr(judges, "measure", failing)
     with pytest.raises(ValueError, match=r"small, lcm.*seed [35]: images must be finite.*is kept"):
         compare(spec_of(tmp_path), tmp_path / "out")
     assert len(list((tmp_path / "out" / "cells").glob("*.json"))) == 2

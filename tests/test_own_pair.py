@@ -1,5 +1,6 @@
 """``kdpp tune`` and ``kdpp compare`` on pipelines of diffusers: the user's own pair."""
 
+import importlib
 import json
 import os
 import re
@@ -19,17 +20,19 @@ pytest.importorskip("sklearn")
 pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 
 import kdpp
+from kdpp.checkpoints.flags import request_of, settings_of
 from kdpp.checkpoints.load import load_pipeline
-from kdpp.checkpoints.models import Shelf, open_models
+from kdpp.checkpoints.models import Shelf, open_models, student_request
 from kdpp.checkpoints.pipelines import encode, network_of
 from kdpp.checkpoints.presets import PRESETS
 from kdpp.checkpoints.requests import Request, read_png
-from kdpp.cli import main
+from kdpp.cli import MODULES, main
 from kdpp.lab import pieces, tune
 from kdpp.lab.data import load_pictures
 from kdpp.lab.looks import Look
 from kdpp.lab.metrics import frechet_distance
 from kdpp.lab.sampling import Recipe, draw
+from kdpp.lab.spec import read_spec
 from test_loras import lora
 
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
@@ -146,6 +149,12 @@ def test_a_flow_model_is_tuned_in_its_ve_form(tmp_path):
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
+def base_of(sd):
+    """The student without a LoRA."""
+    request = Request(str(sd / "student"), steps=1, width=16, height=16)
+    return open_models(request, CPU, PROMPTS)[0]
+
+
 def test_one_network_with_a_speed_lora(sd, tmp_path):
     """The student has it, the teacher has not; the command that is printed names it."""
     file = lora(tmp_path / "speed.safetensors", 3)
@@ -157,12 +166,14 @@ def test_one_network_with_a_speed_lora(sd, tmp_path):
     one = asked(*words, "--student-lora", f"{file}:0.5")
     student, teacher = one.recipe.student, one.recipe.teacher
     assert student.parameters == teacher.parameters and student.digest() != teacher.digest()
+    full = asked(*words, "--student-lora", file).recipe.student
+    assert len({one.digest() for one in (student, full, base_of(sd))}) == 3
     part, x = one.work().fit[0], torch.ones(1, 4, 8, 8)
     cond = {key: value[:1] for key, value in part.extra_args["cond"].items()}
-    base, _ = open_models(Request(str(sd / "student"), steps=1, width=16, height=16), CPU, PROMPTS)
     with torch.no_grad():
         answers = [
-            model.denoiser_for(1)(x, torch.ones(1), cond=cond) for model in (student, teacher, base)
+            model.denoiser_for(1)(x, torch.ones(1), cond=cond)
+            for model in (student, teacher, base_of(sd))
         ]
     assert torch.equal(answers[1], answers[2]) and not torch.equal(answers[0], answers[1])
 
@@ -526,3 +537,32 @@ def test_what_cannot_be_compared_is_said(changes, sentence, sd, tmp_path, capsys
 def test_a_mistake_in_a_metric_is_named_by_its_line(sd, tmp_path, capsys):
     assert compared(sd, SPEC, tmp_path, ("mine.py:noise", "mine.py:broken"))[0] == 1
     assert "mine.py, line 36: RuntimeError: no weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", ["tuning", "comparing"])
+def test_the_pages_on_ones_own_models(page, tmp_path):
+    """Their commands are read, and the spec and the metric are ones."""
+    text = (Path(__file__).parents[1] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"```console\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    commands = [
+        line.partition("kdpp ")[2].split() for line in blocks.splitlines() if "kdpp" in line
+    ]
+    assert len(commands) == {"tuning": 2, "comparing": 1}[page]
+    for name, *words in commands:
+        module = importlib.import_module(MODULES[name])
+        parser = module.argparse.ArgumentParser()
+        module.add_arguments(parser)
+        given = parser.parse_args(words)
+        if name == "tune":
+            assert PRESETS[request_of(settings_of(given)).preset]
+    if page == "comparing":
+        (spec,) = [b for b in re.findall(r"```toml\n(.*?)```", text, re.S) if "prompts =" in b]
+        (tmp_path / "mine.toml").write_text(spec)
+        students = read_spec(tmp_path / "mine.toml").students
+        requests = {name: student_request(about, "teacher") for name, about in students.items()}
+        assert requests["lcm-lora"].loras[0][1:] == (1.0, "student")
+        assert requests["lcm-lora"].teacher is None and requests["lightning"].teacher == "teacher"
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+        names = {}
+        exec(compile(code, page, "exec"), names)
+        assert names["brightness"](torch.full((2, 3, 4, 4), 0.5), ["", ""]).tolist() == [0.5, 0.5]

@@ -10,7 +10,8 @@ its name. In the order that data flows:
 - plugins: methods and solvers of one's own
 - sampling: a recipe and seeds become images
 - metrics: images become figures, figures of several seeds an estimate
-- spec, bench: what is to be measured; the engine of `kdpp evaluate` and `kdpp compare`
+- spec, judges, bench: what is to be measured, and in what; the engine of `kdpp evaluate` and
+  `kdpp compare`
 - report, pictures: the page, the tables, the grids of images
 - looks, tuning, answer: what `kdpp tune` measures, how it decides, and what it says
 - pieces: work in parts that are kept and shared

@@ -67,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 ABOUT = {
+    "cond_scale": "the model's CFG scale (default: 1)",
+    "levels": "the levels themselves, falling to 0, in place of steps",
     "sampler": "a solver, see `kdpp solvers` (default: the one that the model is made for)",
     "steps": "how many (default: what the model is made for)",
     "teacher_scale": "λ, the share of the teacher's estimate (default: 0.1)",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import kdpp
+import kdpp.solvers  # enters kdpp's own by their names
 from kdpp.checks import check_count, check_number, check_sigmas
 from kdpp.driver import Callback
 from kdpp.editing import noised

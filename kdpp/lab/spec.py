@@ -1,6 +1,7 @@
 """What is to be measured: a TOML file of `kdpp compare`, or the flags of `kdpp evaluate`.
 
-At the top of a file are the keys of `Spec`, in ``[students]`` names and their checkpoints, in
+At the top of a file are the keys of `Spec`, in ``[students]`` names and their checkpoints (of
+pipelines also tables of settings, and in ``[pipelines]`` those of all), in
 ``[reference]`` how the teacher's own samples are drawn (`Reference`), and in one or more
 ``[[grid]]`` a value, or a list of values, for each of the settings of `Combination`: a grid stands
 for all their combinations. All of it is read and turned into cells (`cells_of`) before any work.
