@@ -560,7 +560,7 @@ def test_the_pages_on_ones_own_models(page, tmp_path):
         (tmp_path / "mine.toml").write_text(spec)
         students = read_spec(tmp_path / "mine.toml").students
         requests = {name: student_request(about, "teacher") for name, about in students.items()}
-        assert requests["lcm-lora"].loras[0][1:] == (1.0, "student")
+        assert requests["lcm-lora"].loras[0][1:] == (None, "student")
         assert requests["lcm-lora"].teacher is None and requests["lightning"].teacher == "teacher"
         (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
         names = {}

@@ -256,7 +256,8 @@ class Asked:
         given = {n: v for n in names if (v := getattr(request, n)) != getattr(Request(), n)}
         words = ["kdpp", "generate", *_flags(given | settings)]
         for path, weight, role in request.loras:
-            words += [f"--{role}-lora".replace("both-", ""), f"{path}:{weight:g}"]
+            file = path if weight is None else f"{path}:{weight:g}"
+            words += [f"--{role}-lora".replace("both-", ""), file]
         for name, value in request.options.items():
             words += ["--option", f"{name}={value}"]
         return shlex.join([*words, "--prompts", str(self.prompts), "--compare", "--out", "DIR"])
