@@ -119,7 +119,7 @@ def test_samples_draw_the_prompts_in_turn(sd):
     assert parts[0].extra_args["cond_scale"] == 1.0 and one.scale == 7.5
 
 
-def test_a_preset_says_how_the_student_is_sampled(tmp_path):
+def test_a_preset_says_how_the_student_is_sampled(tmp_path, capsys):
     """Its sampler, levels and scales, without another flag."""
     words = [*words_of(save(tmp_path, "sdxl")), *FEW]
     one = asked(*words, "--preset", "dmd2", "--dtype", "bfloat16")
@@ -129,6 +129,9 @@ def test_a_preset_says_how_the_student_is_sampled(tmp_path):
     unet = one.recipe.student.pair.pipe.unet
     assert unet.dtype == torch.bfloat16
     five = asked(*words, "--sigmas", "[14.6, 5, 2, 1, 0.5, 0]", "--sampler", "dpmpp_2m")
+    assert "trained for" not in capsys.readouterr().err
+    asked(*words, "--preset", "dmd2", "--sigmas", "[14.6, 5, 0]")
+    assert "dmd2 was trained for the levels" in capsys.readouterr().err
     assert five.recipe.levels == (14.6, 5.0, 2.0, 1.0, 0.5, 0.0)
     assert five.recipe.solver.name == "dpmpp_2m"
 
@@ -408,7 +411,7 @@ def test_a_pair_of_pipelines_is_compared(sd, tmp_path):
             wanted = float(student.decode(x).mean((1, 2, 3)).mean())
             assert values[k][seed] == pytest.approx(wanted, rel=1e-6)
     seen = (sd / "seen.txt").read_text().splitlines()
-    assert len(seen) == 3 * 2 * 4 and set(seen) == set(PROMPTS)
+    assert len(seen) == 3 + 3 * 2 * 4 and set(seen) == set(PROMPTS)
     page = (out / "report.html").read_text()
     assert page.count("data:image/png") == 3 and "real images" not in page
     # Once more: nothing is measured.
@@ -535,7 +538,9 @@ def test_what_cannot_be_compared_is_said(changes, sentence, sd, tmp_path, capsys
 
 
 def test_a_mistake_in_a_metric_is_named_by_its_line(sd, tmp_path, capsys):
-    assert compared(sd, SPEC, tmp_path, ("mine.py:noise", "mine.py:broken"))[0] == 1
+    """Before any cell is sampled."""
+    status, out = compared(sd, SPEC, tmp_path, ("mine.py:noise", "mine.py:broken"))
+    assert status == 1 and not out.exists()
     assert "mine.py, line 36: RuntimeError: no weights" in capsys.readouterr().err
 
 

@@ -97,7 +97,7 @@ def run(
         jobs = bench.jobs()
         untried = {job.cell: job for job in jobs if not job.done}
         for job in untried.values():
-            attempt(job.recipe, job.cell or job)
+            bench.judge.attempt(job.recipe.student, attempt(job.recipe, job.cell or job))
         make_folder(out / "cells")
         with locked(out) if rank == 0 else nullcontext():
             for remark in bench.judge.remarks if rank == 0 else ():

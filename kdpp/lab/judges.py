@@ -74,6 +74,9 @@ class Judge(Protocol):
     def load(self) -> None:
         """Have what is compared with; the attributes are there afterwards."""
 
+    def attempt(self, model: GenerativeModel, samples: Images) -> None:
+        """Measure one sample, as far as one can be: mistakes of a user's own are seen at once."""
+
     def labels(self, seed: int, count: int) -> Tensor | None:
         """Which class or prompt each sample of a seed shows; None: as their seeds say."""
 
@@ -128,6 +131,9 @@ class DataJudge:
             self.images, self.data.images.numpy().tobytes(), self.data.classes,
             name, file_content(name),
         ])  # fmt: skip
+
+    def attempt(self, model: GenerativeModel, samples: Images) -> None:
+        """Nothing here is the user's own."""
 
     def labels(self, seed: int, count: int) -> Tensor | None:
         """As their seeds say."""
@@ -241,6 +247,14 @@ class PictureJudge:
         """A digest of references, features, metrics and the size of a batch."""
         about = [(scorer.place, file_content(scorer.place)) for scorer in self.scorers]
         return digest([self.images, self.batch, self._reference, about])
+
+    def attempt(self, model: GenerativeModel, samples: Images) -> None:
+        """Decode the picture, and give it to every metric and to the features."""
+        for shown, prompts in self._shown(model, samples):
+            for scorer in self.scorers:
+                scorer(shown, prompts)
+            if self.space is not None:
+                self._space(shown)
 
     def labels(self, seed: int, count: int) -> Tensor | None:
         """Prompts go on from seed to seed: n seeds of m samples draw n·m prompts in turn."""

@@ -229,10 +229,10 @@ def draw(
     return batches.images()
 
 
-def attempt(recipe: Recipe, name: object) -> None:
+def attempt(recipe: Recipe, name: object) -> Images:
     """Draw one image; ValueError says of ``name`` what it cannot."""
     try:
-        draw(recipe, [0])
+        return draw(recipe, [0])
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
 

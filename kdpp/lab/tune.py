@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from kdpp.checkpoints.flags import (
     request_of,
     settings_of,
 )
-from kdpp.checkpoints.models import open_models
+from kdpp.checkpoints.models import PipelineModel, open_models
 from kdpp.checkpoints.requests import Request
 from kdpp.kinds import Denoiser, is_flow
 from kdpp.lab import processes
@@ -181,6 +182,9 @@ class Asked:
         device = processes.device(arguments.device)
         student, teacher = open_models(request, device, prompts and read_prompts(prompts))
         assert teacher is not None
+        if isinstance(student, PipelineModel) and processes.share()[0] == 0:
+            for remark in student.pair.remarks:
+                print(f"kdpp: {remark}", file=sys.stderr)
         reach, scale = student.guidance, request.teacher_cfg_scale
         if scale is None:
             if reach is None:
