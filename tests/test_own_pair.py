@@ -524,10 +524,10 @@ def test_one_pair_at_a_time_is_in_memory(sd):
         ([("prompts.txt", "nothing.txt")], "nothing.txt"),
         ([('"student"\n', '{model = "student", preset = "dmd3"}\n')], "did you mean 'dmd2'"),
         ([('"student"\n', '{model = "student", pre = "dmd2"}\n')], "did you mean 'preset'"),
-        ([('"student"\n', '{model = "nowhere"}\n')], "nowhere"),
+        ([('"student"\n', '{model = "nowhere"}\n')], "there is no file or folder"),
         ([("[0.0, 0.5]", "0.5\nsteps = 3\nlevels = [[2.0, 0.0]]")], "say the same"),
         ([('teacher = "teacher"', "")], "no teacher is named"),
-        ([('mine = "student"', 'mine = "digits:student"')], "digits:student"),
+        ([('mine = "student"', 'mine = "digits:student"')], "a model of the lab, which takes no"),
     ],
 )
 def test_what_cannot_be_compared_is_said(changes, sentence, sd, tmp_path, capsys):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdpp.checkpoints.flags import ROLES, read_lora, request_of
 from kdpp.checkpoints.load import is_pipeline
-from kdpp.checkpoints.pairs import PipelinePair, check_lab
+from kdpp.checkpoints.pairs import PipelinePair, check_lab, check_places
 from kdpp.checkpoints.pipelines import decode
 from kdpp.checkpoints.requests import Picture, Request
 from kdpp.lab.files import digest
@@ -37,6 +37,8 @@ def open_models(
     Raises as `kdpp.checkpoints.pairs.open_pair`, and ValueError for prompts where none are taken,
     or none where they are.
     """
+    if prompts:
+        check_places(request)
     if not is_pipeline(request.student):
         if prompts:
             raise ValueError(f"{request.student} is a model of the lab, which takes no prompts")

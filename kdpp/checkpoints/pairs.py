@@ -55,11 +55,7 @@ def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
     cannot do, or for files that are not those that the request was made with (`digests`).
     """
     source = read_source(request)
-    for name in request.places.values():
-        if not (name.startswith("digits:") or Path(name).exists()):
-            raise FileNotFoundError(
-                f"there is no file or folder {name}; kdpp fetches nothing: download it first"
-            )
+    check_places(request)
     make = PipelinePair if is_pipeline(request.student) else LabPair
     pair = make(request, device, source)
     found = pair.request.digests
@@ -71,6 +67,15 @@ def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
             )
     remember({found[role]: name for role, name in request.places.items() if Path(name).exists()})
     return pair
+
+
+def check_places(request: Request) -> None:
+    """FileNotFoundError where a file or folder that the request names is not there."""
+    for name in request.places.values():
+        if not (name.startswith("digits:") or Path(name).exists()):
+            raise FileNotFoundError(
+                f"there is no file or folder {name}; kdpp fetches nothing: download it first"
+            )
 
 
 class Pair:
