@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
-from kdpp.lab import bench, evaluate, files, pictures, sampling
+from kdpp.lab import evaluate, files, judges, pictures, sampling
 from kdpp.lab.compare import compare
 from kdpp.lab.data import Data, load_data
 from kdpp.lab.metrics import METRICS, Points, load_features, measure
@@ -293,7 +292,7 @@ def mortal(write, folder, *, after):
 def evaluation(folder, patience=0.0):
     """An evaluation of two batches a seed, each written at once."""
     sampling.PATIENCE = patience
-    bench.Batches = partial(sampling.Batches, chunk=10)
+    judges.CHUNK = 10
     data = folder.parent / "data.safetensors"
     run(*PAIR, "--data", data, "--images=20", "--seeds=2", "--out", folder)
 
@@ -419,7 +418,7 @@ def test_two_processes_of_which_one_is_lost(by_one, monkeypatch, sampled):
     batches = [path for path in (out / "cells").glob("*/*.safetensors")
                if path.parent.stem not in names]  # fmt: skip
     assert left or batches
-    for module, name in ((sampling, "PATIENCE"), (bench, "Batches")):
+    for module, name in ((sampling, "PATIENCE"), (judges, "CHUNK")):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back afterwards
     evaluation(out)
     assert sampled() == 2 * (7 - len(left)) - len(batches)
