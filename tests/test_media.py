@@ -13,7 +13,7 @@ from kdpp.checkpoints import drawing, media, pairs
 from kdpp.checkpoints.requests import Picture, Request, read_png, read_texts
 from kdpp.cli import main
 from kdpp.lab.models import load_model
-from kdpp.lab.sampling import INITIAL, denoiser_for, levels_for
+from kdpp.lab.sampling import INITIAL
 from kdpp.noise import SeededNoise
 from picture_files import numbers, pixels, right_half, write
 
@@ -209,7 +209,7 @@ def test_a_lab_models_picture_from_a_picture(tmp_path, capsys):
     words = ("--student", "digits:student", "--image", tmp_path / "in.png", "--label", 4)
     assert run(tmp_path / "a", *words, "--strength", 0.5, "--seed", "3-4") == 0
     model = load_model("digits:student")
-    levels = torch.tensor(levels_for(model))
+    levels = torch.tensor(model.levels_for())
     cut = kdpp.truncate(levels, 0.5)
     assert len(levels) == 5 and len(cut) == 3
     said = ", ".join(f"{level:.4g}" for level in cut.tolist())
@@ -218,7 +218,7 @@ def test_a_lab_models_picture_from_a_picture(tmp_path, capsys):
         x0 = made.movedim(-1, 0)[None] / 255.0 * 2.0 - 1.0
         noise = SeededNoise(x0, torch.tensor([seed]), INITIAL)()
         solver_noise = SeededNoise(x0, torch.tensor([seed]), INITIAL + 1)
-        alone = kdpp.TeacherGuidedDenoiser(denoiser := denoiser_for(model, 4), denoiser,
+        alone = kdpp.TeacherGuidedDenoiser(denoiser := model.denoiser_for(4), denoiser,
                                            teacher_steps=0)  # fmt: skip
         extra_args = {"cond": torch.tensor([4]), "uncond": torch.tensor([10]), "cond_scale": 1.0}
         found = kdpp.image_to_image(

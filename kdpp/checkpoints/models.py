@@ -21,6 +21,7 @@ from kdpp.checkpoints.pipelines import decode
 from kdpp.checkpoints.requests import Picture, Request
 from kdpp.lab.files import digest
 from kdpp.lab.models import GenerativeModel, load_model
+from kdpp.solver import unknown
 
 __all__ = ["PipelineModel", "Shelf", "open_models", "student_request"]
 
@@ -49,11 +50,18 @@ def open_models(
         return load_model(request.student, device), teacher
     if not prompts:
         raise ValueError(f"{request.student} draws prompts: name a file of them (--prompts FILE)")
-    pair = PipelinePair(replace(request, prompt=prompts[0]), device)
+    pair = PipelinePair(replace(request, prompt=prompts[0]), device, None)
     student = PipelineModel(pair, "student", prompts)
     if pair.teacher is pair.student:
         return student, None
     return student, PipelineModel(pair, "teacher", prompts)
+
+
+SETTINGS = {
+    "components", "prediction", "preset", "dtype", "negative", "width", "height", "sampler",
+    "steps", "sigmas", "cond_scale", "teacher_cfg_scale",
+}  # fmt: skip
+"""Those of a `Request` that a student of a spec may have."""
 
 
 class Shelf:
@@ -189,7 +197,7 @@ class PipelineModel:
         or else as the pipeline makes them."""
         own = self.pair.request.sigmas
         assert own is not None
-        return own if steps in (None, len(own) - 1) else self.pair.levels(steps)
+        return own if steps in (None, len(own) - 1) else self.pair.levels_of(steps)
 
     def denoiser_for(self, steps: int) -> nn.Module:
         """The same for any number of steps."""
@@ -236,6 +244,8 @@ def student_request(about: str | Mapping[str, Any], teacher: str | None) -> Requ
         for kind, (role, _) in ROLES.items()
         for text in _listed(given.pop(f"{kind.replace('-', '_')}lora", []))
     )
+    for name in given.keys() - SETTINGS - {"student"}:
+        raise ValueError(unknown("setting of a student", name, SETTINGS | {"model", "lora"}))
     if loras:
         given["loras"] = loras
     elif teacher is not None:

@@ -211,7 +211,9 @@ class PictureJudge:
         self.metrics = METRICS | {scorer.name: scorer.metric for scorer in self.scorers}
 
     def check(self, name: str, model: GenerativeModel) -> None:
-        """Any pipeline will do."""
+        """It must make pictures."""
+        if len(model.shape) != 3:
+            raise ValueError(f"{name} makes videos; kdpp compare measures pictures")
 
     def load(self) -> None:
         """The features, and those of the reference pictures."""
