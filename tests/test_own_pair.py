@@ -221,6 +221,12 @@ def test_a_stopped_run_goes_on(sd, tmp_path, monkeypatch, capsys):
     assert len(list((tmp_path / "two" / "parts").iterdir())) == 2
 
 
+def test_each_process_makes_its_own_parts(tmp_path):
+    made = []
+    share = pieces.Pieces(tmp_path, 1, 3).make("study", 7, lambda i: made.append(i) or {})
+    assert made == list(share) == [1, 4]
+
+
 def test_two_processes_tune_as_one(tmp_path):
     """Each works on its own parts of the samples; one writes the answer. (On the lab's models,
     which load at once: sharing knows nothing of pipelines.)"""

@@ -44,8 +44,8 @@ from kdpp.noise import SeededNoise
 __all__ = ["add_arguments", "run", "tune"]
 
 SETTINGS = (
-    "components", "prediction", "preset", "dtype", "negative", "width", "height", "frames", "sampler",
-    "steps", "sigmas", "cond_scale", "teacher_cfg_scale",
+    "components", "prediction", "preset", "dtype", "negative", "width", "height", "frames",
+    "sampler", "steps", "sigmas", "cond_scale", "teacher_cfg_scale",
 )  # fmt: skip
 """Those of a `Request` that have a flag here, beside student, teacher and LoRAs."""
 PURE = 0.999
