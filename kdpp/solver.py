@@ -22,6 +22,7 @@ __all__ = [
     "ANCESTRAL",
     "CHURN",
     "SOLVERS",
+    "VARIABLE",
     "Option",
     "Solver",
     "solver",
@@ -101,6 +102,8 @@ CHURN = {
     "s_noise": Option(1.0, low=0.0),
 }
 """The options of solvers that churn (Karras et al. 2022, Algorithm 2)."""
+VARIABLE = {"variable": Option("sigma", choices=("sigma", "tau"))}
+"""The option of solvers whose rule may take ``τ = σ/(1+σ)`` in σ's place."""
 
 
 @dataclass(eq=False, repr=False)
@@ -264,9 +267,10 @@ def _check(solver: Solver, sigmas: tuple[float, ...], steps: tuple[Step, ...]) -
             row = step.stages[-1].row
             if any(stage.row.noise is not None for stage in step.stages):
                 raise ValueError(f'{where} draws noise, and the solver says noise="none"')
-            end = row.target + sum(weight for weight, _ in row.past)
-            if not (end == step.sigma_next or abs(end - step.sigma_next) <= 1e-6 * step.sigma):
-                raise ValueError(f"{where} ends at σ = {end:g} and not at {step.sigma_next:g}")
+            if not (
+                row.end == step.sigma_next or abs(row.end - step.sigma_next) <= 1e-6 * step.sigma
+            ):
+                raise ValueError(f"{where} ends at σ = {row.end:g} and not at {step.sigma_next:g}")
 
 
 SOLVERS: dict[str, Solver] = {}

@@ -70,6 +70,61 @@ def dpm_2_ancestral(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_no
     return x
 
 
+def _down_in_tau(sigma, end, eta):
+    """σ_down and the noise of the flow models' ancestral step, from its formula in (1-τ) x."""
+    tau, tau_end = sigma / (1 + sigma), end / (1 + end)
+    down = tau_end * max(0.0, 1 + (tau_end / tau - 1) * eta)
+    kept = (1 - tau_end) / (1 - down)
+    return down / (1 - down), sqrt(max(0.0, tau_end**2 - (down * kept) ** 2)) / (1 - tau_end)
+
+
+def euler_ancestral_rf(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0):
+    """Euler down in tau, then noise."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        down, up = _down_in_tau(sigma, end, eta)
+        x0 = estimate(x, sigma)
+        new = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        x = _noised(new + (x - x0) / sigma * down, noise, sigma, end, s_noise * up)
+    return x
+
+
+def dpm_2_ancestral_rf(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0):
+    """The middle's slope in tau, for z = (1-tau) x, then noise."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        down, up = _down_in_tau(sigma, end, eta)
+        x0 = estimate(x, sigma)
+        if down == 0:
+            x = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        else:
+            tau, tau_down = sigma / (1 + sigma), down / (1 + down)
+            z, tau_u = (1 - tau) * x, sqrt(tau * tau_down)
+            u = (z + (z - x0) / tau * (tau_u - tau)) / (1 - tau_u)
+            middle = tau_u / (1 - tau_u)
+            u0 = estimate(u, middle)
+            new = revise(Moment(i, sigma, end, u, middle), u0, u0)
+            z = z + ((1 - tau_u) * u - u0) / tau_u * (tau_down - tau)
+            x = z / (1 - tau_down) + (new - u0)
+        x = _noised(x, noise, sigma, end, s_noise * up)
+    return x
+
+
+def dpmpp_2s_ancestral_rf(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0):
+    """2S by its middle point's estimate alone, then noise."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        down, up = _down_in_tau(sigma, end, eta)
+        x0 = estimate(x, sigma)
+        if down == 0:
+            x = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        else:
+            middle = sqrt(sigma * down)
+            u = x0 + middle / sigma * (x - x0)
+            u0 = estimate(u, middle)
+            new = revise(Moment(i, sigma, end, u, middle), u0, u0)
+            x = down / sigma * x + (1 - down / sigma) * new
+        x = _noised(x, noise, sigma, end, s_noise * up)
+    return x
+
+
 def ddim_stochastic(estimate, uncond, revise, x, sigmas, noise, *, s_noise=1.0):
     """Two levels down, one up (Meng et al., equations 4-7)."""
     levels = [*map(float, sigmas.double()), float(sigmas[-1])]
@@ -83,12 +138,14 @@ def ddim_stochastic(estimate, uncond, revise, x, sigmas, noise, *, s_noise=1.0):
     return x
 
 
-def lms(estimate, uncond, revise, x, sigmas, noise, *, order=4):
+def lms(estimate, uncond, revise, x, sigmas, noise, *, order=4, lower_order_final="never"):
     """Adams-Bashforth in sigma; the coefficients by quadrature."""
     levels, slopes = [float(s) for s in sigmas.double()], []
     for i, (sigma, end) in enumerate(pairs(sigmas)):
         x0 = estimate(x, sigma)
         new = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        if end == 0 and lower_order_final == "at 0":
+            return new
         slopes.insert(0, (x - x0) / sigma)
         nodes = levels[max(0, i - order + 1) : i + 1][::-1]
         for j, slope in enumerate(slopes[: len(nodes)]):
@@ -191,8 +248,12 @@ def dpmpp_3m_sde_o3(*args, **options):
     return dpmpp_3m_sde(*args, **options, bend=2.0, start=True)
 
 
-def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
-    """Predict, evaluate, correct, as separate steps (Zhao et al. 2023, B(h) = e^-h - 1)."""
+def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2, variant="bh2",
+          lower_order_final="at 0"):  # fmt: skip
+    """Predict, evaluate, correct, as separate steps (Zhao et al. 2023, algorithms 5 to 8)."""
+
+    def big_b(h):
+        return expm1(-h) if variant == "bh2" else -h
 
     def residual(h, start, others, newest=None):
         """sum_k rho_k (m_k - m_0)/r_k."""
@@ -204,7 +265,7 @@ def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
             return torch.zeros_like(start)
         phi, factorial, right = expm1(-h) / -h - 1, 1, []
         for k in range(1, len(ratios) + 1):
-            right.append(phi * factorial / expm1(-h))
+            right.append(phi * factorial / big_b(h))
             factorial *= k + 1
             phi = phi / -h - 1 / factorial
         matrix = np.array([[r ** (k - 1) for r in ratios] for k in range(1, len(ratios) + 1)])
@@ -214,7 +275,7 @@ def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
         )
 
     history, steps = [], len(sigmas) - 1
-    ends_at_zero, last = float(sigmas[-1]) == 0.0, None
+    lowers, last = lower_order_final == "always" or float(sigmas[-1]) == 0.0, None
     for i, (sigma, end) in enumerate(pairs(sigmas)):
         point, x0 = x, estimate(x, sigma)
         if last is not None:  # correct the point that was predicted, keeping the teacher's term
@@ -222,20 +283,23 @@ def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
             h = log(sigma_0 / sigma)
             start, others = history[0][0], history[1:used]
             mean = sigma / sigma_0 * origin - expm1(-h) * start
-            x = mean - expm1(-h) * residual(h, start, others, newest=x0) + shift
+            x = mean - big_b(h) * residual(h, start, others, newest=x0) + shift
         history.insert(0, (x0, sigma))
         new = revise(Moment(i, sigma, end, point, sigma), x0, x0)
-        used = min(order, len(history), steps - i if ends_at_zero else order)
+        used = min(order, len(history), steps - i if lowers else order)
         last, sigma_0 = (x, sigma, used, new - x0), sigma
         if end == 0:
             return new
         h = log(sigma / end)
         mean = end / sigma * x - expm1(-h) * x0
-        x = mean - expm1(-h) * residual(h, x0, history[1:used]) + (new - x0)
+        x = mean - big_b(h) * residual(h, x0, history[1:used]) + (new - x0)
     return x
 
 
 REFERENCES = {
+    "euler_ancestral_rf": euler_ancestral_rf,
+    "dpm_2_ancestral_rf": dpm_2_ancestral_rf,
+    "dpmpp_2s_ancestral_rf": dpmpp_2s_ancestral_rf,
     "heun": heun,
     "dpm_2": dpm_2,
     "dpm_2_ancestral": dpm_2_ancestral,

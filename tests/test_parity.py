@@ -55,7 +55,8 @@ def variants(solver):
     own = []
     for name, option in solver.options.items():
         if name not in {**ANCESTRAL[-1], **CHURN[2], **CHURN[1]}:
-            etas = [{"eta": eta} for eta in (0.0, 0.5, 1.0)] if option.choices else [{}]
+            words = option.choices and accepts(solver, "eta")
+            etas = [{"eta": eta} for eta in (0.0, 0.5, 1.0)] if words else [{}]
             own += [{name: value, **eta} for value in other_values(option) for eta in etas]
     return [{}, *churn, *ancestral, *own]
 

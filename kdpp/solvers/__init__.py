@@ -14,6 +14,9 @@ same name takes, in the same positions:
   flow model σ = τ/(1-τ).
 - ``eta``: 0 the ODE … 1 fully ancestral; ``s_noise``: factor on added noise;
   ``noise_sampler(sigma, sigma_next)``: source of standard normal noise, by default k-diffusion's.
+- ``variable``: what the rule takes for the noise level. "sigma": σ. "tau": ``τ = σ/(1+σ)`` and the
+  state ``z = (1-τ) x``, a flow model's own, as ComfyUI runs flow models. The rule is the same, the
+  numbers are not; the teacher's term is.
 
 They raise TypeError or ValueError, before any network call, for a model that is not wrapped, an
 integer latent, sigmas that are not 1-D, finite, non-negative and non-increasing, a negative eta or

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -21,11 +21,12 @@ from kdpp.plan import (
     Step,
     ancestral_split,
     euler_row,
+    in_variable,
     is_first_order,
     level_before,
     level_ratio,
 )
-from kdpp.solver import ANCESTRAL, Option, solver
+from kdpp.solver import ANCESTRAL, VARIABLE, Option, solver
 
 __all__ = [
     "sample_dpmpp_2m_ancestral_tg",
@@ -83,25 +84,26 @@ def midpoint(sigma: float, sigma_next: float, sigma_down: float) -> tuple[float,
     return (1.0 - ratio) / 2.0, -math.log(ratio)
 
 
-@solver(order=2)
-def dpmpp_2m(sigmas: Sequence[float]) -> Iterator[Step]:
+@solver(order=2, options=VARIABLE)
+def dpmpp_2m(sigmas: Sequence[float], variable: str) -> Iterable[Step]:
     """`two_estimates` without noise, c that of the midpoint rule."""
-    return two_estimates(sigmas, noiseless, midpoint)
+    return in_variable(variable, sigmas, partial(two_estimates, split=noiseless, slope=midpoint))
 
 
 @dpmpp_2m.public
 def sample_dpmpp_2m_tg(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
+    callback: Callback | None = None, disable: bool | None = None, *, variable: str = "sigma",
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M): ``x' = x̂_new - e^{-h} x̂ + (1 - e^{-h})/(2r)·(x̂ - x̂_prev) + e^{-h} x``.
 
     ``e^{-h} = σ'/σ``, ``r = h_prev/h``; x̂_prev is the unrevised estimate of the step before. One
-    evaluation a step, order 2; first and last steps are Euler.
+    evaluation a step, order 2; first and last steps are Euler. ``variable="tau"``: the rule over τ,
+    see `kdpp.solvers`.
 
     Source: Lu et al. 2022 (DPM-Solver++), Algorithm 2; Park et al. 2025, supplement 7.1.
     """
-    return sample(dpmpp_2m, model, x, sigmas, extra_args, callback, disable)
+    return sample(dpmpp_2m, model, x, sigmas, extra_args, callback, disable, variable=variable)
 
 
 dpmpp_2m_cfg_pp = dpmpp_2m.in_cfg_pp()
@@ -110,7 +112,7 @@ dpmpp_2m_cfg_pp = dpmpp_2m.in_cfg_pp()
 @dpmpp_2m_cfg_pp.public
 def sample_dpmpp_2m_cfg_pp_tg(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None,
+    callback: Callback | None = None, disable: bool | None = None, *, variable: str = "sigma",
 ) -> Tensor:  # fmt: skip
     """DPM-Solver++(2M) with CFG++: x̂_∅ takes x̂'s place in the direction.
 
@@ -118,7 +120,9 @@ def sample_dpmpp_2m_cfg_pp_tg(
 
     Source: Chung et al. 2024 (CFG++); Park et al. 2025, supplement 7.1.
     """
-    return sample(dpmpp_2m_cfg_pp, model, x, sigmas, extra_args, callback, disable)
+    return sample(
+        dpmpp_2m_cfg_pp, model, x, sigmas, extra_args, callback, disable, variable=variable
+    )
 
 
 @solver(order=2, options=ANCESTRAL, noise="plain")
@@ -149,20 +153,43 @@ def sample_dpmpp_2m_ancestral_tg(
 # -------------------------------------------------------------------------------------------- LMS
 
 
-@solver(order=2, order_from=384, options={"order": Option(4, low=1, high=4)})
-def lms(sigmas: Sequence[float], order: int) -> Iterator[Step]:
-    """``x + Σ_j c_j (x_j - d_j)/σ_j``, c_j the integral of the j-th Lagrange polynomial in σ.
+LMS = {
+    "order": Option(4, low=1, high=4),
+    "lower_order_final": Option("never", choices=("never", "at 0")),
+    **VARIABLE,
+}
+
+
+@solver(order=2, order_from=384, options=LMS)
+def lms(
+    sigmas: Sequence[float], order: int, lower_order_final: str, variable: str
+) -> Iterable[Step]:
+    """`over_slopes`, c_j the integral of the j-th Lagrange polynomial in σ."""
+    to_zero = lower_order_final == "never"
+    weigh = adams_bashforth if variable == "sigma" else from_the_newest
+    rule = partial(over_slopes, order=order, weigh=weigh, to_zero=to_zero)
+    return in_variable(variable, sigmas, rule)
+
+
+Weigh = Callable[[Sequence[float], float], Sequence[float]]
+"""``(nodes, end) -> (c_0, c_1, …)``: the weights of slopes at the nodes, newest first."""
+
+
+def over_slopes(
+    sigmas: Sequence[float], order: int, weigh: Weigh, to_zero: bool = False
+) -> Iterator[Step]:
+    """``x + Σ_j c_j (x_j - d_j)/σ_j`` with up to ``order`` slopes; to σ = 0 Euler, unless to_zero.
 
     The last estimate's share of the result is x̂_new's, so the teacher's term has coefficient 1.
     """
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        if math.isinf(sigma) or sigma == sigma_next:
+        if math.isinf(sigma) or sigma == sigma_next or (sigma_next == 0.0 and not to_zero):
             yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_next))
             continue
         nodes = [i]
         while len(nodes) < order and (before := level_before(sigmas, nodes[-1])) is not None:
             nodes.append(before)
-        slopes = dict(zip(nodes, adams_bashforth([sigmas[j] for j in nodes], sigma_next)))
+        slopes = dict(zip(nodes, weigh([sigmas[j] for j in nodes], sigma_next)))
         weights = {j: -slope / sigmas[j] for j, slope in slopes.items()}
         row = estimates_row(i, sigma + slopes[i], weights)
         earlier = range(i - 1, nodes[-1] - 1, -1)
@@ -181,26 +208,54 @@ def adams_bashforth(nodes: Sequence[float], end: float) -> list[float]:
     return weights
 
 
+def from_the_newest(nodes: Sequence[float], end: float) -> list[float]:
+    """`adams_bashforth` of differences, which keep their digits where levels are close: high τ."""
+    return adams_bashforth([node - nodes[0] for node in nodes], end - nodes[0])
+
+
 @lms.public
 def sample_lms_tg(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None, order: int = 4,
+    callback: Callback | None = None, disable: bool | None = None, order: int = 4, *,
+    lower_order_final: str = "never", variable: str = "sigma",
 ) -> Tensor:  # fmt: skip
     """Linear multistep (Adams-Bashforth in σ): ``x' = x + Σ_j c_j (x_j - x̂_j)/σ_j + (x̂_new - x̂)``.
 
     One evaluation a step and the slopes of up to ``order`` (1 to 4) steps. Its start by Euler holds
-    a run to order 2; order 3 was measured up to 64 steps. Raises ValueError for another order.
+    a run to order 2; order 3 was measured up to 64 steps. ``lower_order_final="at 0"``: a last step
+    to σ = 0 is Euler, as ComfyUI has it. ``variable="tau"``: the rule over τ, see `kdpp.solvers`.
+    Raises ValueError for another order.
 
     Source: k-diffusion; the teacher's term as in Euler.
     """
-    return sample(lms, model, x, sigmas, extra_args, callback, disable, order=order)
+    return sample(
+        lms, model, x, sigmas, extra_args, callback, disable,
+        order=order, lower_order_final=lower_order_final, variable=variable,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ UniPC
 
 
-@solver(order=3, options={"order": Option(2, low=1, high=3)})
-def unipc(sigmas: Sequence[float], order: int) -> Iterator[Step]:
+UNIPC = {
+    "order": Option(2, low=1, high=3),
+    "variant": Option("bh2", choices=("bh1", "bh2")),
+    "lower_order_final": Option("at 0", choices=("at 0", "always")),
+    **VARIABLE,
+}
+
+
+@solver(order=3, options=UNIPC)
+def unipc(
+    sigmas: Sequence[float], order: int, variant: str, lower_order_final: str, variable: str
+) -> Iterable[Step]:
+    """`corrected`, in σ or τ."""
+    lowers = lower_order_final == "always" or sigmas[-1] == 0.0
+    rule = partial(corrected, order=order, variant=variant, lowers=lowers)
+    return in_variable(variable, sigmas, rule)
+
+
+def corrected(sigmas: Sequence[float], order: int, variant: str, lowers: bool) -> Iterator[Step]:
     """Correct x with the newest estimate, then predict the next point: in one row.
 
     The corrector and the predictor of one move give x the same weight, so correcting is adding the
@@ -217,26 +272,30 @@ def unipc(sigmas: Sequence[float], order: int) -> Iterator[Step]:
         while len(nodes) <= order and (before := level_before(sigmas, nodes[-1])) is not None:
             nodes.append(before)
         # Towards σ = 0 the order falls to 1, as in the authors' code.
-        used[i] = min(order, len(nodes), left if sigmas[-1] == 0.0 else order)
-        weights = unified(sigmas, nodes[: used[i]], sigma_next)
+        used[i] = min(order, len(nodes), left if lowers else order)
+        weights = unified(sigmas, nodes[: used[i]], sigma_next, variant)
         if len(nodes) > 1:
             earlier = nodes[1 : 1 + used[nodes[1]]]
-            corrected = unified(sigmas, earlier, sigma, newest=i)
-            predicted = unified(sigmas, earlier, sigma)
+            right = unified(sigmas, earlier, sigma, variant, newest=i)
+            predicted = unified(sigmas, earlier, sigma, variant)
             for j in nodes:
-                change = corrected.get(j, 0.0) - predicted.get(j, 0.0)
+                change = right.get(j, 0.0) - predicted.get(j, 0.0)
                 weights[j] = weights.get(j, 0.0) + ratio * change
         yield Step.single(sigma, sigma_next, estimates_row(i, sigma_next, weights))
 
 
 def unified(
-    sigmas: Sequence[float], nodes: Sequence[int], target: float, newest: int | None = None
+    sigmas: Sequence[float],
+    nodes: Sequence[int],
+    target: float,
+    variant: str,
+    newest: int | None = None,
 ) -> dict[int, float]:
     """Weights of the estimates in UniP (``newest`` None) or UniC, by the step that made them.
 
-    ``W m_0 + W Σ_k ρ_k (m_k - m_0)/r_k``, ``W = 1 - e^{-h}``, with B(h) = e^{-h} - 1 ("bh2") and
-    the ρ that make the sum exact for polynomials in λ = -log σ; m_0 is nodes[0]'s estimate, the
-    corrector's last m_k (r_k = 1) that of the step ``newest``, made at the target.
+    ``W m_0 - B Σ_k ρ_k (m_k - m_0)/r_k``, ``W = 1 - e^{-h}``, with B = e^{-h} - 1 ("bh2") or
+    -h ("bh1") and the ρ that make the sum exact for polynomials in λ = -log σ; m_0 is nodes[0]'s
+    estimate, the corrector's last m_k (r_k = 1) that of the step ``newest``, made at the target.
     """
     start = sigmas[nodes[0]]
     total = 1.0 - target / start
@@ -255,8 +314,10 @@ def unified(
     # With one unknown the authors take 1/2, which keeps the order and is simpler.
     rho = [0.5] if len(r) == 1 else np.linalg.solve(np.vander(r, increasing=True).T, right)
     weights = {nodes[0]: total}
+    # B cancels where ρ is solved for: the variants differ where it is 1/2.
+    scale = h if variant == "bh1" and len(r) == 1 else total
     for j, r_j, rho_j in zip(places, r, rho):
-        weights[j] = total * float(rho_j) / r_j
+        weights[j] = scale * float(rho_j) / r_j
         weights[nodes[0]] -= weights[j]
     return weights
 
@@ -264,15 +325,21 @@ def unified(
 @unipc.public
 def sample_unipc_tg(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
-    callback: Callback | None = None, disable: bool | None = None, order: int = 2,
+    callback: Callback | None = None, disable: bool | None = None, order: int = 2, *,
+    variant: str = "bh2", lower_order_final: str = "at 0", variable: str = "sigma",
 ) -> Tensor:  # fmt: skip
-    """UniPC (B(h) = e^{-h} - 1, "bh2") of ``order`` p = 1 to 3: predict, evaluate, correct.
+    """UniPC of ``order`` p = 1 to 3: predict, evaluate, correct.
 
     One evaluation a step: the estimate at a predicted point also corrects that point, which makes
     the run's order p + 1. The teacher revises the newest estimate with coefficient 1. On schedules
     that end at 0 the last step is of first order, the one before of second at most, as in the
-    authors' code. Raises ValueError for another order.
+    authors' code; ``lower_order_final="always"``: on all others, too. ``variant`` is the paper's
+    B(h): "bh2" is e^{-h} - 1, "bh1" is -h. ``variable="tau"``: the rule over τ, see `kdpp.solvers`.
+    Raises ValueError for another order or word.
 
     Source: Zhao et al. 2023 (UniPC), Algorithms 5-8.
     """
-    return sample(unipc, model, x, sigmas, extra_args, callback, disable, order=order)
+    return sample(
+        unipc, model, x, sigmas, extra_args, callback, disable,
+        order=order, variant=variant, lower_order_final=lower_order_final, variable=variable,
+    )  # fmt: skip
