@@ -287,6 +287,7 @@ def solver(
     options: Mapping[str, Option] | None = None,
     noise: Noise = "none",
     levels: Levels | None = None,
+    cfg_pp: bool = False,
 ) -> Callable[[Plan], Solver]:
     """Make a plan a `Solver` and enter it into `SOLVERS`; a decorator of the plan.
 
@@ -298,7 +299,7 @@ def solver(
         return enter(
             Solver(
                 name or plan.__name__, plan, order, order_from, evaluations, extra,
-                dict(options or {}), noise, own_levels=levels,
+                dict(options or {}), noise, cfg_pp, levels,
             )
         )  # fmt: skip
 

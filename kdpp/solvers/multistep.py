@@ -30,9 +30,14 @@ from kdpp.solver import ANCESTRAL, VARIABLE, Option, solver
 
 __all__ = [
     "sample_dpmpp_2m_ancestral_tg",
+    "sample_dpmpp_2m_cfg_pp_mixed_tg",
     "sample_dpmpp_2m_cfg_pp_tg",
     "sample_dpmpp_2m_tg",
     "sample_lms_tg",
+    "sample_res_multistep_ancestral_cfg_pp_tg",
+    "sample_res_multistep_ancestral_tg",
+    "sample_res_multistep_cfg_pp_tg",
+    "sample_res_multistep_tg",
     "sample_unipc_tg",
 ]
 
@@ -46,26 +51,52 @@ noiseless: Split = partial(ancestral_split, eta=0.0, s_noise=0.0)
 """All the way down, and no noise."""
 
 
-def two_estimates(sigmas: Sequence[float], split: Split, slope: Slope) -> Iterator[Step]:
+Share = Callable[[float, float], float]
+"""``(σ_down/σ, c/r) -> w``, the weight of x̂_new; the rest of the newest estimate's is direction."""
+
+
+def whole(ratio: float, weight: float) -> float:
+    """1, which is also the teacher's coefficient."""
+    return 1.0
+
+
+def two_estimates(
+    sigmas: Sequence[float],
+    split: Split,
+    slope: Slope,
+    share: Share = whole,
+    to_down: bool = False,
+) -> Iterator[Step]:
     """``x̂_new + σ_down/σ·(x - d) + c/r·(d - d_prev) + noise·n``, with ``r = h_prev/h``.
 
-    Lengths are in -log σ, h_prev between full levels; c and h come from the `Slope`. First and last
-    steps are Euler. d_prev is the estimate at the last level above σ: a repeated level is no step.
+    Lengths are in -log σ; c and h come from the `Slope`. h_prev lies between full levels, or where
+    ``to_down`` from d_prev's to the σ_down of its step. First and last steps are Euler. d_prev is
+    the estimate at the last level above σ: a repeated level is no step.
     """
+    downs: list[float] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         sigma_down, noise = split(sigma, sigma_next)
+        downs.append(sigma_down)
         before = level_before(sigmas, i)
         if before is None or is_first_order(sigma, sigma_down):
             yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_down, noise))
             continue
         c, h = slope(sigma, sigma_next, sigma_down)
-        weight = c / (math.log(sigmas[before] / sigma) / h)
+        reached = downs[before] if to_down else sigma
+        h_prev = math.log(sigmas[before] / reached) if reached > 0.0 else math.inf
+        weight = c / (h_prev / h)
         weights = {i: 1.0 - sigma_down / sigma + weight, before: -weight}
-        yield Step.single(sigma, sigma_next, estimates_row(i, sigma_down, weights, noise))
+        denoised = share(sigma_down / sigma, weight)
+        row = estimates_row(i, sigma_down, weights, noise, denoised)
+        yield Step.single(sigma, sigma_next, row)
 
 
 def estimates_row(
-    i: int, target: float, weights: Mapping[int, float], noise: float | None = None
+    i: int,
+    target: float,
+    weights: Mapping[int, float],
+    noise: float | None = None,
+    denoised: float = 1.0,
 ) -> Row:
     """Step i's row from the weights of the estimates, by the step that made them.
 
@@ -74,8 +105,8 @@ def estimates_row(
     direction = [0.0] * (i - min(weights) + 1)
     for j, weight in weights.items():
         direction[i - j] = weight
-    direction[0] -= 1.0
-    return Row(target, 1.0, tuple(direction), noise)
+    direction[0] -= denoised
+    return Row(target, denoised, tuple(direction), noise)
 
 
 def midpoint(sigma: float, sigma_next: float, sigma_down: float) -> tuple[float, float]:
@@ -147,6 +178,139 @@ def sample_dpmpp_2m_ancestral_tg(
     return sample(
         dpmpp_2m_ancestral, model, x, sigmas, extra_args, callback, disable, noise_sampler,
         eta=eta, s_noise=s_noise,
+    )  # fmt: skip
+
+
+@solver(order=2, cfg_pp=True)
+def dpmpp_2m_cfg_pp_mixed(sigmas: Sequence[float]) -> Iterator[Step]:
+    """`dpmpp_2m` with a share of 1 + c/r for x̂_new."""
+    return two_estimates(sigmas, noiseless, midpoint, lambda ratio, weight: 1.0 + weight)
+
+
+@dpmpp_2m_cfg_pp_mixed.public
+def sample_dpmpp_2m_cfg_pp_mixed_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M) with CFG++ as ComfyUI has it: guided and unconditional estimates subtracted.
+
+    ``x' = x̂_new - e^{-h} x̂_∅ + (1 - e^{-h})/(2r)·(x̂_new - x̂_∅,prev) + e^{-h} x``, where
+    `sample_dpmpp_2m_cfg_pp_tg` has ``x̂_∅ - x̂_∅,prev``: the condition enters that difference, too.
+    The teacher's term has the same share, 1 + (1 - e^{-h})/(2r).
+
+    Source: ComfyUI's dpmpp_2m_cfg_pp; the teacher's term as in Euler.
+    """
+    return sample(dpmpp_2m_cfg_pp_mixed, model, x, sigmas, extra_args, callback, disable)
+
+
+# ------------------------------------------------------------------------------------ RES multistep
+
+
+def exponential(sigma: float, sigma_next: float, sigma_down: float) -> tuple[float, float]:
+    """``c = 1 - (1 - e^{-h})/h``, with ``e^{-h} = σ_down/σ``: the integral itself."""
+    h = -math.log(sigma_down / sigma)
+    return 1.0 + math.expm1(-h) / h, h
+
+
+def shrunk(ratio: float, weight: float) -> float:
+    """``e^{-h}``: x moves by x̂ - x̂_∅ before the step shrinks it."""
+    return ratio
+
+
+@solver(order=2, options=VARIABLE)
+def res_multistep(sigmas: Sequence[float], variable: str) -> Iterable[Step]:
+    """`two_estimates` without noise, c the integral's."""
+    rule = partial(two_estimates, split=noiseless, slope=exponential)
+    return in_variable(variable, sigmas, rule)
+
+
+@res_multistep.public
+def sample_res_multistep_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None, *, variable: str = "sigma",
+) -> Tensor:  # fmt: skip
+    """RES 2M: ``x' = x̂_new - e^{-h} x̂ + c (x̂ - x̂_prev)/r + e^{-h} x``, ``c = 1 - (1 - e^{-h})/h``.
+
+    ``e^{-h} = σ'/σ``, ``r = h_prev/h``: 2M with the integral's c for the midpoint rule's. One
+    evaluation a step, order 2; first and last steps are Euler. ``variable="tau"``: the rule over τ,
+    see `kdpp.solvers`.
+
+    Source: Zhang et al. 2023 (RES, arXiv 2308.02157), multistep scheme of order 2.
+    """
+    return sample(res_multistep, model, x, sigmas, extra_args, callback, disable, variable=variable)
+
+
+@solver(order=2, options=ANCESTRAL, noise="plain")
+def res_multistep_ancestral(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
+    """`two_estimates` to σ_down, then ``+ σ_up n``; h_prev is the length of the step to σ_down."""
+    split = partial(ancestral_split, eta=eta, s_noise=s_noise)
+    return two_estimates(sigmas, split, exponential, to_down=True)
+
+
+@res_multistep_ancestral.public
+def sample_res_multistep_ancestral_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """Ancestral RES 2M: RES 2M to σ_down, then ``+ σ_up n``, as ComfyUI has it.
+
+    ``e^{-h} = σ_down/σ``; h_prev is the length of the step before to its own σ_down. One evaluation
+    a step; order 2 at η = 0, where it is `sample_res_multistep_tg`.
+
+    Source: Zhang et al. 2023 (RES); ComfyUI's res_multistep_ancestral.
+    """
+    return sample(
+        res_multistep_ancestral, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
+
+
+@solver(order=2, cfg_pp=True)
+def res_multistep_cfg_pp(sigmas: Sequence[float]) -> Iterator[Step]:
+    """`res_multistep`, its share of x̂_new `shrunk`."""
+    return two_estimates(sigmas, noiseless, exponential, shrunk)
+
+
+@solver(order=2, options=ANCESTRAL, noise="plain", cfg_pp=True)
+def res_multistep_ancestral_cfg_pp(
+    sigmas: Sequence[float], eta: float, s_noise: float
+) -> Iterator[Step]:
+    """`res_multistep_ancestral`, its share of x̂_new `shrunk`."""
+    split = partial(ancestral_split, eta=eta, s_noise=s_noise)
+    return two_estimates(sigmas, split, exponential, shrunk, to_down=True)
+
+
+@res_multistep_cfg_pp.public
+def sample_res_multistep_cfg_pp_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """RES 2M with CFG++: `sample_res_multistep_tg`'s step of x̂_∅, from ``x + x̂_new - x̂_∅``.
+
+    ``x' = e^{-h} (x + x̂_new - x̂_∅) + (1 - e^{-h}) x̂_∅ + c (x̂_∅ - x̂_∅,prev)/r``; first and last
+    steps are `sample_euler_cfg_pp_tg`'s. The teacher's term has x̂_new's share, e^{-h}.
+
+    Source: Zhang et al. 2023 (RES); Chung et al. 2024 (CFG++); ComfyUI's res_multistep_cfg_pp.
+    """
+    return sample(res_multistep_cfg_pp, model, x, sigmas, extra_args, callback, disable)
+
+
+@res_multistep_ancestral_cfg_pp.public
+def sample_res_multistep_ancestral_cfg_pp_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """Ancestral RES 2M with CFG++: `sample_res_multistep_cfg_pp_tg` to σ_down, then ``+ σ_up n``.
+
+    Lengths as in `sample_res_multistep_ancestral_tg`.
+
+    Source: as there; ComfyUI's res_multistep_ancestral_cfg_pp.
+    """
+    return sample(
+        res_multistep_ancestral_cfg_pp, model, x, sigmas, extra_args, callback, disable,
+        noise_sampler, eta=eta, s_noise=s_noise,
     )  # fmt: skip
 
 
