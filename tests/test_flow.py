@@ -393,6 +393,8 @@ def test_pure_noise_is_the_limit(solver, eta, models, scale):
         tolerance = max(1e-5, *(3.0 / step.stages[-1].sigma for step in starts))
     if solver.multistep and solver.noise == "brownian" and eta == 0.5:
         tolerance = 1e-4  # the exact SDE's σ_down falls like gap ** η
+    if solver.name == "sa_solver" and eta == 0.5:
+        tolerance = 2 * gap**0.25  # its η is squared
 
     def model():
         return pair(models, True, teacher_scale=scale, teacher_steps=2)

@@ -103,14 +103,15 @@ SA_SOLVER = {
 }
 
 
-def adams(sigmas: Sequence[float], nodes: Sequence[int], i: int, eta: float) -> dict[int, float]:
-    """Weights of the estimates in step i, by the step that made them (equations 15 and 18).
+def adams(
+    sigmas: Sequence[float], nodes: Sequence[int], start: float, end: float, eta: float
+) -> dict[int, float]:
+    """Weights of the nodes' estimates in a step between levels (equations 15 and 18).
 
     ``∫ a e^{a(λ - λ')} L_j(λ) dλ`` over the step in λ = -log σ, ``a = 1 + η²``, L_j the Lagrange
     polynomials of the nodes' estimates: with the step's end among them it is the corrector.
     """
-    end = sigmas[i + 1]
-    h = math.log(sigmas[i] / end)
+    h = math.log(start / end)
     a = 1.0 + eta * eta
     if len(nodes) == 1:
         return {nodes[0]: -math.expm1(-a * h)}
@@ -149,13 +150,13 @@ def sa_solver(
         left = sum(a > b > 0.0 for a, b in pairwise(sigmas[i:]))
         lowers = sigmas[-1] == 0.0  # towards σ = 0 the order falls, as in the authors' code
         order = min(predictor_order, left if lowers else predictor_order)
-        weights = predicted[i] = adams(sigmas, nodes[:order], i, here)
+        weights = predicted[i] = adams(sigmas, nodes[:order], sigma, sigma_next, here)
         if len(nodes) > 1 and nodes[1] in predicted:
             order = min(corrector_order, left + 1 if lowers else corrector_order)
             was = eta if low <= sigma <= high else 0.0
             weights = dict(weights)
             start = nodes[1]
-            corrected = adams([*sigmas[: start + 1], sigma], nodes[:order], start, was)
+            corrected = adams(sigmas, nodes[:order], sigmas[start], sigma, was)
             for j in {*corrected, *predicted[start]}:
                 change = corrected.get(j, 0.0) - predicted[start].get(j, 0.0)
                 weights[j] = weights.get(j, 0.0) + sigma_down / sigma * change
