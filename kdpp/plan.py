@@ -35,6 +35,7 @@ __all__ = [
     "level_ratio",
     "merge_close",
     "rf_split",
+    "rises",
     "two_stages",
     "with_churn",
 ]
@@ -169,17 +170,29 @@ FLOW = Space(
 """Flow matching, levels τ in [0, 1]: ``(1-τ) x0 + τ n``, so ``σ = τ/(1-τ)`` and α = 1 - τ."""
 
 
-def check_falling(sigmas: Sequence[float]) -> None:
-    """ValueError unless the levels are 0 or at least `LEAST`, finite and never rise."""
+def rises(sigmas: Sequence[float]) -> bool:
+    """Whether the levels lead from an image up to noise: from above 0, and they never fall."""
+    never_fall = all(sigma <= sigma_next for sigma, sigma_next in pairwise(sigmas))
+    return len(sigmas) > 1 and 0.0 < sigmas[0] < sigmas[-1] and never_fall
+
+
+def check_falling(sigmas: Sequence[float], or_rising: bool = False) -> None:
+    """ValueError unless the levels are 0 or at least `LEAST`, finite and never rise.
+
+    ``or_rising``: or where `rises` says that they only do so.
+    """
     for sigma in sigmas:
         if not (sigma == 0.0 or LEAST <= sigma < math.inf):
             raise ValueError(
                 f"sigmas holds {sigma!r}; every level must be a finite number ≥ {LEAST}, or 0"
             )
+    if or_rising and rises(sigmas):
+        return
+    allowed = ", or, from a level above 0, never fall" * or_rising
     for sigma, sigma_next in pairwise(sigmas):
         if sigma_next > sigma:
             raise ValueError(
-                f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase"
+                f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase{allowed}"
             )
 
 
@@ -194,17 +207,17 @@ def merge_close(sigmas: Iterable[float]) -> tuple[float, ...]:
     """
     merged: list[float] = []
     for sigma in sigmas:
-        close = merged and merged[-1] < math.inf and merged[-1] - sigma <= CLOSE * merged[-1]
+        close = merged and merged[-1] < math.inf and abs(merged[-1] - sigma) <= CLOSE * merged[-1]
         merged.append(merged[-1] if close else sigma)
     return tuple(merged)
 
 
 def level_before(sigmas: Sequence[float], i: int) -> int | None:
-    """The last step before i that started above σ_i, at a finite level; None if there is none.
+    """The last step before i that started at another, finite level; None if there is none.
 
     A multistep solver's previous estimate: a repeated level is a step of no length.
     """
-    found = next((j for j in reversed(range(i)) if sigmas[j] > sigmas[i]), None)
+    found = next((j for j in reversed(range(i)) if sigmas[j] != sigmas[i]), None)
     return None if found is None or math.isinf(sigmas[found]) else found
 
 

@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
-from kdpp.plan import VE, Space, Step, check_falling, merge_close
+from kdpp.plan import VE, Space, Step, check_falling, merge_close, rises
 
 __all__ = [
     "ANCESTRAL",
@@ -144,7 +144,8 @@ class Solver:
 
         Args:
             sigmas: falling levels, ≥ 0; σ, or with ``space=FLOW`` a flow model's τ in [0, 1].
-                Levels within a float32 rounding of each other count as one.
+                Levels within a float32 rounding of each other count as one. A solver that
+                `inverts` takes rising ones, too, from above 0.
             options: of `options`; the defaults where they are left out.
 
         The steps of the last schedules are kept, so a second call costs nothing.
@@ -199,6 +200,11 @@ class Solver:
         return self.noise != "none" and (eta is None or float(eta.default) > 0.0)
 
     @property
+    def inverts(self) -> bool:
+        """Whether it also goes up, from an image to the noise that leads to it: it draws none."""
+        return self.noise == "none" and self.own_levels is None
+
+    @property
     def probe(self) -> tuple[Step, ...]:
         """Its plan for a few levels, of which its nature can be read."""
         if self.own_levels is not None:
@@ -240,9 +246,13 @@ class Solver:
 def _planned(
     solver: Solver, levels: tuple[float, ...], space: Space, **settings: Any
 ) -> tuple[Step, ...]:
-    check_falling(levels)
+    check_falling(levels, or_rising=solver.inverts)
     if len(levels) < 2:
         return ()
+    if rises(levels) and math.isinf(space.sigma(levels[-1])):
+        raise ValueError(
+            "sigmas rises to τ = 1, which is all noise; end at a level below, as 0.999"
+        )
     sigmas = merge_close(map(space.sigma, levels))
     steps = tuple(solver.steps(sigmas, **settings))
     _check(solver, sigmas, steps)

@@ -5,7 +5,9 @@ same name takes, in the same positions:
 
 - ``x``: the starting latent ``(batch, *shape)``, with noise of standard deviation ``sigmas[0]``;
   floating point, in model space. Never written to; the result has its dtype and device.
-- ``sigmas``: 1-D, non-increasing noise standard deviations, usually ending in 0.
+- ``sigmas``: 1-D, non-increasing noise standard deviations, usually ending in 0. Solvers without
+  noise also take levels that never fall, from above 0 (for a flow model to below 1): from an image
+  to the noise that leads to it. No teacher is asked on the way up.
 - ``extra_args``: what the models take: ``cond``, ``uncond``, ``cond_scale``, …
 - ``callback``: called once a step with k-diffusion's dict (``x, i, sigma, sigma_hat, denoised``),
   at guided steps also ``denoised_student, renoised, denoised_teacher, denoised_revised``.

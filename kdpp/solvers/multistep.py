@@ -47,8 +47,9 @@ Slope = Callable[[float, float, float], tuple[float, float]]
 """``(sigma, sigma_next, sigma_down) -> (c, h)``: a rule's factor, and the length of the step."""
 
 
-noiseless: Split = partial(ancestral_split, eta=0.0, s_noise=0.0)
-"""All the way down, and no noise."""
+def noiseless(sigma: float, sigma_next: float) -> tuple[float, float | None]:
+    """All the way to σ', up or down, and no noise."""
+    return sigma_next, None
 
 
 Share = Callable[[float, float], float]
@@ -428,7 +429,7 @@ def corrected(sigmas: Sequence[float], order: int, variant: str, lowers: bool) -
     used: dict[int, int] = {}  # the order of the prediction that left a step
     for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         ratio = level_ratio(sigma, sigma_next)
-        left = sum(a > b for a, b in pairwise(sigmas[i:]))
+        left = sum(a != b for a, b in pairwise(sigmas[i:]))
         if ratio == 1.0 or math.isinf(sigma):
             yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_next))
             continue
