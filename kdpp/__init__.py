@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kdpp.solvers.multistep import *
     from kdpp.solvers.sde import *
     from kdpp.solvers.singlestep import *
+    from kdpp.solvers.slopes import *
+    from kdpp.solvers.stochastic import *
 
 
 def __getattr__(name: str) -> Any:

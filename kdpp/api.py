@@ -23,6 +23,8 @@ from kdpp.solvers.euler import *
 from kdpp.solvers.multistep import *
 from kdpp.solvers.sde import *
 from kdpp.solvers.singlestep import *
+from kdpp.solvers.slopes import *
+from kdpp.solvers.stochastic import *
 from kdpp.stacking import stack_teachers
 
 __all__ = [

@@ -84,10 +84,10 @@ def read_levels(sigmas: Any) -> tuple[list[float], Tensor]:
     return levels, tensor
 
 
-def check_sigmas(sigmas: Any) -> tuple[list[float], Tensor]:
-    """`read_levels` of a sampler's schedule; ValueError where it increases."""
+def check_sigmas(sigmas: Any, or_rising: bool = False) -> tuple[list[float], Tensor]:
+    """`read_levels` of a sampler's schedule; ValueError where it increases, see `check_falling`."""
     levels, tensor = read_levels(sigmas)
-    check_falling(levels)
+    check_falling(levels, or_rising)
     return levels, tensor
 
 

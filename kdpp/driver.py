@@ -109,7 +109,7 @@ def plan_run(
     """Check what is given and turn the sigmas into coefficients; errors as in `kdpp.solvers`."""
     model = check_model(model)
     check_latent(x)
-    levels, sigmas = check_sigmas(sigmas)
+    levels, sigmas = check_sigmas(sigmas, or_rising=solver.inverts)
     space = model.space
     check_kind(levels, model, space)
     if space is VE:

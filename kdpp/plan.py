@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 __all__ = [
     "FLOW",
+    "VARIABLES",
     "VE",
     "Row",
     "Space",
+    "Split",
     "Stage",
     "Stages",
     "Step",
@@ -26,10 +28,14 @@ __all__ = [
     "check_falling",
     "churned",
     "euler_row",
+    "from_tau",
+    "in_variable",
     "is_first_order",
     "level_before",
     "level_ratio",
     "merge_close",
+    "rf_split",
+    "rises",
     "two_stages",
     "with_churn",
 ]
@@ -62,6 +68,11 @@ class Row:
     direction: tuple[float, ...] = ()
     noise: float | None = None
     past: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def end(self) -> float:
+        """The level that it goes to, before noise."""
+        return self.target + sum(weight for weight, _ in self.past)
 
     @property
     def memory(self) -> int:
@@ -159,17 +170,29 @@ FLOW = Space(
 """Flow matching, levels τ in [0, 1]: ``(1-τ) x0 + τ n``, so ``σ = τ/(1-τ)`` and α = 1 - τ."""
 
 
-def check_falling(sigmas: Sequence[float]) -> None:
-    """ValueError unless the levels are 0 or at least `LEAST`, finite and never rise."""
+def rises(sigmas: Sequence[float]) -> bool:
+    """Whether the levels lead from an image up to noise: from above 0, and they never fall."""
+    never_fall = all(sigma <= sigma_next for sigma, sigma_next in pairwise(sigmas))
+    return len(sigmas) > 1 and 0.0 < sigmas[0] < sigmas[-1] and never_fall
+
+
+def check_falling(sigmas: Sequence[float], or_rising: bool = False) -> None:
+    """ValueError unless the levels are 0 or at least `LEAST`, finite and never rise.
+
+    ``or_rising``: or where `rises` says that they only do so.
+    """
     for sigma in sigmas:
         if not (sigma == 0.0 or LEAST <= sigma < math.inf):
             raise ValueError(
                 f"sigmas holds {sigma!r}; every level must be a finite number ≥ {LEAST}, or 0"
             )
+    if or_rising and rises(sigmas):
+        return
+    allowed = ", or, from a level above 0, never fall" * or_rising
     for sigma, sigma_next in pairwise(sigmas):
         if sigma_next > sigma:
             raise ValueError(
-                f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase"
+                f"sigmas rises from {sigma!r} to {sigma_next!r}; levels must not increase{allowed}"
             )
 
 
@@ -184,17 +207,17 @@ def merge_close(sigmas: Iterable[float]) -> tuple[float, ...]:
     """
     merged: list[float] = []
     for sigma in sigmas:
-        close = merged and merged[-1] < math.inf and merged[-1] - sigma <= CLOSE * merged[-1]
+        close = merged and merged[-1] < math.inf and abs(merged[-1] - sigma) <= CLOSE * merged[-1]
         merged.append(merged[-1] if close else sigma)
     return tuple(merged)
 
 
 def level_before(sigmas: Sequence[float], i: int) -> int | None:
-    """The last step before i that started above σ_i, at a finite level; None if there is none.
+    """The last step before i that started at another, finite level; None if there is none.
 
     A multistep solver's previous estimate: a repeated level is a step of no length.
     """
-    found = next((j for j in reversed(range(i)) if sigmas[j] > sigmas[i]), None)
+    found = next((j for j in reversed(range(i)) if sigmas[j] != sigmas[i]), None)
     return None if found is None or math.isinf(sigmas[found]) else found
 
 
@@ -209,6 +232,10 @@ def euler_row(sigma: float, target: float, noise: float | None = None) -> Row:
     if ratio == 1.0:
         return Row(target, noise=noise)
     return Row(target, denoised=1.0, direction=(-ratio,), noise=noise)
+
+
+Split = Callable[[float, float, float, float], tuple[float, float | None]]
+"""``(sigma, sigma_next, eta, s_noise) -> (σ_down, noise)``."""
 
 
 def ancestral_split(
@@ -226,6 +253,23 @@ def ancestral_split(
     sigma_up = min(sigma_next, eta * sigma_next * math.sqrt(1.0 - (sigma_next / sigma) ** 2))
     sigma_down = math.sqrt((sigma_next - sigma_up) * (sigma_next + sigma_up))
     return sigma_down, s_noise * sigma_up if draws else None
+
+
+def rf_split(
+    sigma: float, sigma_next: float, eta: float, s_noise: float
+) -> tuple[float, float | None]:
+    """`ancestral_split` for flow models ("RF"): ``τ_down = τ' (1 - η (1 - τ'/τ))``, τ = σ/(1+σ).
+
+    Then ``noise = s_noise sqrt(σ'² - σ_down²)``: at η = 1 it steps to τ'²/τ.
+    """
+    draws = eta * s_noise > 0.0 and sigma_next > 0.0
+    if sigma_next == sigma:
+        return sigma, 0.0 if draws else None
+    tau, tau_next = FLOW.level(sigma), FLOW.level(sigma_next)
+    sigma_down = FLOW.sigma(tau_next * max(0.0, 1.0 - eta * (1.0 - tau_next / tau)))
+    sigma_down = min(sigma_down, sigma_next)  # but for rounding at η = 0
+    noise = s_noise * math.sqrt((sigma_next - sigma_down) * (sigma_next + sigma_down))
+    return sigma_down, noise if draws else None
 
 
 def churned(
@@ -268,26 +312,41 @@ def with_churn(
     s_tmin: float,
     s_tmax: float,
     s_noise: float,
+    variable: str = "sigma",
 ) -> Iterator[Step]:
-    """A single-step solver from σ̂, where `churned` noise has lifted x, to σ'."""
+    """A single-step solver from σ̂, where `churned` noise has lifted x, to σ'.
+
+    ``variable="tau"``: its stages are those from τ̂ to τ', see `from_tau`.
+    """
     lifts = churned(sigmas, s_churn, s_tmin, s_tmax, s_noise)
     for (sigma, sigma_next), (sigma_hat, churn) in zip(pairwise(sigmas), lifts):
-        yield Step(sigma, sigma_next, _stages(stages, sigma_hat, sigma_next, None), churn)
+        step = _stages(stages, sigma_hat, sigma_next, None, variable)
+        yield Step(sigma, sigma_next, step, churn)
 
 
 def ancestral(
-    sigmas: Sequence[float], stages: Stages, eta: float, s_noise: float
+    sigmas: Sequence[float],
+    stages: Stages,
+    eta: float,
+    s_noise: float,
+    split: Split = ancestral_split,
+    variable: str = "sigma",
 ) -> Iterator[Step]:
-    """A single-step solver to σ_down, then noise up to σ' (`ancestral_split`)."""
+    """A single-step solver to σ_down, then noise up to σ', as ``split`` has them."""
     for sigma, sigma_next in pairwise(sigmas):
-        sigma_down, noise = ancestral_split(sigma, sigma_next, eta, s_noise)
-        yield Step(sigma, sigma_next, _stages(stages, sigma, sigma_down, noise))
+        sigma_down, noise = split(sigma, sigma_next, eta, s_noise)
+        yield Step(sigma, sigma_next, _stages(stages, sigma, sigma_down, noise, variable))
 
 
-def _stages(stages: Stages, sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
-    if is_first_order(sigma, target):
+def _stages(
+    stages: Stages, sigma: float, target: float, noise: float | None, variable: str
+) -> tuple[Stage, ...]:
+    space = VARIABLES[variable]
+    start, end = space.level(sigma), space.level(target)
+    if is_first_order(start, end):
         return (Stage(sigma, euler_row(sigma, target, noise)),)
-    return stages(sigma, target, noise)
+    made = stages(start, end, noise)
+    return made if space is VE else from_tau(sigma, made)
 
 
 def is_first_order(sigma: float, target: float) -> bool:
@@ -312,3 +371,46 @@ def two_stages(
     to_middle = Row(sigma_middle, direction=(1.0 - sigma_middle / sigma,))
     to_end = Row(sigma_end, denoised, (weight - denoised, 1.0 - ratio - weight), noise)
     return Stage(sigma, to_middle), Stage(sigma_middle, to_end)
+
+
+# ---------------------------------------------------------------------------------- rules over τ
+
+VARIABLES = {"sigma": VE, "tau": FLOW}
+"""What a rule takes for the level: σ, or ``τ = σ/(1+σ)``, a flow model's."""
+
+
+def in_variable(
+    variable: str, sigmas: Sequence[float], plan: Callable[[Sequence[float]], Iterable[Step]]
+) -> Iterable[Step]:
+    """The plan over σ; with ``variable="tau"`` the plan over τ, in σ again (`from_tau`)."""
+    if variable == "sigma":
+        return plan(sigmas)
+    steps = plan([FLOW.level(sigma) for sigma in sigmas])
+    levels = pairwise(sigmas)
+    return (Step(*pair, from_tau(pair[0], step.stages)) for pair, step in zip(levels, steps))
+
+
+def from_tau(sigma: float, stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Stages from σ that were made over τ, for ``z = (1-τ) x0 + τ n``, in σ and ``x = z/(1-τ)``.
+
+    ``x/σ = z/τ``, so every weight of a row that goes to τ' is divided by 1 - τ'. The weight of
+    x̂_new stays, so that the teacher's term has the same coefficient; the rest is direction. Noise
+    is that of σ already.
+    """
+    start = stages[0].sigma
+    made = []
+    for stage in stages:
+        row = stage.row
+        if row.end == start:  # a step of no length, also at τ = 1
+            row = Row(sigma, noise=row.noise)
+        else:
+            alpha = 1.0 - row.end
+            newest, *older = row.direction or (0.0,)
+            direction = (
+                (row.denoised + newest) / alpha - row.denoised,
+                *(w / alpha for w in older),
+            )
+            past = tuple((weight / alpha, FLOW.sigma(tau)) for weight, tau in row.past)
+            row = Row(row.target / alpha, row.denoised, direction, row.noise, past)
+        made.append(Stage(sigma if stage is stages[0] else FLOW.sigma(stage.sigma), row))
+    return tuple(made)

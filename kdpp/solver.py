@@ -16,12 +16,13 @@ from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
-from kdpp.plan import VE, Space, Step, check_falling, merge_close
+from kdpp.plan import VE, Space, Step, check_falling, merge_close, rises
 
 __all__ = [
     "ANCESTRAL",
     "CHURN",
     "SOLVERS",
+    "VARIABLE",
     "Option",
     "Solver",
     "solver",
@@ -101,6 +102,8 @@ CHURN = {
     "s_noise": Option(1.0, low=0.0),
 }
 """The options of solvers that churn (Karras et al. 2022, Algorithm 2)."""
+VARIABLE = {"variable": Option("sigma", choices=("sigma", "tau"))}
+"""The option of solvers whose rule may take ``τ = σ/(1+σ)`` in σ's place."""
 
 
 @dataclass(eq=False, repr=False)
@@ -141,7 +144,8 @@ class Solver:
 
         Args:
             sigmas: falling levels, ≥ 0; σ, or with ``space=FLOW`` a flow model's τ in [0, 1].
-                Levels within a float32 rounding of each other count as one.
+                Levels within a float32 rounding of each other count as one. A solver that
+                `inverts` takes rising ones, too, from above 0.
             options: of `options`; the defaults where they are left out.
 
         The steps of the last schedules are kept, so a second call costs nothing.
@@ -196,6 +200,11 @@ class Solver:
         return self.noise != "none" and (eta is None or float(eta.default) > 0.0)
 
     @property
+    def inverts(self) -> bool:
+        """Whether it also goes up, from an image to the noise that leads to it: it draws none."""
+        return self.noise == "none" and self.own_levels is None
+
+    @property
     def probe(self) -> tuple[Step, ...]:
         """Its plan for a few levels, of which its nature can be read."""
         if self.own_levels is not None:
@@ -237,9 +246,13 @@ class Solver:
 def _planned(
     solver: Solver, levels: tuple[float, ...], space: Space, **settings: Any
 ) -> tuple[Step, ...]:
-    check_falling(levels)
+    check_falling(levels, or_rising=solver.inverts)
     if len(levels) < 2:
         return ()
+    if rises(levels) and math.isinf(space.sigma(levels[-1])):
+        raise ValueError(
+            "sigmas rises to τ = 1, which is all noise; end at a level below, as 0.999"
+        )
     sigmas = merge_close(map(space.sigma, levels))
     steps = tuple(solver.steps(sigmas, **settings))
     _check(solver, sigmas, steps)
@@ -264,9 +277,10 @@ def _check(solver: Solver, sigmas: tuple[float, ...], steps: tuple[Step, ...]) -
             row = step.stages[-1].row
             if any(stage.row.noise is not None for stage in step.stages):
                 raise ValueError(f'{where} draws noise, and the solver says noise="none"')
-            end = row.target + sum(weight for weight, _ in row.past)
-            if not (end == step.sigma_next or abs(end - step.sigma_next) <= 1e-6 * step.sigma):
-                raise ValueError(f"{where} ends at σ = {end:g} and not at {step.sigma_next:g}")
+            if not (
+                row.end == step.sigma_next or abs(row.end - step.sigma_next) <= 1e-6 * step.sigma
+            ):
+                raise ValueError(f"{where} ends at σ = {row.end:g} and not at {step.sigma_next:g}")
 
 
 SOLVERS: dict[str, Solver] = {}
@@ -283,6 +297,7 @@ def solver(
     options: Mapping[str, Option] | None = None,
     noise: Noise = "none",
     levels: Levels | None = None,
+    cfg_pp: bool = False,
 ) -> Callable[[Plan], Solver]:
     """Make a plan a `Solver` and enter it into `SOLVERS`; a decorator of the plan.
 
@@ -294,7 +309,7 @@ def solver(
         return enter(
             Solver(
                 name or plan.__name__, plan, order, order_from, evaluations, extra,
-                dict(options or {}), noise, own_levels=levels,
+                dict(options or {}), noise, cfg_pp, levels,
             )
         )  # fmt: skip
 

@@ -47,6 +47,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "order": [{"order": 1}, {"order": 3}],
     "solver_type": [{"solver_type": "heun"}],
     "r": [{"r": 0.7}],
+    "variable": [{"variable": "tau"}],
+    "variant": [{"variant": "bh1", "lower_order_final": "always"}],
+    "max_order": [{"max_order": 2}],
+    "max_stage": [{"max_stage": 2}],
+    "ge_gamma": [{"ge_gamma": 1.5}],
+    "predictor_order": [{"predictor_order": 2, "corrector_order": 3, "s_tmin": 0.5, "s_tmax": 3.0}],
 }
 
 

@@ -380,6 +380,21 @@ def has_limit(solver: Any) -> bool:
     return growth(solver, torch.tensor([1e12, 1.0, 0.5], dtype=torch.float64), **on_the_ode) < 1e3
 
 
+def has_no_unit(solver: Any) -> bool:
+    """Whether levels twice as high give the same weights of the estimates at η = 0.
+
+    Not so rules over τ = σ/(1+σ) and other functions of σ itself, such as a schedule's time.
+    """
+    on_the_ode = {"eta": 0.0} if "eta" in solver.options else {}
+    once, twice = (rows(solver, factor * karras(5), **on_the_ode) for factor in (1.0, 2.0))
+    pairs_of_rows = itertools.zip_longest(once, twice)
+    return all(
+        math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9)
+        for (_, one), (_, other) in pairs_of_rows
+        for a, b in itertools.zip_longest(one.direction, other.direction)
+    )
+
+
 def looks_ahead(solver: Any) -> bool:
     """Whether a step depends on the levels after its end."""
     alone, followed = (solver.plan(levels)[0] for levels in ([4.0, 2.0], [4.0, 2.0, 1.0]))

@@ -70,6 +70,61 @@ def dpm_2_ancestral(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_no
     return x
 
 
+def _down_in_tau(sigma, end, eta):
+    """σ_down and the noise of the flow models' ancestral step, from its formula in (1-τ) x."""
+    tau, tau_end = sigma / (1 + sigma), end / (1 + end)
+    down = tau_end * max(0.0, 1 + (tau_end / tau - 1) * eta)
+    kept = (1 - tau_end) / (1 - down)
+    return down / (1 - down), sqrt(max(0.0, tau_end**2 - (down * kept) ** 2)) / (1 - tau_end)
+
+
+def euler_ancestral_rf(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0):
+    """Euler down in tau, then noise."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        down, up = _down_in_tau(sigma, end, eta)
+        x0 = estimate(x, sigma)
+        new = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        x = _noised(new + (x - x0) / sigma * down, noise, sigma, end, s_noise * up)
+    return x
+
+
+def dpm_2_ancestral_rf(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0):
+    """The middle's slope in tau, for z = (1-tau) x, then noise."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        down, up = _down_in_tau(sigma, end, eta)
+        x0 = estimate(x, sigma)
+        if down == 0:
+            x = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        else:
+            tau, tau_down = sigma / (1 + sigma), down / (1 + down)
+            z, tau_u = (1 - tau) * x, sqrt(tau * tau_down)
+            u = (z + (z - x0) / tau * (tau_u - tau)) / (1 - tau_u)
+            middle = tau_u / (1 - tau_u)
+            u0 = estimate(u, middle)
+            new = revise(Moment(i, sigma, end, u, middle), u0, u0)
+            z = z + ((1 - tau_u) * u - u0) / tau_u * (tau_down - tau)
+            x = z / (1 - tau_down) + (new - u0)
+        x = _noised(x, noise, sigma, end, s_noise * up)
+    return x
+
+
+def dpmpp_2s_ancestral_rf(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0):
+    """2S by its middle point's estimate alone, then noise."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        down, up = _down_in_tau(sigma, end, eta)
+        x0 = estimate(x, sigma)
+        if down == 0:
+            x = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        else:
+            middle = sqrt(sigma * down)
+            u = x0 + middle / sigma * (x - x0)
+            u0 = estimate(u, middle)
+            new = revise(Moment(i, sigma, end, u, middle), u0, u0)
+            x = down / sigma * x + (1 - down / sigma) * new
+        x = _noised(x, noise, sigma, end, s_noise * up)
+    return x
+
+
 def ddim_stochastic(estimate, uncond, revise, x, sigmas, noise, *, s_noise=1.0):
     """Two levels down, one up (Meng et al., equations 4-7)."""
     levels = [*map(float, sigmas.double()), float(sigmas[-1])]
@@ -83,12 +138,14 @@ def ddim_stochastic(estimate, uncond, revise, x, sigmas, noise, *, s_noise=1.0):
     return x
 
 
-def lms(estimate, uncond, revise, x, sigmas, noise, *, order=4):
+def lms(estimate, uncond, revise, x, sigmas, noise, *, order=4, lower_order_final="never"):
     """Adams-Bashforth in sigma; the coefficients by quadrature."""
     levels, slopes = [float(s) for s in sigmas.double()], []
     for i, (sigma, end) in enumerate(pairs(sigmas)):
         x0 = estimate(x, sigma)
         new = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        if end == 0 and lower_order_final == "at 0":
+            return new
         slopes.insert(0, (x - x0) / sigma)
         nodes = levels[max(0, i - order + 1) : i + 1][::-1]
         for j, slope in enumerate(slopes[: len(nodes)]):
@@ -191,8 +248,12 @@ def dpmpp_3m_sde_o3(*args, **options):
     return dpmpp_3m_sde(*args, **options, bend=2.0, start=True)
 
 
-def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
-    """Predict, evaluate, correct, as separate steps (Zhao et al. 2023, B(h) = e^-h - 1)."""
+def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2, variant="bh2",
+          lower_order_final="at 0"):  # fmt: skip
+    """Predict, evaluate, correct, as separate steps (Zhao et al. 2023, algorithms 5 to 8)."""
+
+    def big_b(h):
+        return expm1(-h) if variant == "bh2" else -h
 
     def residual(h, start, others, newest=None):
         """sum_k rho_k (m_k - m_0)/r_k."""
@@ -204,7 +265,7 @@ def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
             return torch.zeros_like(start)
         phi, factorial, right = expm1(-h) / -h - 1, 1, []
         for k in range(1, len(ratios) + 1):
-            right.append(phi * factorial / expm1(-h))
+            right.append(phi * factorial / big_b(h))
             factorial *= k + 1
             phi = phi / -h - 1 / factorial
         matrix = np.array([[r ** (k - 1) for r in ratios] for k in range(1, len(ratios) + 1)])
@@ -214,7 +275,7 @@ def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
         )
 
     history, steps = [], len(sigmas) - 1
-    ends_at_zero, last = float(sigmas[-1]) == 0.0, None
+    lowers, last = lower_order_final == "always" or float(sigmas[-1]) == 0.0, None
     for i, (sigma, end) in enumerate(pairs(sigmas)):
         point, x0 = x, estimate(x, sigma)
         if last is not None:  # correct the point that was predicted, keeping the teacher's term
@@ -222,20 +283,224 @@ def unipc(estimate, uncond, revise, x, sigmas, noise, *, order=2):
             h = log(sigma_0 / sigma)
             start, others = history[0][0], history[1:used]
             mean = sigma / sigma_0 * origin - expm1(-h) * start
-            x = mean - expm1(-h) * residual(h, start, others, newest=x0) + shift
+            x = mean - big_b(h) * residual(h, start, others, newest=x0) + shift
         history.insert(0, (x0, sigma))
         new = revise(Moment(i, sigma, end, point, sigma), x0, x0)
-        used = min(order, len(history), steps - i if ends_at_zero else order)
+        used = min(order, len(history), steps - i if lowers else order)
         last, sigma_0 = (x, sigma, used, new - x0), sigma
         if end == 0:
             return new
         h = log(sigma / end)
         mean = end / sigma * x - expm1(-h) * x0
-        x = mean - expm1(-h) * residual(h, x0, history[1:used]) + (new - x0)
+        x = mean - big_b(h) * residual(h, x0, history[1:used]) + (new - x0)
+    return x
+
+
+def _over_slopes(x, x0, new, slopes, weights):
+    """x + Σ c_j ε_j, and the teacher's term."""
+    return x + sum(c * slope for c, slope in zip(weights, slopes)) + (new - x0)
+
+
+def _multistep(weigh, most, cfg_pp=False):
+    """A rule over slopes: ``weigh(levels, end, **options)`` gives their weights, newest first."""
+
+    def solve(estimate, uncond, revise, x, sigmas, noise, **options):
+        count = options.pop("max_order", most)
+        slopes, levels = [], []
+        for i, (sigma, end) in enumerate(pairs(sigmas)):
+            x0 = estimate(x, sigma)
+            direction = uncond(x, sigma) if cfg_pp else x0
+            new = revise(Moment(i, sigma, end, x, sigma), x0, direction)
+            slopes, levels = [(x - direction) / sigma, *slopes], [sigma, *levels]
+            if end == 0:
+                return new
+            used = levels[:count]
+            weights = weigh(used, end, **options) if len(used) > 1 else [end - sigma]
+            x = _over_slopes(x, direction, new, slopes, weights)
+        return x
+
+    return solve
+
+
+def _ipndm(levels, end):
+    """Adams-Bashforth's table (Hairer, Nørsett and Wanner, III.1)."""
+    table = {2: [3, -1], 3: [23, -16, 5], 4: [55, -59, 37, -9]}[len(levels)]
+    return [(end - levels[0]) * weight / sum(table) for weight in table]
+
+
+def _ipndm_v(levels, end):
+    """The exact weights of the first two; the third's factor as in the code of the authors."""
+    h, u = end - levels[0], levels[0] - levels[1]
+    slope = h * h / 2 / u  # of the first difference: the integral of (s - σ) over the step
+    weights = [h + slope, -slope]
+    if len(levels) == 3:
+        v = levels[1] - levels[2]
+        factor = h / 2 * (1 - h / (3 * (h + u)) * (h * (h + u)) / (u * (u + v)))
+        ratio = u / v
+        weights = [weights[0] + factor, weights[1] - factor - ratio * factor, ratio * factor]
+    return weights
+
+
+def _deis(levels, end):
+    """Integrals by quadrature, over the noise level, of polynomials in the time."""
+    low, high, first = 0.002, 80.0, 1e-3
+    slope = 2 * (log(high**2 + 1) - log(low**2 + 1) / first) / (1 - first)
+    least = log(high**2 + 1) - slope / 2
+
+    def time(sigma):
+        return (sqrt(least**2 + 2 * slope * log(1 + sigma**2)) - least) / slope
+
+    def basis(sigma, j):
+        nodes = [time(level) for level in levels]
+        return np.prod([(time(sigma) - n) / (nodes[j] - n) for k, n in enumerate(nodes) if k != j])
+
+    return [
+        quad(lambda t, j=j: basis(exp(t), j) * exp(t), log(levels[0]), log(end), epsabs=1e-14,
+             epsrel=1e-13)[0]
+        for j in range(len(levels))
+    ]  # fmt: skip
+
+
+def _gradient(levels, end, ge_gamma=2.0):
+    """The slope, carried on by its last change."""
+    step = end - levels[0]
+    return [step + (ge_gamma - 1) * step, -(ge_gamma - 1) * step]
+
+
+def _res(ancestral=False, cfg_pp=False):
+    """RES 2M in φ functions; the lengths of steps to sigma_down."""
+
+    def solve(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0):
+        before = None
+        for i, (sigma, end) in enumerate(pairs(sigmas)):
+            down, up = _ancestral(sigma, end, eta) if ancestral else (end, 0.0)
+            x0 = estimate(x, sigma)
+            direction = uncond(x, sigma) if cfg_pp else x0
+            new = revise(Moment(i, sigma, end, x, sigma), x0, direction)
+            if before is None or down == 0:
+                moved = new + (x - direction) / sigma * down
+            else:
+                older, last = before
+                h = log(sigma / down)
+                phi1 = expm1(-h) / -h
+                phi2 = (phi1 - 1) / -h
+                c2 = -last / h
+                mean = h * (phi1 - phi2 / c2) * direction + h * phi2 / c2 * older
+                if cfg_pp:
+                    moved = exp(-h) * (x + new - direction) + mean
+                else:
+                    moved = exp(-h) * x + mean + (new - x0)
+            before = (direction, log(sigma / down) if down else inf)
+            x = _noised(moved, noise, sigma, end, s_noise * up)
+        return x
+
+    return solve
+
+
+def dpmpp_2m_cfg_pp_mixed(estimate, uncond, revise, x, sigmas, noise):
+    """2M with CFG++ whose difference is of the guided and the last unconditional estimate."""
+    before = None
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        free = uncond(x, sigma)
+        new = revise(Moment(i, sigma, end, x, sigma), estimate(x, sigma), free)
+        e, mixed = end / sigma, 0.0
+        if before is not None and end > 0:
+            older, h_before = before
+            mixed = (1 - e) / (2 * h_before / log(sigma / end)) * (new - older)
+        x = new - e * free + mixed + e * x
+        before = (free, log(sigma / end) if end else inf)
+    return x
+
+
+def er_sde(estimate, uncond, revise, x, sigmas, noise, *, s_noise=1.0, max_stage=3):
+    """ER-SDE-Solver-1 to -3 in the noise level, the integrals as sums of 200 points."""
+
+    def phi(level):
+        return level * (exp(level**0.3) + 10)
+
+    past = []  # (level, estimate, its difference), the newest first
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        x0 = estimate(x, sigma)
+        new = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        if end == 0:
+            return new
+        r, change, slope = phi(end) / phi(sigma), end - sigma, None
+        moved = r * x + (1 - r) * x0 + (new - x0)
+        grid = end + (sigma - end) / 200 * np.arange(200)
+        if past and max_stage > 1:
+            inverse = np.array([1 / phi(level) for level in grid]) * (sigma - end) / 200
+            slope = (x0 - past[0][1]) / (sigma - past[0][0])
+            moved = moved + (change + inverse.sum() * phi(end)) * slope
+            if past[0][2] is not None and max_stage > 2:
+                bend = (slope - past[0][2]) / ((sigma - past[1][0]) / 2)
+                second = (inverse * (grid - sigma)).sum() * phi(end)
+                moved = moved + (change**2 / 2 + second) * bend
+        up = sqrt(max(0.0, end**2 - (r * sigma) ** 2))
+        x = moved + s_noise * up * noise(sigma, end) if s_noise else moved
+        past.insert(0, (sigma, x0, slope))
+    return x
+
+
+def sa_solver(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0, s_tmin=0.0,
+              s_tmax=inf, predictor_order=3, corrector_order=4):  # fmt: skip
+    """SA-Solver with its corrected states kept beside the predicted ones; integrals by parts."""
+
+    def adams(start, end, nodes, rate):
+        """∫ rate e^{rate (u - end)} times each Lagrange polynomial, from start to end."""
+        moments = []
+        for p in range(len(nodes)):
+            # ∫ rate e^{rate v} v^p over v from start - end to 0
+            edge = -((start - end) ** p) * exp(rate * (start - end)) + (1.0 if p == 0 else 0.0)
+            moments.append(edge - (p / rate * moments[-1] if p else 0.0))
+        matrix = np.vander([node - end for node in nodes], increasing=True).T
+        return [float(b) for b in np.linalg.solve(matrix, moments)]
+
+    def strength(level):
+        return eta if s_tmin * (1 - 1e-6) <= level <= s_tmax * (1 + 1e-6) else 0.0
+
+    levels = [float(sigma) for sigma in sigmas.double()]
+    lowers, steps, history, last = levels[-1] == 0, len(levels) - 1, [], None
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        point, x0 = x, estimate(x, sigma)
+        history = [(-log(sigma), x0), *history]
+        new = revise(Moment(i, sigma, end, point, sigma), x0, x0)
+        if end == 0:
+            return new
+        if last is not None:
+            origin, begin, drawn = last
+            order = min(corrector_order, len(history), steps - i if lowers else corrector_order)
+            nodes, rate = history[:order], 1 + strength(sigma) ** 2
+            weights = adams(begin, nodes[0][0], [node for node, _ in nodes], rate)
+            decay = exp(-rate * (nodes[0][0] - begin))
+            x = decay * origin + sum(b * d for b, (_, d) in zip(weights, nodes)) + drawn
+        order = min(predictor_order, len(history), steps - 1 - i if lowers else predictor_order)
+        nodes, rate = history[:order], 1 + strength(end) ** 2
+        h = log(sigma / end)
+        weights = adams(nodes[0][0], -log(end), [node for node, _ in nodes], rate)
+        drawn = new - x0
+        if (rate - 1) * s_noise:
+            drawn = drawn + s_noise * end * sqrt(-expm1(-2 * (rate - 1) * h)) * noise(sigma, end)
+        last = (x, nodes[0][0], drawn)
+        x = exp(-rate * h) * x + sum(b * d for b, (_, d) in zip(weights, nodes)) + drawn
     return x
 
 
 REFERENCES = {
+    "ipndm": _multistep(_ipndm, 4),
+    "ipndm_v": _multistep(_ipndm_v, 3),
+    "deis": _multistep(_deis, 3),
+    "gradient_estimation": _multistep(_gradient, 2),
+    "gradient_estimation_cfg_pp": _multistep(_gradient, 2, cfg_pp=True),
+    "res_multistep": _res(),
+    "res_multistep_ancestral": _res(ancestral=True),
+    "res_multistep_cfg_pp": _res(cfg_pp=True),
+    "res_multistep_ancestral_cfg_pp": _res(ancestral=True, cfg_pp=True),
+    "dpmpp_2m_cfg_pp_mixed": dpmpp_2m_cfg_pp_mixed,
+    "er_sde": er_sde,
+    "sa_solver": sa_solver,
+    "euler_ancestral_rf": euler_ancestral_rf,
+    "dpm_2_ancestral_rf": dpm_2_ancestral_rf,
+    "dpmpp_2s_ancestral_rf": dpmpp_2s_ancestral_rf,
     "heun": heun,
     "dpm_2": dpm_2,
     "dpm_2_ancestral": dpm_2_ancestral,

@@ -334,8 +334,15 @@ def test_from_pure_noise_everything_is_finite(solver, settings, options):
         assert all(tensor.isfinite().all() for tensor in tensors)
 
 
+def starts_by_euler(solver):
+    """Whether a step from τ = 1 has one stage; ancestral forms for flow models may have two."""
+    return len(solver.plan([1.0, 0.5], space=FLOW)[0].stages) == 1
+
+
 @pytest.mark.parametrize(
-    "solver", [s for s in SOLVERS if s.order is not None], ids=lambda s: s.name
+    "solver",
+    [s for s in SOLVERS if s.order is not None and starts_by_euler(s)],
+    ids=lambda s: s.name,
 )
 def test_the_first_step_from_pure_noise_is_euler(solver):
     """From τ = 1 to τ': (1-τ') x̂ + τ' x at η = 0; x̂ is guided under CFG++ too, x is all noise."""
@@ -372,18 +379,22 @@ def test_pure_noise_is_the_limit(solver, eta, models, scale):
 
     Of multistep solvers the first step: they forget an infinite level, and in the limit its weight
     falls as 1/log σ, so that it is not seen in numbers (see the next test). Of solvers with a
-    middle point at a distance of 1e-13: as near as that point comes. Not of Heun and DPM-Solver-2,
-    which divide a slope by σ' or sqrt(σ σ').
+    middle point at a distance of 1e-13: as near as that point comes, or the one that it has from
+    τ = 1. Not of Heun and DPM-Solver-2, which divide a slope by σ' or sqrt(σ σ').
     """
     levels = FROM_NOISE[:2] if solver.multistep else FROM_NOISE
     gap, tolerance = 1e-9, 1e-6
     if solver.evaluations > 1 or solver.extra:
         gap = 1e-13
         options = {"eta": eta} if accepts(solver, "eta") else {}
-        plan = solver.plan([1.0 - gap, *levels[1:].tolist()], space=FLOW, **options)
-        tolerance = max(1e-5, 3.0 / plan[0].stages[-1].sigma)
+        starts = (
+            solver.plan([start, levels[1]], space=FLOW, **options)[0] for start in (1 - gap, 1)
+        )
+        tolerance = max(1e-5, *(3.0 / step.stages[-1].sigma for step in starts))
     if solver.multistep and solver.noise == "brownian" and eta == 0.5:
         tolerance = 1e-4  # the exact SDE's σ_down falls like gap ** η
+    if solver.name == "sa_solver" and eta == 0.5:
+        tolerance = 2 * gap**0.25  # its η is squared
 
     def model():
         return pair(models, True, teacher_scale=scale, teacher_steps=2)

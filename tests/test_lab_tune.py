@@ -316,16 +316,17 @@ def part_of(student, sampler, levels):
 @pytest.mark.parametrize("name", [n for n, one in SOLVERS.items() if not forgets(one)])
 def test_the_teachers_run_is_the_samplers_limit(name):
     """With more steps the sampler's run of the teacher goes where Φ and the noise go: σ_down and
-    the noise are read off rightly. (LCM's own steps go to the end of the path: no limit.)"""
+    the noise are read off rightly. (LCM's own steps go to the end of the path: no limit.) With 12
+    steps some errors are small by chance: of opposite signs at both ends of the path."""
     errors = []
-    for steps in (12, 48):
+    for steps in (12, 48, 192):
         angles = torch.linspace(math.atan(5.0), 0.0, steps + 1, dtype=torch.float64)
         levels = [5.0, *angles.tan().tolist()[1:-1], 0.0]
         _, part = part_of(teacher, SOLVERS[name].sample, levels)
         perfect = part.perfect()
         assert float(perfect.std()) == pytest.approx(math.sqrt(VARIANCE), rel=0.2)
         errors.append(float((part.plain() - perfect).square().mean().sqrt()))
-    assert errors[1] < 0.2 and errors[1] < 0.6 * errors[0]
+    assert errors[-1] < 0.2 and errors[-1] < 0.6 * max(errors)
 
 
 @pytest.mark.parametrize("name", SOLVERS)

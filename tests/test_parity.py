@@ -55,7 +55,8 @@ def variants(solver):
     own = []
     for name, option in solver.options.items():
         if name not in {**ANCESTRAL[-1], **CHURN[2], **CHURN[1]}:
-            etas = [{"eta": eta} for eta in (0.0, 0.5, 1.0)] if option.choices else [{}]
+            words = option.choices and accepts(solver, "eta")
+            etas = [{"eta": eta} for eta in (0.0, 0.5, 1.0)] if words else [{}]
             own += [{name: value, **eta} for value in other_values(option) for eta in etas]
     return [{}, *churn, *ancestral, *own]
 
@@ -307,10 +308,20 @@ def test_2s_with_its_middle_point_elsewhere(cfg_pp, r, eta):
 @pytest.mark.parametrize("solver", [s for s in SOLVERS if s.cfg_pp], ids=name_of)
 def test_plus_plus_at_scale_0_is_the_plain_solver_without_a_condition(solver):
     """CFG++ with cond_scale = 0: estimate and direction are both the unconditional ones."""
-    plain = next(s for s in SOLVERS if s.name == solver.name.replace("_cfg_pp", ""))
+    plain = next(s for s in SOLVERS if s.name == solver.name.partition("_cfg_pp")[0])
     problem, sigmas = Problem(cond_scale=0.0), karras(6)
     x = problem.start(sigmas)
     off = {"teacher_scale": 0.0}
     torch.manual_seed(17)
     expected = problem.sample(plain, x, sigmas, off)
     assert relative(problem.sample(solver, x, sigmas, off), expected) <= 1e-12
+
+
+@pytest.mark.parametrize("s_tmin", [0.0, 0.4])
+def test_sa_solver_draws_noise_between_two_levels(s_tmin):
+    """A step that corrects one with noise may draw none itself, and the reverse."""
+    problem, sigmas = Problem(), karras(8)
+    x, options = problem.start(sigmas), {"s_tmin": s_tmin, "s_tmax": 3.0, "eta": 0.8}
+    solver, guidance = kdpp.SOLVERS["sa_solver"], {"teacher_scale": 0.3, "teacher_steps": 3}
+    expected = references.expected(solver, problem, x, sigmas, guidance, **options)
+    assert relative(problem.sample(solver, x, sigmas, guidance, **options), expected) <= 1e-11

@@ -243,7 +243,9 @@ def test_moving_the_data_moves_the_images(solver, sigmas, guidance, options, off
     assert float((found - offset - still).abs().max()) <= TOLERANCE * (100.0 + still.abs().max())
 
 
-@over_deterministic
+@pytest.mark.parametrize(
+    "solver", [s for s in DETERMINISTIC if problems.has_no_unit(s)], ids=lambda s: s.name
+)
 @given(sigmas=schedules(), guidance=guidances(), factor=st.floats(0.1, 10.0))
 def test_scaling_the_data_scales_the_images(solver, sigmas, guidance, factor):
     """Data, levels and latent times s give s times the result: no level is absolute."""

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from kdpp.driver import Callback, ExtraArgs, sample
 from kdpp.noise import NoiseSampler
-from kdpp.plan import Row, Stage, Step, ancestral, euler_row, with_churn
+from kdpp.plan import Row, Stage, Step, ancestral, euler_row, rf_split, with_churn
 from kdpp.solver import ANCESTRAL, CHURN, solver
 
 __all__ = [
     "sample_ddim_stochastic_tg",
     "sample_euler_ancestral_cfg_pp_tg",
+    "sample_euler_ancestral_rf_tg",
     "sample_euler_ancestral_tg",
     "sample_euler_cfg_pp_tg",
     "sample_euler_tg",
@@ -118,6 +119,31 @@ def sample_euler_ancestral_cfg_pp_tg(
     """
     return sample(
         euler_ancestral_cfg_pp, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
+
+
+@solver(order=1, options=ANCESTRAL, noise="plain")
+def euler_ancestral_rf(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
+    """`euler_ancestral`, split by `rf_split`."""
+    return ancestral(sigmas, first_order, eta, s_noise, rf_split)
+
+
+@euler_ancestral_rf.public
+def sample_euler_ancestral_rf_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """Ancestral Euler as ComfyUI has it for flow models ("RF"): steps down in τ instead of σ.
+
+    ``τ_down = τ' (1 - η (1 - τ'/τ))``, ``τ = σ/(1+σ)``; then ``+ s_noise sqrt(σ'² - σ_down²) n``,
+    as in `sample_euler_ancestral_tg`, whose σ_down is another. One evaluation a step.
+
+    Source: ComfyUI's euler_ancestral for flow models; the teacher's term as in Euler.
+    """
+    return sample(
+        euler_ancestral_rf, model, x, sigmas, extra_args, callback, disable, noise_sampler,
         eta=eta, s_noise=s_noise,
     )  # fmt: skip
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from kdpp.driver import Callback, ExtraArgs, sample
 from kdpp.noise import NoiseSampler
 from kdpp.plan import (
+    FLOW,
+    VARIABLES,
     VE,
     Row,
     Stage,
@@ -24,16 +26,20 @@ from kdpp.plan import (
     ancestral,
     ancestral_split,
     euler_row,
+    from_tau,
+    rf_split,
     two_stages,
     with_churn,
 )
-from kdpp.solver import ANCESTRAL, CHURN, Option, solver
+from kdpp.solver import ANCESTRAL, CHURN, VARIABLE, Option, solver
 
 __all__ = [
+    "sample_dpm_2_ancestral_rf_tg",
     "sample_dpm_2_ancestral_tg",
     "sample_dpm_2_tg",
     "sample_dpm_fast_tg",
     "sample_dpmpp_2s_ancestral_cfg_pp_tg",
+    "sample_dpmpp_2s_ancestral_rf_tg",
     "sample_dpmpp_2s_ancestral_tg",
     "sample_heun_tg",
 ]
@@ -46,12 +52,13 @@ def heun_stages(sigma: float, target: float, noise: float | None) -> tuple[Stage
     return two_stages(sigma, target, target, (sigma - target) / (2.0 * target), noise=noise)
 
 
-@solver(order=2, evaluations=2, options=CHURN)
+@solver(order=2, evaluations=2, options={**CHURN, **VARIABLE})
 def heun(
-    sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-) -> Iterator[Step]:
+    sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float,
+    variable: str,
+) -> Iterator[Step]:  # fmt: skip
     """Churn from σ to σ̂, then `heun_stages`."""
-    return with_churn(sigmas, heun_stages, s_churn, s_tmin, s_tmax, s_noise)
+    return with_churn(sigmas, heun_stages, s_churn, s_tmin, s_tmax, s_noise, variable)
 
 
 @heun.public
@@ -59,17 +66,20 @@ def sample_heun_tg(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
     callback: Callback | None = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+    *, variable: str = "sigma",
 ) -> Tensor:  # fmt: skip
     """Heun: ``x' = x + (σ' - σ)/2·((x - x̂)/σ + (x_2 - x̂_2)/σ') + (x̂_new,2 - x̂_2)``.
 
     x_2 is Euler's point at σ', and x̂_2 its estimate, which the teacher revises. Two evaluations a
     step, one in the last; order 2. On few steps it is far behind 2S: its slope at σ' divides by σ'.
+    ``variable="tau"``: the rule over τ, see `kdpp.solvers`.
 
     Source: Karras et al. 2022, Algorithm 2; the teacher's term as in Euler.
     """
     return sample(
         heun, model, x, sigmas, extra_args, callback, disable,
         s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+        variable=variable,
     )  # fmt: skip
 
 
@@ -79,12 +89,13 @@ def dpm_2_stages(sigma: float, target: float, noise: float | None) -> tuple[Stag
     return two_stages(sigma, middle, target, (sigma - target) / middle, noise=noise)
 
 
-@solver(order=2, evaluations=2, options=CHURN)
+@solver(order=2, evaluations=2, options={**CHURN, **VARIABLE})
 def dpm_2(
-    sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-) -> Iterator[Step]:
+    sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float,
+    variable: str,
+) -> Iterator[Step]:  # fmt: skip
     """Churn from σ to σ̂, then `dpm_2_stages`."""
-    return with_churn(sigmas, dpm_2_stages, s_churn, s_tmin, s_tmax, s_noise)
+    return with_churn(sigmas, dpm_2_stages, s_churn, s_tmin, s_tmax, s_noise, variable)
 
 
 @dpm_2.public
@@ -92,16 +103,19 @@ def sample_dpm_2_tg(
     model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
     callback: Callback | None = None, disable: bool | None = None,
     s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+    *, variable: str = "sigma",
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-2: ``x' = x + (σ' - σ)·(u - x̂_u)/σ_u + (x̂_new,u - x̂_u)``, σ_u = sqrt(σ σ').
 
-    u is Euler's point at σ_u. Two evaluations a step, one in the last; order 2.
+    u is Euler's point at σ_u. Two evaluations a step, one in the last; order 2. ``variable="tau"``:
+    the rule over τ, see `kdpp.solvers`.
 
     Source: Lu et al. 2022 (DPM-Solver), as in k-diffusion; the teacher's term as in Euler.
     """
     return sample(
         dpm_2, model, x, sigmas, extra_args, callback, disable,
         s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+        variable=variable,
     )  # fmt: skip
 
 
@@ -125,6 +139,31 @@ def sample_dpm_2_ancestral_tg(
     """
     return sample(
         dpm_2_ancestral, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
+
+
+@solver(order=2, evaluations=2, options=ANCESTRAL, noise="plain")
+def dpm_2_ancestral_rf(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
+    """`dpm_2_stages` over τ to `rf_split`'s level, then noise."""
+    return ancestral(sigmas, dpm_2_stages, eta, s_noise, rf_split, "tau")
+
+
+@dpm_2_ancestral_rf.public
+def sample_dpm_2_ancestral_rf_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """Ancestral DPM-Solver-2 as ComfyUI has it for flow models ("RF"): the rule is over τ.
+
+    `sample_dpm_2_tg`'s step with ``variable="tau"`` to the level of `sample_euler_ancestral_rf_tg`,
+    then noise. Two evaluations a step, one in the last; order 2 at η = 0.
+
+    Source: ComfyUI's dpm_2_ancestral for flow models; the teacher's term as in Euler.
+    """
+    return sample(
+        dpm_2_ancestral_rf, model, x, sigmas, extra_args, callback, disable, noise_sampler,
         eta=eta, s_noise=s_noise,
     )  # fmt: skip
 
@@ -179,6 +218,43 @@ def sample_dpmpp_2s_ancestral_tg(
     )  # fmt: skip
 
 
+ALMOST_ONE = 0.9999
+"""τ of the middle point of a step from τ = 1, where the middle in -log σ is τ = 1 itself."""
+
+
+@solver(order=2, evaluations=2, options=ANCESTRAL, noise="plain")
+def dpmpp_2s_ancestral_rf(sigmas: Sequence[float], eta: float, s_noise: float) -> Iterator[Step]:
+    """`dpmpp_2s_stages` (r = 1/2) to `rf_split`'s level, then noise; two stages from σ = ∞, too."""
+    steps = ancestral(sigmas, partial(dpmpp_2s_stages, r=0.5), eta, s_noise, rf_split)
+    for step in steps:
+        target, noise = rf_split(step.sigma, step.sigma_next, eta, s_noise)
+        if math.isinf(step.sigma) and 0.0 < target < math.inf:
+            stages = two_stages(step.sigma, FLOW.sigma(ALMOST_ONE), target, 1.0, noise=noise)
+            yield Step(step.sigma, step.sigma_next, stages)
+        else:
+            yield step
+
+
+@dpmpp_2s_ancestral_rf.public
+def sample_dpmpp_2s_ancestral_rf_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """Ancestral DPM-Solver++(2S) as ComfyUI has it for flow models ("RF"): down in τ, see below.
+
+    `sample_dpmpp_2s_ancestral_tg`'s step (r = 1/2) to the level of `sample_euler_ancestral_rf_tg`,
+    then noise. From τ = 1 it has a middle point, too, at τ = 0.9999. Two evaluations a step, one in
+    the last; order 2 at η = 0.
+
+    Source: ComfyUI's dpmpp_2s_ancestral for flow models; the teacher's term as in Euler.
+    """
+    return sample(
+        dpmpp_2s_ancestral_rf, model, x, sigmas, extra_args, callback, disable, noise_sampler,
+        eta=eta, s_noise=s_noise,
+    )  # fmt: skip
+
+
 dpmpp_2s_ancestral_cfg_pp = dpmpp_2s_ancestral.in_cfg_pp()
 
 
@@ -221,9 +297,12 @@ def fast_levels(sigma_min: float, sigma_max: float, n: int) -> list[float]:
 
 @solver(
     order=2, evaluations=3, levels=fast_levels, noise="plain",
-    options={"n": Option(8, low=1), "eta": Option(0.0, low=0.0), "s_noise": ANCESTRAL["s_noise"]},
+    options={"n": Option(8, low=1), "eta": Option(0.0, low=0.0), "s_noise": ANCESTRAL["s_noise"],
+             **VARIABLE},
 )  # fmt: skip
-def dpm_fast(sigmas: Sequence[float], n: int, eta: float, s_noise: float) -> Iterator[Step]:
+def dpm_fast(
+    sigmas: Sequence[float], n: int, eta: float, s_noise: float, variable: str
+) -> Iterator[Step]:
     """Steps of DPM-Solver of orders 3, 3, …, that make n evaluations, then ``+ σ_up n``."""
     orders = fast_orders(n)
     if len(orders) != len(sigmas) - 1:
@@ -231,9 +310,13 @@ def dpm_fast(sigmas: Sequence[float], n: int, eta: float, s_noise: float) -> Ite
     for (sigma, sigma_next), order in zip(pairwise(sigmas), orders):
         down, _ = ancestral_split(sigma, sigma_next, eta, s_noise)
         sigma_down = max(down, sigmas[-1])
-        noise = s_noise * math.sqrt((sigma_next - sigma_down) * (sigma_next + sigma_down))
-        stages = dpm_solver(sigma, sigma_down, order, noise if eta * s_noise > 0.0 else None)
-        yield Step(sigma, sigma_next, stages)
+        lift = s_noise * math.sqrt((sigma_next - sigma_down) * (sigma_next + sigma_down))
+        noise = lift if eta * s_noise > 0.0 else None
+        if variable == "tau":
+            start, end = FLOW.level(sigma), FLOW.level(sigma_down)
+            yield Step(sigma, sigma_next, from_tau(sigma, dpm_solver(start, end, order, noise)))
+        else:
+            yield Step(sigma, sigma_next, dpm_solver(sigma, sigma_down, order, noise))
 
 
 def dpm_solver(
@@ -288,25 +371,29 @@ def stage_row(
 def sample_dpm_fast_tg(
     model: Any, x: Tensor, sigma_min: float, sigma_max: float, n: int,
     extra_args: ExtraArgs = None, callback: Callback | None = None, disable: bool | None = None,
-    eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+    eta: float = 0.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None, *,
+    variable: str = "sigma",
 ) -> Tensor:  # fmt: skip
     """DPM-Solver-fast: ``n`` evaluations from ``sigma_max`` to ``sigma_min``, in steps of order 3.
 
     Steps are equal in -log σ; the last one or two are of lower order, as the count demands, which
     holds the run to order 2 (3 where n = 2 modulo 3). It ends at sigma_min > 0. The teacher revises
     a guided step's newest estimate, with coefficient 1. The callback's dict also has ``t`` = -log σ
-    and ``t_up``.
+    and ``t_up``. ``variable="tau"``: levels and rule over τ, see `kdpp.solvers`; so they may start
+    at a flow model's τ = 1.
 
     Raises ValueError for levels that are not 0 < sigma_min ≤ sigma_max < ∞ (a flow model's: below
     τ = 1) and for n < 1.
     Source: Lu et al. 2022 (DPM-Solver), as in k-diffusion.
     """
     space = getattr(model, "space", VE)
+    dpm_fast.settings({"variable": variable})
+    rule = VARIABLES[variable]
     low, high = (
-        space.sigma(float(level)) if isinstance(level, numbers.Real | Tensor) else level
+        rule.level(space.sigma(float(level))) if isinstance(level, numbers.Real | Tensor) else level
         for level in (sigma_min, sigma_max)
     )
-    sigmas = [space.level(sigma) for sigma in dpm_fast.levels(low, high, n)]
+    sigmas = [space.level(rule.sigma(level)) for level in dpm_fast.levels(low, high, n)]
 
     def tell(info: dict[str, Any]) -> None:
         if callback is not None:
@@ -315,4 +402,5 @@ def sample_dpm_fast_tg(
     return sample(
         dpm_fast, model, x, torch.tensor(sigmas, dtype=torch.float64), extra_args,
         callback and tell, disable, noise_sampler, n=n, eta=eta, s_noise=s_noise,
+        variable=variable,
     )  # fmt: skip
