@@ -13,10 +13,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kdpp.checkpoints.places import place_of
-from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, Role, read_png
+from kdpp.checkpoints.requests import (
+    GUIDES,
+    Guide,
+    Offload,
+    Picture,
+    Request,
+    Role,
+    read_png,
+)
 from kdpp.lab.settings import fill, read_option, read_value
 
 __all__ = ["add_arguments", "run"]
@@ -59,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preview", action="store_true",
         help="beside each picture NAME-steps.png, what each step made of it")  # fmt: skip
     add("--out", type=Path, required=True, help="folder for the pictures")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    add("--offload", choices=get_args(Offload), default="teacher",
+        help="what leaves the device while it is not needed: nothing, the teacher, every model, "
+        "every layer (sequential); on the CPU nothing is moved (default: teacher)")  # fmt: skip
 
 
 def _help(entry: Any) -> str:
@@ -83,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     guides = tuple(GUIDES) if arguments.compare else (guide,)
     draw_folder(
         request, pictures, guides, arguments.out, arguments.device, arguments.batch,
-        arguments.preview,
+        arguments.preview, arguments.offload,
     )  # fmt: skip
 
 
@@ -143,7 +154,7 @@ def again(request: Request, given: Mapping[str, Any]) -> Request:
         for role, name in request.places.items()
     }
     request, changed = request.moved(places), dict(given)
-    if given.keys() - {"student", "teacher", "components"}:
+    if given.keys() - {"student", "teacher", "components", "vae"}:
         changed["digests"] = {}
     if given.keys() & {"steps", "sigmas", "preset"}:  # they say the levels anew
         changed = {"steps": None, "sigmas": None, **changed}
