@@ -294,6 +294,17 @@ def test_what_cannot_be_tuned_is_said_before_any_work(words, sentence, sd, tmp_p
     assert not list((tmp_path / "out" / "parts").glob("*"))
 
 
+def test_a_teacher_that_reads_prompts_by_itself_is_refused(sd, tmp_path, capsys):
+    """Here one encoded prompt serves both; otherwise the teacher would be asked wrongly."""
+    other = tiny.sd(seed=7)
+    tiny.tiny(other.text_encoder, seed=5)
+    other.save_pretrained(tmp_path / "other")
+    words = ["--student", sd / "student", "--teacher", tmp_path / "other",
+             "--prompts", sd / "prompts.txt", "--steps", 2, *FEW]  # fmt: skip
+    assert run("tune", *words, "--out", tmp_path / "out") == 1
+    assert "has other text encoders than" in capsys.readouterr().err
+
+
 # kdpp compare -------------------------------------------------------------------------------------
 
 METRICS = '''

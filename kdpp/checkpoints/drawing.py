@@ -17,11 +17,20 @@ from tqdm.auto import tqdm
 
 import kdpp
 from kdpp.checkpoints.files import inspect
+from kdpp.checkpoints.forecast import forecast
 from kdpp.checkpoints.load import is_pipeline
 from kdpp.checkpoints.media import FIRST, files_of, frame_path, shown_frames
-from kdpp.checkpoints.pairs import LabPair, PipelinePair, open_pair
+from kdpp.checkpoints.pairs import LabPair, PipelinePair, check_places, open_pair
 from kdpp.checkpoints.prompts import READERS, sections
-from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, read_texts, texts_of
+from kdpp.checkpoints.requests import (
+    GUIDES,
+    Guide,
+    Offload,
+    Picture,
+    Request,
+    read_texts,
+    texts_of,
+)
 from kdpp.checkpoints.sheets import Tile, sheet
 from kdpp.driver import Callback
 from kdpp.lab import processes
@@ -63,6 +72,7 @@ def draw_folder(
     device: str,
     batch: int,
     preview: bool = False,
+    offload: Offload = "teacher",
 ) -> None:
     """The pictures by each guide, as files of a folder; of several guides a sheet, too.
 
@@ -70,9 +80,15 @@ def draw_folder(
     """
     rank, size = processes.share()
     where = processes.device(device)
-    with processes.single_thread() if where.type == "cpu" else nullcontext():
+    pipeline = is_pipeline(request.student)
+    # The lab's networks are too small for more, and one thread gives the same bits everywhere.
+    alone = where.type == "cpu" and not pipeline
+    with processes.single_thread() if alone else nullcontext():
+        check_places(request)
         check_texts(request, pictures)
-        pair = open_pair(request, where)
+        if rank == 0 and pipeline:
+            print(f"kdpp: {forecast(request, where, offload)}", file=sys.stderr)
+        pair = open_pair(request, where, offload)
         for remark in pair.remarks if rank == 0 else ():
             print(f"kdpp: {remark}", file=sys.stderr)
         make_folder(out)
@@ -114,6 +130,7 @@ def draw_all(
     left = [job for job in jobs if not is_there(pair.request, job)]
     by_guide = [[job for job in left if job.guide == guide] for guide in GUIDES]
     batches = [own[i : i + batch] for own in by_guide for i in range(0, len(own), batch)]
+    pair.expect([job.picture for job in some] for some in batches)
     with Progress(pair, len(jobs), len(left), progress) as bar:
         for some in batches:
             drawn = draw(pair, [job.picture for job in some], some[0].guide, preview, bar.step)
@@ -177,10 +194,13 @@ def draw(
     assert request.sampler is not None
     like = torch.empty(len(pictures), *pair.shape, device=pair.device)
     seeds = torch.tensor([picture.seed for picture in pictures])
-    teacher = pair.teacher if guide == "teacher" else pair.student
+    teacher: Any = pair.teacher if guide == "teacher" else pair.student
     guidance = {"teacher_steps": 0} if guide == "none" else request.guidance
     if guide == "self":
         guidance = {**guidance, "teacher_cfg_scale": request.cond_scale}
+    extra_args = pair.extra_args(pictures)
+    if guide == "teacher" and (own := pair.teacher_args(pictures)):
+        teacher, guidance = told(teacher, guidance, own)
 
     def guided(noise: Any) -> kdpp.TeacherGuidedDenoiser:
         return kdpp.TeacherGuidedDenoiser(
@@ -188,7 +208,6 @@ def draw(
         )
 
     solver, _ = solver_of(request.sampler)
-    extra_args = pair.extra_args(pictures)
     estimates: list[Tensor] = []
 
     def listen(info: dict[str, Any]) -> None:
@@ -211,6 +230,16 @@ def draw(
         Drawn(one, student, asked, seconds, [step[row] for step in seen])
         for row, one in enumerate(pixels)
     ]
+
+
+def told(
+    teacher: Any, guidance: Mapping[str, Any], extra_args: Mapping[str, Any]
+) -> tuple[kdpp.Teacher, dict[str, Any]]:
+    """The teacher with these settings of guidance and conditions of its own; what is left of the
+    settings."""
+    own = {name.removeprefix("teacher_"): value for name, value in guidance.items()}
+    left = {"extrapolate": own.pop("extrapolate")}
+    return kdpp.Teacher(teacher, extra_args=extra_args, **own), left
 
 
 def strip(estimates: Sequence[Tensor]) -> bytes:

@@ -36,7 +36,7 @@ from kdpp.checkpoints.architectures import (
 )
 from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, Header, read_header
 
-__all__ = ["CheckpointFacts", "LoraFacts", "inspect"]
+__all__ = ["CheckpointFacts", "LoraFacts", "inspect", "part_numbers"]
 
 Prediction = Literal["epsilon", "v", "x0", "flow", "edm"]
 KDPP_KEYS = ("kdpp.lab", "kdpp.digits")
@@ -161,6 +161,37 @@ def inspect(path: str | Path) -> CheckpointFacts:
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}")
     return _folder(path) if path.is_dir() else _file(path)
+
+
+def part_numbers(path: str | Path) -> dict[str, int]:
+    """How many numbers the weights of a model's parts have: "network", "VAE", "text encoders".
+
+    From headers; of a file or a folder, without the parts that it does not hold. A file of another
+    kind (a LoRA, a VAE) is one part, "network".
+
+    Raises as `inspect` does.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}")
+    if path.is_dir():
+        folders = [folder for folder in sorted(path.iterdir()) if folder.name in PART_FOLDERS]
+        held = [(PART_FOLDERS[folder.name], _folder_weights(folder)[0]) for folder in folders]
+        if not held:
+            held = [("network", _folder_weights(path)[0])]
+        found = [(part, _numbers(header.entries)) for part, header in held]
+    else:
+        entries = read_header(path).entries
+        network = network_of(entries)
+        others = {
+            part: {k: e for k, e in entries.items() if k.startswith(starts)}
+            for part, starts in PARTS.items()
+        }
+        found = [(part, _numbers(own)) for part, own in {"network": network, **others}.items()]
+    sums: Counter[str] = Counter()
+    for part, numbers in found:
+        sums[part] += numbers
+    return {part: numbers for part, numbers in sums.items() if numbers}
 
 
 # A file ------------------------------------------------------------------------------------------
@@ -402,7 +433,16 @@ def _numbers(entries: Mapping[str, Entry]) -> int:
 # A folder --------------------------------------------------------------------------------------
 
 MODEL_INDEX = "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+"""A part's file, as diffusers and transformers name it."""
+PART_FOLDERS = {
+    "unet": "network",
+    "transformer": "network",
+    "transformer_2": "network",
+    "vae": "VAE",
+    **{f"text_encoder{end}": "text encoders" for end in ("", "_2", "_3")},
+}
+"""A model's parts with weights, by the folders that diffusers saves them in."""
 
 
 def _folder(path: Path) -> CheckpointFacts:
@@ -457,8 +497,8 @@ def _folder_weights(folder: Path) -> tuple[Header, int]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.is_file():
+    index = next((i for name in WEIGHTS if (i := folder / f"{name}.index.json").is_file()), None)
+    if index is not None:
         names = _read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise ValueError(f"{index} names no files under weight_map; get it again")
@@ -473,8 +513,7 @@ def _shards(folder: Path) -> list[Path]:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         why = f"only the pickle {pickles[0]}; {CONVERT}" if pickles else "no safetensors file"
         raise ValueError(f"{folder} has {why}")
-    plain = folder / WEIGHTS
-    return [plain if plain in found else found[0]]
+    return [next((folder / name for name in WEIGHTS if folder / name in found), found[0])]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

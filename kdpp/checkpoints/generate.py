@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from kdpp.checkpoints.flags import (
     add_settings,
@@ -22,7 +22,7 @@ from kdpp.checkpoints.flags import (
     settings_of,
 )
 from kdpp.checkpoints.places import place_of
-from kdpp.checkpoints.requests import GUIDES, Guide, Picture, Request, read_png
+from kdpp.checkpoints.requests import GUIDES, Guide, Offload, Picture, Request, read_png
 
 __all__ = ["add_arguments", "run"]
 
@@ -47,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preview", action="store_true",
         help="beside each picture NAME-steps.png, what each step made of it")  # fmt: skip
     add("--out", type=Path, required=True, help="folder for the pictures")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    add("--offload", choices=get_args(Offload), default="teacher",
+        help="what leaves the device while it is not needed: nothing, the teacher, every model, "
+        "every layer (sequential); on the CPU nothing is moved (default: teacher)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -64,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     guides = tuple(GUIDES) if arguments.compare else (guide,)
     draw_folder(
         request, pictures, guides, arguments.out, arguments.device, arguments.batch,
-        arguments.preview,
+        arguments.preview, arguments.offload,
     )  # fmt: skip
 
 
@@ -106,7 +109,7 @@ def again(request: Request, given: Mapping[str, Any]) -> Request:
         for role, name in request.places.items()
     }
     request, changed = request.moved(places), dict(given)
-    if given.keys() - {"student", "teacher", "components"}:
+    if given.keys() - {"student", "teacher", "components", "vae"}:
         changed["digests"] = {}
     if given.keys() & {"steps", "sigmas", "preset"}:  # they say the levels anew
         changed = {"steps": None, "sigmas": None, **changed}

@@ -8,10 +8,10 @@ asked of the network, and no pickle is opened.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from kdpp.checkpoints.architectures import CONTEXT, FLOWS, NETWORK_PREFIXES
 from kdpp.checkpoints.configs import CONFIGS, Config, TextEncoder, write_folder
-from kdpp.checkpoints.files import CheckpointFacts, inspect
+from kdpp.checkpoints.files import PARTS, CheckpointFacts, inspect
 from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, read_header
 from kdpp.checkpoints.networks import ARCHITECTURES
 from kdpp.checkpoints.pipelines import FAMILIES
 
-__all__ = ["draws_videos", "file_digest", "is_pipeline", "load_pipeline"]
+__all__ = ["draws_videos", "is_pipeline", "load_pipeline"]
 
 Tensors = dict[str, Tensor]
 INDEX = "model_index.json"
@@ -38,6 +38,12 @@ UNET = "UNet2DConditionModel"
 GUIDANCE = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
 """Of a UNet that takes the CFG scale as an input: the original name, which diffusers' conversion
 does not know, and diffusers'."""
+
+
+LATENTS = (
+    "latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
+)  # fmt: skip
+"""What a VAE's configuration says of the latents that it takes."""
 
 
 def is_pipeline(path: str | Path) -> bool:
@@ -54,15 +60,6 @@ def draws_videos(path: str | Path) -> bool:
     return inspect(path).architecture == "Wan"
 
 
-def file_digest(path: Path) -> str:
-    """A digest of a file's content."""
-    blake = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            blake.update(block)
-    return blake.hexdigest()
-
-
 def load_pipeline(
     path: str | Path,
     dtype: torch.dtype | str = torch.float32,
@@ -71,6 +68,7 @@ def load_pipeline(
     *,
     components: str | Path | None = None,
     prediction: str | None = None,
+    vae: str | Path | None = None,
     configs: Mapping[str, Config] = CONFIGS,
 ) -> Any:
     """A pipeline of diffusers with the weights at ``path``, without a network and without pickles.
@@ -85,6 +83,8 @@ def load_pipeline(
             does not hold.
         prediction: what a UNet predicts, "epsilon", "v" or "x0". None: what the file says, else the
             scheduler of the folder; where none does, ε, with a remark on stderr.
+        vae: another VAE in the place of the model's: a safetensors file in the original names or
+            diffusers', or a folder that diffusers saved. A file has the settings of the model's.
         configs: the numbers of the architectures that can be a single file.
 
     A single file's scheduler is an ``EulerDiscreteScheduler`` with Stable Diffusion's betas, at
@@ -99,10 +99,11 @@ def load_pipeline(
             is read.
     """
     _diffusers()
-    path, left_out = Path(path), dict.fromkeys(without)
+    path = Path(path)
+    given: dict[str, Any] = dict.fromkeys([*without, "vae"] if vae is not None else without)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     facts = _usable(path)
-    missing = [] if path.is_dir() else _missing(facts, configs, left_out)
+    missing = [] if path.is_dir() else _missing(facts, configs, given)
     if missing and components is None:
         raise ValueError(_lacking(facts, missing, configs))
     if components is not None and not missing:
@@ -114,10 +115,12 @@ def load_pipeline(
             "must come from a model of the same architecture"
         )
     changes = _schedule(facts, rest, prediction)
+    if vae is not None:
+        given["vae"] = _load_vae(Path(vae), _vae_config(rest, configs), dtype)
     if rest.path.is_dir():
-        pipe = _from_folder(facts, rest, dtype, left_out)
+        pipe = _from_folder(facts, rest, dtype, given)
     else:
-        pipe = _from_file(facts, rest, dtype, left_out, configs)
+        pipe = _from_file(facts, rest, dtype, given, configs)
     if changes:
         kind = type(pipe.scheduler)
         if facts.guidance_input and not path.is_dir():
@@ -126,7 +129,8 @@ def load_pipeline(
             kind = _diffusers().EulerDiscreteScheduler
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **changes)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    # It lies on the CPU, and `to` would warn of float16 there, which is where it may only wait.
+    return pipe if torch.device(device).type == "cpu" else pipe.to(device)
 
 
 def _diffusers() -> Any:
@@ -246,14 +250,20 @@ def _schedule(
 
 
 def _from_folder(
-    facts: CheckpointFacts, rest: CheckpointFacts, dtype: torch.dtype, left_out: Mapping[str, None]
+    facts: CheckpointFacts, rest: CheckpointFacts, dtype: torch.dtype, given: Mapping[str, Any]
 ) -> Any:
-    """The pipeline in the folder ``rest``, or with the network of the file ``facts``."""
-    given: dict[str, Any] = dict(left_out)
+    """The pipeline in the folder ``rest``, or with the network of the file ``facts``.
+
+    ``given`` are parts that are not loaded from there, by name; None: they are left out.
+    """
+    index = json.loads((rest.path / INDEX).read_text(encoding="utf-8"))
+    given = {name: part for name, part in given.items() if name in index}
     kind = _check_folder(rest.path, given)
     if facts is not rest:
         name = "unet" if (rest.path / "unet").is_dir() else "transformer"
         given[name] = _load_network(facts, rest.path / name, dtype)
+    if kind == "StableDiffusionPipeline" and "safety_checker" in given:
+        given["requires_safety_checker"] = False  # or diffusers warns that it is left out
     # By its own class: DiffusionPipeline.from_pretrained would not heed a network given for Wan.
     load = getattr(_diffusers(), kind).from_pretrained
     return load(str(rest.path), local_files_only=True, use_safetensors=True, **_as(dtype), **given)
@@ -261,18 +271,19 @@ def _from_folder(
 
 def _from_file(
     facts: CheckpointFacts, rest: CheckpointFacts, dtype: torch.dtype,
-    left_out: Mapping[str, None], configs: Mapping[str, Config],
+    given: Mapping[str, Any], configs: Mapping[str, Config],
 ) -> Any:  # fmt: skip
-    """The network of the file ``facts``, and the rest of the file ``rest``, often the same."""
+    """The network of the file ``facts``, and the rest of the file ``rest``, often the same.
+
+    ``given`` as in `_from_folder`.
+    """
     config = configs[rest.architecture or ""]
-    if missing := _missing(rest, configs, left_out):
+    if missing := _missing(rest, configs, given):
         raise ValueError(_lacking(rest, missing, configs))
     texts = _texts(config)
     tokenizers = [name.replace("text_encoder", "tokenizer") for name in texts]
-    parts = [name for name in ("vae", *texts, *tokenizers) if name not in left_out]
-    given: dict[str, Any] = {
-        name: None for name in left_out if name in ("vae", *texts, *tokenizers)
-    }
+    parts = [name for name in ("vae", *texts, *tokenizers) if name not in given]
+    given = {k: part for k, part in given.items() if k in ("vae", *texts, *tokenizers)}
     with TemporaryDirectory() as name:
         folder = Path(name)
         write_folder(config, folder, ["unet", *parts])
@@ -328,6 +339,71 @@ def _load_network(facts: CheckpointFacts, folder: Path, dtype: torch.dtype) -> A
     return made.from_single_file(
         state, config=str(folder), local_files_only=True, **_as(dtype), **changes
     )
+
+
+def _vae_config(rest: CheckpointFacts, configs: Mapping[str, Config]) -> Mapping[str, Any]:
+    """The configuration of the model's own VAE."""
+    if rest.path.is_dir():
+        return _read_config(rest.path / "vae")
+    return {"_class_name": "AutoencoderKL", **configs[rest.architecture or ""].vae}
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; give a folder that diffusers saved")
+    about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return about
+
+
+def _load_vae(path: Path, own: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A VAE in the place of a model's own, which has the configuration ``own``.
+
+    ValueError unless it is of the same class, and has latents of the same channels and scale.
+    """
+    folder = path / "vae" if (path / INDEX).is_file() else path
+    about = _read_config(folder) if path.is_dir() else dict(own)
+    made = getattr(_diffusers(), str(own.get("_class_name")), None)
+    if made is None or about.get("_class_name") != own.get("_class_name"):
+        raise ValueError(
+            f"{path} is a {about.get('_class_name')}, and the model's VAE a "
+            f"{own.get('_class_name')}; give one of the same class"
+        )
+    wanted, network = _blank(made, own), _blank(made, about)
+    for name in LATENTS:
+        one, other = network.config.get(name), wanted.config.get(name)
+        if one != other:
+            raise ValueError(
+                f"{path} does not fit the model's latents: its {name} is {one}, and that of the "
+                f"model's own VAE {other}"
+            )
+    if path.is_dir():
+        return made.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, **_as(dtype)
+        )
+    return _vae_of_file(path, network, about, dtype)
+
+
+def _vae_of_file(path: Path, network: Any, about: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A VAE of the configuration ``about``, whose empty network is given, of a file."""
+    facts = inspect(path)
+    meta = _meta(read_header(path).entries)
+    prefix = next((p for p in PARTS["VAE"] if any(key.startswith(p) for key in meta)), "")
+
+    def renamed(tensors: Mapping[str, Tensor]) -> Tensors:
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if any(key.startswith("decoder.mid_block.") for key in own):  # diffusers' names
+            return own
+        return _convert(facts, network, own)
+
+    _check(replace(facts, architecture="the model's VAE"), "VAE", network, renamed(meta), meta)
+    state = renamed(load_file(path))
+    with TemporaryDirectory() as name:
+        (Path(name) / "config.json").write_text(json.dumps(about), encoding="utf-8")
+        return type(network).from_single_file(
+            {key: state[key] for key in network.state_dict()}, config=name, local_files_only=True,
+            **_as(dtype),
+        )  # fmt: skip
 
 
 def _renamed(facts: CheckpointFacts, network: Any, tensors: Mapping[str, Tensor]) -> Tensors:

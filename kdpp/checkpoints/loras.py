@@ -31,7 +31,7 @@ class Lora(NamedTuple):
 
 
 def load_loras(
-    pipe: Any, loras: Iterable[Lora], *, lcm: bool | None = None
+    pipe: Any, loras: Iterable[Lora], *, lcm: bool | None = None, device: Any = None
 ) -> tuple[nn.Module, nn.Module]:
     """Load LoRAs into a pipeline, and give its student and its teacher, two denoisers.
 
@@ -48,6 +48,7 @@ def load_loras(
         loras: tuples of file, weight and role.
         lcm: of the student, as in `kdpp.checkpoints.networks.as_denoiser`. A teacher whose LoRAs
             are not the student's is never a consistency model.
+        device: where the levels lie, as in `kdpp.checkpoints.pipelines.denoiser_of`.
 
     Of two networks, Wan 2.2's experts, a LoRA changes the one for high noise if its file's name
     has the word "high", the one for low noise if "low", else both.
@@ -78,8 +79,8 @@ def load_loras(
         for role in ("student", "teacher")
     }
     same = not any(off.values())
-    student = denoiser_of(pipe, lcm=lcm)
-    teacher = student if same else denoiser_of(pipe, lcm=False)
+    student = denoiser_of(pipe, lcm=lcm, device=device)
+    teacher = student if same else denoiser_of(pipe, lcm=False, device=device)
     if off["student"]:
         student = without_adapters(student, off["student"])
     return student, without_adapters(teacher, off["teacher"]) if off["teacher"] else teacher

@@ -50,7 +50,12 @@ def open_models(
         return load_model(request.student, device), teacher
     if not prompts:
         raise ValueError(f"{request.student} draws prompts: name a file of them (--prompts FILE)")
-    pair = PipelinePair(replace(request, prompt=prompts[0]), device, None)
+    pair = PipelinePair(replace(request, prompt=prompts[0]), device, None, "none")
+    if pair.teacher_reads_itself:
+        raise ValueError(
+            f"{request.teacher} has other text encoders than {request.student}; here one encoded "
+            "prompt serves both, so give a teacher with the student's (kdpp generate takes both)"
+        )
     student = PipelineModel(pair, "student", prompts)
     if pair.teacher is pair.student:
         return student, None
@@ -58,7 +63,7 @@ def open_models(
 
 
 SETTINGS = {
-    "components", "prediction", "preset", "dtype", "negative", "width", "height", "sampler",
+    "components", "vae", "prediction", "preset", "dtype", "negative", "width", "height", "sampler",
     "steps", "sigmas", "cond_scale", "teacher_cfg_scale",
 }  # fmt: skip
 """Those of a `Request` that a student of a spec may have."""

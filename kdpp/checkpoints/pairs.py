@@ -5,20 +5,22 @@ A pair fills in what the request leaves open, and makes the conditions and the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdpp.checkpoints.files import inspect
-from kdpp.checkpoints.load import draws_videos, file_digest, is_pipeline, load_pipeline
+from kdpp.checkpoints.encoding import Encoded
+from kdpp.checkpoints.files import inspect, part_numbers
+from kdpp.checkpoints.load import draws_videos, is_pipeline, load_pipeline
 from kdpp.checkpoints.loras import Lora, load_loras
 from kdpp.checkpoints.media import Edit, Source, check_webp, read_source
 from kdpp.checkpoints.networks import Network
+from kdpp.checkpoints.offload import Turns
 from kdpp.checkpoints.pipelines import (
     check_alike,
     clips_of,
@@ -31,24 +33,31 @@ from kdpp.checkpoints.pipelines import (
     pipeline_sigmas,
     size_unit,
 )
-from kdpp.checkpoints.places import remember
+from kdpp.checkpoints.places import file_digest, remember
 from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
-from kdpp.checkpoints.requests import Picture, Request, Role
-from kdpp.kinds import is_flow
+from kdpp.checkpoints.requests import Offload, Picture, Request, Role
+from kdpp.denoisers import map_tensors
+from kdpp.kinds import OwnCFG, is_flow
 from kdpp.lab.files import digest
 from kdpp.lab.models import Model, load_model
 from kdpp.lab.sampling import Recipe, solver_for
-from kdpp.memory import without_adapters
+from kdpp.memory import Borrowed
 from kdpp.models import LCMDenoiser
 from kdpp.solver import unknown
 
-__all__ = ["LabPair", "PipelinePair", "open_pair"]
+__all__ = ["LabPair", "PipelinePair", "check_places", "open_pair"]
 
 FRAMES, FPS = 81, 16.0
 """Of a video by default: Wan's."""
 
 
-def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
+UNUSED = ("image_encoder", "safety_checker", "feature_extractor")
+"""Parts of a folder that draw nothing."""
+
+
+def open_pair(
+    request: Request, device: torch.device, offload: Offload = "teacher"
+) -> LabPair | PipelinePair:
     """Load what the request names.
 
     Raises OSError for files that are not there, ValueError or TypeError for what these models
@@ -56,8 +65,11 @@ def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
     """
     source = read_source(request)
     check_places(request)
-    make = PipelinePair if is_pipeline(request.student) else LabPair
-    pair = make(request, device, source)
+    pair: LabPair | PipelinePair
+    if is_pipeline(request.student):
+        pair = PipelinePair(request, device, source, offload)
+    else:
+        pair = LabPair(request, device, source)
     found = pair.request.digests
     for role, name in request.places.items():
         if request.digests.get(role, found[role]) != found[role]:
@@ -70,8 +82,10 @@ def open_pair(request: Request, device: torch.device) -> LabPair | PipelinePair:
 
 
 def check_places(request: Request) -> None:
-    """FileNotFoundError where a file or folder that the request names is not there."""
-    for name in request.places.values():
+    """FileNotFoundError for a model that is not there; of pictures `read_source` says it."""
+    for role, name in request.places.items():
+        if role in ("image", "mask"):
+            continue
         if not (name.startswith("digits:") or Path(name).exists()):
             raise FileNotFoundError(
                 f"there is no file or folder {name}; kdpp fetches nothing: download it first"
@@ -189,6 +203,13 @@ class LabPair(Pair):
         uncond = torch.full_like(cond, self.classes)
         return {"cond": cond, "uncond": uncond, "cond_scale": self.request.cond_scale}
 
+    def teacher_args(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """What the teacher is told in the place of `extra_args`: nothing else."""
+        return {}
+
+    def expect(self, batches: Iterable[Sequence[Picture]]) -> None:
+        """Nothing is made ahead."""
+
     def decoded(self, latents: Tensor) -> Tensor:
         return latents / 2.0 + 0.5
 
@@ -198,9 +219,9 @@ class LabPair(Pair):
 
 def check_lab(request: Request) -> None:
     """ValueError for settings that models of the lab do not have."""
-    for name in ("prompt", "negative", "clip_skip", "preset", "components", "prediction",
-                 "loras"):  # fmt: skip
-        if getattr(request, name) not in (None, ()):
+    for name in ("prompt", "negative", "clip_skip", "preset", "components", "vae", "tiling",
+                 "prediction", "loras"):  # fmt: skip
+        if getattr(request, name) not in (None, False, ()):
             raise ValueError(f"a model of the lab takes no {name}; it draws a class: --label N")
     _check_video(request, False)
     if request.dtype != "float32":
@@ -210,11 +231,23 @@ def check_lab(request: Request) -> None:
 class PipelinePair(Pair):
     """Two pipelines of diffusers, or one with LoRAs.
 
-    The teacher's text encoders and VAE are not loaded: the student's serve both. Without a teacher
-    the student stands in its place, without its LoRAs if it has some.
+    Without a teacher the student stands in its place, without its LoRAs if it has some. The
+    teacher's VAE is not loaded: the pictures are the student's. Nor are text encoders kept that
+    hold the same weights as the student's; others encode the prompt for the teacher.
+
+    On a device beside the CPU the text encoders are there while they encode, one at a time, and the
+    networks come afterwards. `Offload` says what leaves then: the teacher after the guided steps
+    (`kdpp.Borrowed`), or every network and the VAE when another's turn comes (`Turns`), or each
+    layer after its call (diffusers' ``enable_sequential_cpu_offload``).
     """
 
-    def __init__(self, request: Request, device: torch.device, source: Source | None) -> None:
+    def __init__(
+        self,
+        request: Request,
+        device: torch.device,
+        source: Source | None = None,
+        offload: Offload = "teacher",
+    ) -> None:
         if request.label is not None:
             raise ValueError("these models take a prompt and no label")
         if request.prompt is None:
@@ -227,21 +260,34 @@ class PipelinePair(Pair):
         video = draws_videos(request.student)
         _check_video(request, video)
         preset = preset_of(request)
+        self.remarks: list[str] = []
         self.pipe = pipe = load_pipeline(
-            request.student, request.dtype, device,
-            components=request.components, prediction=request.prediction,
+            request.student, request.dtype, components=request.components,
+            prediction=request.prediction, vae=request.vae, without=UNUSED,
         )  # fmt: skip
         if request.clip_skip is not None:
             clips_of(pipe, request.clip_skip)
+        pipe.vae.enable_slicing()  # a batch is decoded picture by picture
+        if request.tiling:
+            pipe.vae.enable_tiling()
+        teacher_pipe = self._teacher_pipe(request)
+        self._encoding = [one for one in (pipe, teacher_pipe) if one and encoders_of(one)]
+        self._texts = Encoded(self._encode, self._drop_encoders)
         lcm = preset.boundary_scalings if preset else None
+        borrowed = teacher_pipe is not None and device.type != "cpu" and offload == "teacher"
         if request.loras:
-            loras = with_weights(request, preset)
-            request = replace(request, loras=loras)
-            self.student, self.teacher = load_loras(pipe, map(Lora._make, loras), lcm=lcm)
+            request = replace(request, loras=with_weights(request, preset))
+            loras = map(Lora._make, request.loras)
+            self.student, self.teacher = load_loras(pipe, loras, lcm=lcm, device=device)
         else:
-            self.student = denoiser_of(pipe, lcm=lcm)
-            self.teacher = self._teacher(request.teacher, request.dtype, device)
+            self.student = self.teacher = denoiser_of(pipe, lcm=lcm, device=device)
+        if teacher_pipe is not None:
+            self.teacher = denoiser_of(teacher_pipe, device="cpu" if borrowed else device)
         self.networks = tuple(_asked(one) for one in (self.student, self.teacher))
+        pipes = [pipe] if teacher_pipe is None else [pipe, teacher_pipe]
+        self._turns, self._seen = place(pipes, device, offload)
+        if borrowed:
+            self.teacher = borrowed_by(self.teacher, device)
         height, width = size = self._size(request, source)
         frames = (request.frames or FRAMES) if video else None
         self.shape, self.device = latent_shape(pipe, height, width, frames or 1), device
@@ -270,23 +316,26 @@ class PipelinePair(Pair):
         )
         assert self.request.sampler is not None
         solver_for(self.request.sampler)
-        wrong = preset.check(levels, size) if preset else None
-        self.remarks = [wrong] if wrong else []
+        if preset is not None and (wrong := preset.check(levels, size)):
+            self.remarks.append(wrong)
         self._start_from(source, size_unit(pipe))
-        self._texts = lru_cache(maxsize=8)(self._encoded)
 
-    def _teacher(self, name: str | None, dtype: str, device: torch.device) -> nn.Module:
-        """The teacher's denoiser; of no teacher the student without its LoRAs, or the student."""
-        if name is not None:
-            pipe = self.pipe
-            parts = [part for part in pipe.components if part.startswith(("text_", "tokenizer"))]
-            without = dict.fromkeys([*parts, "vae", "image_encoder", "safety_checker"])
-            teacher = load_pipeline(name, dtype, device, without)
-            check_alike(pipe, teacher)
-            return denoiser_of(teacher)
-        if getattr(network_of(self.pipe), "peft_config", None):
-            return without_adapters(denoiser_of(self.pipe, lcm=False))
-        return self.student
+    def _teacher_pipe(self, request: Request) -> Any:
+        """The teacher's pipeline, if one is named: without a VAE, and without text encoders if the
+        student's do the same."""
+        name, rest = request.teacher, request.components or request.student
+        if name is None:
+            return None
+        parts = [part for part in self.pipe.components if part.startswith(("text_", "tokenizer"))]
+        own = "text encoders" in part_numbers(name) and Path(name).resolve() != Path(rest).resolve()
+        without = ["vae", *UNUSED, *(() if own else parts)]
+        teacher = load_pipeline(name, request.dtype, without=without)
+        check_alike(self.pipe, teacher)
+        if own and same_weights(encoders_of(self.pipe), encoders_of(teacher)):
+            teacher.register_modules(**dict.fromkeys(parts))
+        elif own:
+            self.remarks.append(f"{name} has text encoders of its own; they encode its prompt")
+        return teacher
 
     def _levels(
         self, request: Request, preset: Preset | None, size: tuple[int, int]
@@ -326,22 +375,101 @@ class PipelinePair(Pair):
         pixels = side * self.pipe.vae_scale_factor if isinstance(side, int) else 0
         return request.height or pixels, request.width or pixels
 
-    def _encoded(self, prompts: tuple[str, ...]) -> dict[str, Any]:
-        request = self.request
-        how = {name: getattr(request, name) for name in ("height", "width", "clip_skip")}
-        return encode(self.pipe, list(prompts), request.negative, **how)
+    def expect(self, batches: Iterable[Sequence[Picture]]) -> None:
+        """Say which batches will be drawn, in their order, and no others: then the prompts are
+        encoded ahead, and the text encoders are dropped afterwards."""
+        self._texts.expect(map(_prompts, batches))
 
     def extra_args(self, pictures: Sequence[Picture]) -> dict[str, Any]:
         """The prompts, encoded, as ``cond``; the negative prompt as ``uncond``."""
-        texts = self._texts(tuple(p.prompt or "" for p in pictures))
-        return {**texts, "cond_scale": self.request.cond_scale}
+        return {**self._here(pictures, 0), "cond_scale": self.request.cond_scale}
+
+    def teacher_args(self, pictures: Sequence[Picture]) -> dict[str, Any]:
+        """``cond`` and ``uncond`` for a teacher with text encoders of its own; else empty."""
+        return self._here(pictures, 1) if self.teacher_reads_itself else {}
+
+    @property
+    def teacher_reads_itself(self) -> bool:
+        """Whether the teacher has text encoders that are not the student's."""
+        return len(self._encoding) > 1
+
+    def _here(self, pictures: Sequence[Picture], number: int) -> dict[str, Any]:
+        texts: dict[str, Any] = self._texts[_prompts(pictures)][number]
+        return dict(map_tensors(texts, lambda tensor: tensor.to(self.device)))
+
+    def _encode(self, prompts: tuple[str, ...]) -> list[dict[str, Any]]:
+        """The prompts as each pipeline with text encoders has them, on the CPU."""
+        request = self.request
+        names = ("height", "width", "clip_skip")
+        given: dict[str, Any] = {name: getattr(request, name) for name in names}
+        texts = [
+            encode(pipe, list(prompts), request.negative, device=self.device, **given)
+            for pipe in self._encoding
+        ]
+        return [map_tensors(one, Tensor.cpu) for one in texts]
+
+    def _drop_encoders(self) -> None:
+        self._turns.take(None)
+        for pipe in self._encoding:
+            pipe.register_modules(**dict.fromkeys(encoders_of(pipe)))
+        gc.collect()  # a hook and its group hold each other
 
     def decoded(self, latents: Tensor) -> Tensor:
+        self._turns.take(self._seen)
         pictures = decode(self.pipe, latents)
         return pictures[:, :, 0] if self.request.frames == 1 else pictures
 
     def latents_of(self, pictures: Tensor) -> Tensor:
+        self._turns.take(self._seen)
         return latents_of(self.pipe, pictures)
+
+
+def place(
+    pipes: Sequence[Any], device: torch.device, offload: Offload
+) -> tuple[Turns, nn.ModuleList]:
+    """Let the parts of loaded pipelines come to the device; the groups' turns, and the VAE's group.
+
+    The first pipeline is the student's. With ``teacher`` the networks of the others are left alone.
+    """
+    if offload == "sequential" and device.type != "cpu":
+        for pipe in pipes:
+            pipe.enable_sequential_cpu_offload(device=device)
+        device = torch.device("cpu")  # nothing else is moved
+    turns = Turns(device)
+    for pipe in pipes:
+        for encoder in encoders_of(pipe).values():
+            turns.group([encoder])
+    drawing = pipes[:1] if offload == "teacher" else pipes
+    names = ("unet", "transformer", "transformer_2")
+    parts = [getattr(pipe, name, None) for pipe in drawing for name in names]
+    held = [part for part in [*parts, pipes[0].vae] if part is not None]
+    if offload != "model":
+        return turns, turns.group(held)
+    *_, seen = [turns.group([part]) for part in held]
+    return turns, seen
+
+
+def borrowed_by(denoiser: nn.Module, device: torch.device) -> nn.Module:
+    """The denoiser as `kdpp.Borrowed`, inside the CFG that it does itself, if it does."""
+    if isinstance(denoiser, OwnCFG):
+        inner: Any = denoiser.model
+        return type(denoiser)(Borrowed(inner, device=device))
+    return Borrowed(denoiser, device=device)
+
+
+def encoders_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's text encoders, by name."""
+    return {
+        name: part
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and part is not None
+    }
+
+
+def same_weights(some: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> bool:
+    """Whether modules of the same names hold the same weights."""
+    one, other = nn.ModuleDict(some).state_dict(), nn.ModuleDict(others).state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def preset_of(request: Request) -> Preset | None:
@@ -367,6 +495,10 @@ def with_weights(request: Request, preset: Preset | None) -> tuple[tuple[str, fl
         (path, usual[role] if weight is None else weight, role)
         for path, weight, role in request.loras
     )
+
+
+def _prompts(pictures: Sequence[Picture]) -> tuple[str, ...]:
+    return tuple(picture.prompt or "" for picture in pictures)
 
 
 def content_digest(path: Path) -> str:

@@ -324,17 +324,18 @@ def network_of(pipe: Any) -> Any:
     return network
 
 
-def denoiser_of(pipe: Any, *, lcm: bool | None = None) -> nn.Module:
+def denoiser_of(pipe: Any, *, lcm: bool | None = None, device: Any = None) -> nn.Module:
     """The pipeline's network as a denoiser, by its scheduler (`as_denoiser`).
 
     Two networks, as Wan 2.2 has them, are one denoiser (`Experts`). CFG is as the pipeline does it,
-    which for Qwen-Image is `NormKeepingCFG`. ``lcm`` is that of `as_denoiser`.
+    which for Qwen-Image is `NormKeepingCFG`. ``lcm`` is that of `as_denoiser`; ``device`` is where
+    the levels lie, by default where the pipeline computes.
 
     Raises TypeError or ValueError for a pipeline that is not in `FAMILIES`, without a network, or
     whose scheduler does not fit it.
     """
     family, network = family_of(pipe), network_of(pipe)
-    settings = {"device": pipe._execution_device, "lcm": lcm}
+    settings = {"device": pipe._execution_device if device is None else device, "lcm": lcm}
     denoiser = as_denoiser(network, pipe.scheduler, **settings)
     second, boundary = getattr(pipe, "transformer_2", None), pipe.config.get("boundary_ratio")
     if second is not None and boundary is not None:
@@ -397,7 +398,8 @@ def encode(
         options["clips"] = clips_of(pipe, clip_skip)
     elif clip_skip is not None:
         raise ValueError(NO_CLIP_SKIP)
-    halves = family.encode(pipe, prompts, negatives, device=pipe._execution_device, **options)
+    options = {"device": pipe._execution_device, **options}
+    halves = family.encode(pipe, prompts, negatives, **options)
     if family.encode is encode_sdxl:
         side = network.config.sample_size * pipe.vae_scale_factor
         size = (side if height is None else height, side if width is None else width)
@@ -532,7 +534,7 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     overflow (SDXL's, ``force_upcast``) does so in float32.
     """
     pictures_only = family_of(pipe).video and latents.ndim == 4
-    z = latents.to(pipe._execution_device, torch.float32)
+    z = latents.to(vae_device(pipe), torch.float32)
     z = z.unsqueeze(2) if pictures_only else z
     factor, std, mean = scaling(pipe, z)
     z, patches = z / factor * std + mean, family_of(pipe).patches
@@ -552,7 +554,7 @@ def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
     from the distribution instead, whose deviation is small beside the noise that follows.
     """
     pictures_only = family_of(pipe).video and pictures.ndim == 4
-    x = pictures.to(pipe._execution_device, torch.float32) * 2.0 - 1.0
+    x = pictures.to(vae_device(pipe), torch.float32) * 2.0 - 1.0
     x = x.unsqueeze(2) if pictures_only else x
     with upcast(pipe.vae) as vae:
         encoded = vae.encode(x.to(vae.dtype))
@@ -563,6 +565,13 @@ def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
     factor, std, mean = scaling(pipe, z)
     latents: Tensor = (z - mean) / std * factor
     return latents[:, :, 0] if pictures_only else latents
+
+
+def vae_device(pipe: Any) -> torch.device:
+    """Where the VAE computes: where it lies, or, offloaded by diffusers, where it will come to."""
+    here: torch.device = pipe.vae.device
+    there: torch.device = pipe._execution_device
+    return there if here.type in ("cpu", "meta") else here
 
 
 def scaling(pipe: Any, z: Tensor) -> tuple[float, Any, Any]:

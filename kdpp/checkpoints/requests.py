@@ -20,9 +20,12 @@ from kdpp.lab.settings import from_json, setting
 if TYPE_CHECKING:  # this file is read for `kdpp generate --help`, which need not wait for torch
     from torch import Tensor
 
-__all__ = ["GUIDES", "Guide", "Picture", "Request", "infotext", "png", "read_png"]
+__all__ = ["GUIDES", "Guide", "Offload", "Picture", "Request", "infotext", "png", "read_png"]
 
 Role = Literal["both", "student", "teacher"]
+Offload = Literal["none", "teacher", "model", "sequential"]
+"""What leaves the device while it does not compute: nothing, the teacher, every model, every layer.
+It is no part of a request: the pictures are the same."""
 Guide = Literal["teacher", "none", "self"]
 """Who is in the teacher's place: the teacher, nobody, the student itself."""
 GUIDES: dict[Guide, str] = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
@@ -48,6 +51,10 @@ class Request:
     components: str | None = setting(
         None, "a folder or file with what a UNet or transformer alone does not hold"
     )
+    vae: str | None = setting(
+        None, "another VAE: a safetensors file or a folder of diffusers (default: the model's)"
+    )
+    tiling: bool = setting(False, "decode large pictures in tiles, which takes less memory")
     prediction: Literal["epsilon", "v", "x0"] | None = setting(
         None, "of a file that does not say what its UNet predicts (default: epsilon)"
     )
@@ -97,7 +104,7 @@ class Request:
     @property
     def places(self) -> dict[str, str]:
         """The files and folders that it names, by what they are for."""
-        roles = ("student", "teacher", "components", "image", "mask")
+        roles = ("student", "teacher", "components", "vae", "image", "mask")
         named = {role: getattr(self, role) for role in roles}
         named |= {f"lora {i}": path for i, (path, _, _) in enumerate(self.loras)}
         return {role: name for role, name in named.items() if name}
@@ -134,6 +141,9 @@ def infotext(request: Request, seed: int, guide: Guide) -> str:
     }
     if request.clip_skip is not None:
         values["Clip skip"] = request.clip_skip
+    if request.vae:
+        values["VAE hash"] = str(request.digests.get("vae", ""))[:10]
+        values["VAE"] = request.vae
     if guide == "teacher":
         values["kdpp teacher"] = request.teacher or request.student
     if guide != "none" and request.teacher_scale:

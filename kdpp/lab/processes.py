@@ -48,14 +48,21 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def device(name: str) -> torch.device:
-    """The device "cpu", or this process's own of "cuda"; ValueError for others, or without CUDA."""
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"the device is {name!r}; it must be 'cpu' or 'cuda'")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError("the device is 'cuda', and torch finds none here; take --device cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """The device "cpu", "mps" or this process's own of "cuda", which is AMD's, too.
+
+    ValueError for others, or where torch does not find it.
+    """
+    found = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name not in found:
+        raise ValueError(f"the device is {name!r}; it must be one of {', '.join(found)}")
+    if not found[name]:
+        raise ValueError(f"the device is {name!r}, and torch finds none here; take --device cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", number) if name == "cuda" else torch.device(name)
 
 
 @contextmanager
