@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -80,6 +81,8 @@ def _run(given: Sequence[str]) -> None:
     load_entry_points("kdpp.solvers")
     for path in settings.imports:
         import_file(path)
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # their warnings are for programmers
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     if module is None:
         say(_solvers() if settings.name is None else _solver(settings.name))
     else:

@@ -1,8 +1,10 @@
 """``kdpp generate``: pictures from the command line, of lab models and of pipelines."""
 
+import argparse
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +16,11 @@ from PIL import Image
 
 pytest.importorskip("sklearn")
 
-from kdpp.checkpoints import drawing, pairs, places
+from kdpp.checkpoints import drawing, flags, pairs, places
 from kdpp.checkpoints.pairs import load_pipeline
 from kdpp.checkpoints.pipelines import latent_shape, network_of
 from kdpp.checkpoints.presets import PRESETS
-from kdpp.checkpoints.requests import read_png, read_texts
+from kdpp.checkpoints.requests import Request, read_png, read_texts
 from kdpp.cli import main
 from kdpp.lab.models import load_model, save_model
 from kdpp.lab.sampling import INITIAL, Recipe, draw
@@ -179,6 +181,34 @@ def test_progress_names_the_step_and_who_has_helped(tmp_path, capsys, monkeypatc
     assert run(tmp_path, *settings) == 0
     said = capsys.readouterr().err
     assert "3/6" in said and "2/6" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--size", "24x16"), {"width": 24, "height": 16}),
+        (("--size", "16"), {"width": 16, "height": 16}),
+        (("--size", "16×24"), {"width": 16, "height": 24}),
+        (("--size", "wide"), "--size is 'wide'; give 832x480, or 512 for a square"),
+        (("--size", "1x2x3"), "--size is '1x2x3'"),
+        (("--size", "16", "--width", "8"), "--size says width and height"),
+    ],
+)  # fmt: skip
+def test_the_size_in_one_flag(words, found):
+    parser = argparse.ArgumentParser()
+    flags.add_settings(parser)
+    arguments = parser.parse_args(words)
+    if isinstance(found, dict):
+        assert flags.settings_of(arguments) == found
+        return
+    with pytest.raises(ValueError, match=re.escape(found)):
+        flags.settings_of(arguments)
+
+
+def test_every_setting_has_its_flag_in_a_group():
+    """`--help` shows all of a request's settings but those that are no flag of their name."""
+    shown = {name for group in flags.GROUPS.values() for name in group}
+    assert shown == {entry.name for entry in dataclasses.fields(Request)} - set(flags.OWN)
 
 
 def test_a_preview_shows_the_estimate_of_every_step(tmp_path):

@@ -24,18 +24,50 @@ ROLES: dict[str, tuple[Role, str]] = {
 """Of the flags for LoRAs."""
 
 
+GROUPS = {
+    "the models": {
+        "student": "MODEL", "teacher": "MODEL", "components": "MODEL", "vae": "MODEL",
+        "prediction": "WHAT", "dtype": "TYPE",
+    },
+    "what to draw": {
+        "prompt": "TEXT", "negative": "TEXT", "clip_skip": "N", "label": "N",
+        "width": "PIXELS", "height": "PIXELS", "image": "FILE", "mask": "FILE",
+        "strength": "SHARE", "frames": "N", "fps": "RATE", "tiling": "true",
+    },
+    "how the student samples": {
+        "preset": "NAME", "sampler": "NAME", "steps": "N", "sigmas": "LEVELS",
+        "cond_scale": "SCALE",
+    },
+    "how the teacher helps": {
+        "teacher_scale": "SHARE", "teacher_steps": "STEPS", "teacher_cfg_scale": "SCALE",
+        "renoise": "LEVEL", "renoise_eta": "SHARE", "extrapolate": "true",
+    },
+}  # fmt: skip
+"""The settings that have a flag, as ``--help`` shows them."""
+
+
 def add_settings(parser: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
     """Flags for these settings of a `Request`, or for all, for the sampler's and for LoRAs."""
-    for entry in fields(Request):
-        if entry.name not in OWN and (names is None or entry.name in names):
-            flag = f"--{entry.name.replace('_', '-')}"
-            parser.add_argument(flag, metavar="VALUE", help=_help(entry))
-    add = parser.add_argument
-    add("--option", action="append", default=[], metavar="NAME=VALUE",
-        help="of the sampler, such as eta=0.5; `kdpp solvers NAME` names them")  # fmt: skip
-    for role in ROLES:
-        add(f"--{role}lora", dest=f"{role}loras", action="append", default=[],
-            metavar="FILE[:WEIGHT]", help=f"a LoRA, {ROLES[role][1]}; may be repeated")  # fmt: skip
+    about = {entry.name: _help(entry) for entry in fields(Request) if entry.name not in OWN}
+    for title, shown in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name, metavar in shown.items():
+            if names is None or name in names:
+                flag = f"--{name.replace('_', '-')}"
+                group.add_argument(flag, metavar=metavar, help=about[name])
+        if title == "the models":
+            for role in ROLES:
+                group.add_argument(
+                    f"--{role}lora", dest=f"{role}loras", action="append", default=[],
+                    metavar="FILE[:WEIGHT]", help=f"a LoRA, {ROLES[role][1]}; may be repeated",
+                )  # fmt: skip
+        elif "sampler" in shown:
+            group.add_argument(
+                "--option", action="append", default=[], metavar="NAME=VALUE",
+                help="of the sampler, such as eta=0.5; `kdpp solvers NAME` names them",
+            )  # fmt: skip
+        elif "width" in shown and (names is None or "width" in names):
+            group.add_argument("--size", metavar="WxH", help="both at once: 832x480, or 512")
 
 
 def _help(entry: Any) -> str:
@@ -59,6 +91,10 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     if loras:
         given["loras"] = loras
+    if (size := getattr(arguments, "size", None)) is not None:
+        if given.keys() & {"width", "height"}:
+            raise ValueError("--size says width and height; give one or the other")
+        given |= read_size(size)
     if arguments.option:
         given["options"] = dict(map(read_option, arguments.option))
     if given.keys() >= {"steps", "sigmas"}:
@@ -74,6 +110,14 @@ def request_of(given: dict[str, Any]) -> Request:
 def has_teacher(request: Request) -> bool:
     """Whether somebody else than the student helps: a model, or its network with other LoRAs."""
     return request.teacher is not None or any(role != "both" for _, _, role in request.loras)
+
+
+def read_size(text: str) -> dict[str, int]:
+    """Width and height of ``832x480`` or ``512``."""
+    sides = text.lower().replace("×", "x").split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+        raise ValueError(f"--size is {text!r}; give 832x480, or 512 for a square")
+    return {"width": int(sides[0]), "height": int(sides[-1])}
 
 
 def read_lora(text: str) -> tuple[str, float | None]:

@@ -36,18 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "pictures."
     )
     add_settings(parser)
-    add = parser.add_argument
+    add = parser.add_argument_group("which pictures").add_argument
     add("--prompts", type=Path, metavar="FILE", help="a text file, a prompt in each line")
     add("--seed", metavar="SEEDS", help="7, 0-99 or [3, 5] (default: 0)")
     add("--like", type=Path, metavar="FILE.png", help="draw a picture of kdpp generate once more")
     add("--compare", action="store_true",
         help="draw each alone, with the teacher and with itself, and a sheet of them")  # fmt: skip
-    add("--batch", type=int, default=1,
-        help="pictures in a run; more than 1 may change their last bits (default: 1)")  # fmt: skip
     add("--preview", action="store_true",
         help="beside each picture NAME-steps.png, what each step made of it")  # fmt: skip
-    add("--out", type=Path, required=True, help="folder for the pictures")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="for the pictures")
+    add = parser.add_argument_group("this run").add_argument
     add("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
+    add("--batch", type=int, default=1, metavar="N",
+        help="pictures in a run; more than 1 may change their last bits (default: 1)")  # fmt: skip
     add("--offload", choices=get_args(Offload), default="teacher",
         help="what leaves the device while it is not needed: nothing, the teacher, every model, "
         "every layer (sequential); on the CPU nothing is moved (default: teacher)")  # fmt: skip

@@ -46,7 +46,9 @@ class Picture(NamedTuple):
 class Request:
     """All that a picture depends on but its seed; None where the model or its preset decides."""
 
-    student: str = setting("", "a checkpoint of the lab, or a folder as diffusers saves it")
+    student: str = setting(
+        "", "a safetensors file, a folder as diffusers saves it, or a checkpoint of the lab"
+    )
     teacher: str | None = setting(None, "the same for the teacher (default: no teacher)")
     components: str | None = setting(
         None, "a folder or file with what a UNet or transformer alone does not hold"
@@ -56,7 +58,7 @@ class Request:
     )
     tiling: bool = setting(False, "decode large pictures in tiles, which takes less memory")
     prediction: Literal["epsilon", "v", "x0"] | None = setting(
-        None, "of a file that does not say what its UNet predicts (default: epsilon)"
+        None, "epsilon, v or x0, of a file that does not say what its UNet predicts"
     )
     preset: str | None = setting(None, "how the student is sampled (default: by its name)")
     prompt: str | None = setting(None, "what the picture shows")
@@ -72,8 +74,8 @@ class Request:
         None, "how much of the image goes, in (0, 1] (default: 0.75; with a mask 1)"
     )
     label: int | None = setting(None, "the class, of a lab model (default: seed mod classes)")
-    width: int | None = setting(None, "of the picture, in pixels (default: the model's)")
-    height: int | None = setting(None, "of the picture, in pixels (default: the model's)")
+    width: int | None = setting(None, "of the picture (default: the model's)")
+    height: int | None = setting(None, "of the picture (default: the model's)")
     frames: int | None = setting(None, "of a video (default: 81)", low=1)
     fps: float | None = setting(
         None, "frames a second of a video's animation (default: 16)", low=1, high=1000
@@ -97,7 +99,9 @@ class Request:
     renoise: str | float = setting("next", "σ_s: next, current, random, or a level")
     renoise_eta: float = setting(1.0, "ρ, the share of fresh noise")
     extrapolate: bool = setting(False, "allow λ outside [0, 1]")
-    dtype: Literal["float32", "float16", "bfloat16"] = setting("float32", "of the networks")
+    dtype: Literal["float32", "float16", "bfloat16"] = setting(
+        "float32", "of the networks: float32, float16 or bfloat16"
+    )
     loras: tuple[tuple[str, float | None, Role], ...] = ()  # file, weight, for whom
     digests: dict[str, Any] = field(default_factory=dict)  # of `places`
 
