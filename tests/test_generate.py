@@ -22,6 +22,7 @@ from kdpp.checkpoints.pipelines import latent_shape, network_of
 from kdpp.checkpoints.presets import PRESETS
 from kdpp.checkpoints.requests import Request, read_png, read_texts
 from kdpp.cli import main
+from kdpp.lab import processes
 from kdpp.lab.models import load_model, save_model
 from kdpp.lab.sampling import INITIAL, Recipe, draw
 from kdpp.noise import SeededNoise
@@ -342,6 +343,20 @@ def test_a_pipelines_pictures(folders, tmp_path):
     assert run(tmp_path / "b", "--like", tmp_path / "a" / "00000-teacher.png") == 0
     (again,) = pictures(tmp_path / "b").values()
     assert again == (tmp_path / "a" / "00000-teacher.png").read_bytes()
+
+
+def test_the_number_of_threads_is_no_launchers(folders, tmp_path, monkeypatch):
+    """Bits on the CPU depend on it, and a launcher of several processes gives each one thread."""
+    seen = []
+    monkeypatch.setattr(drawing, "draw_all", lambda *_, **__: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(processes, "cores", lambda: 3)
+    monkeypatch.setattr(drawing.Path, "exists", lambda _: True)
+    with processes.threads(1):
+        assert run(tmp_path / "a", *pair(folders)) == 0
+    with processes.threads(2):
+        assert run(tmp_path / "b", *LAB) == 0
+        assert torch.get_num_threads() == 2
+    assert seen == [3, 1]
 
 
 def test_prompts_from_a_file(folders, tmp_path):

@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["average", "device", "joined", "rank", "share", "single_thread", "size"]
+__all__ = [
+    "average",
+    "cores",
+    "device",
+    "joined",
+    "rank",
+    "share",
+    "single_thread",
+    "size",
+    "threads",
+]
 
 
 def share() -> tuple[int, int]:
@@ -79,14 +89,26 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def single_thread() -> Iterator[None]:
-    """One thread for torch: its bits depend on how many there are, and small networks gain none."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def threads(wanted: int) -> Iterator[None]:
+    """So many threads for torch, whose bits on the CPU depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+def single_thread() -> AbstractContextManager[None]:
+    """One thread for torch, of which small networks gain none, for the same bits everywhere."""
+    return threads(1)
+
+
+def cores() -> int:
+    """How many cores the machine has, whatever a launcher says in OMP_NUM_THREADS."""
+    import psutil
+
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def _running() -> bool:
