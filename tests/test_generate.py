@@ -483,8 +483,17 @@ def test_a_lora_student_and_its_base(tmp_path, capsys):
     speed.write_bytes(style.read_bytes())
     assert run(tmp_path / "other", "--like", picture) == 1
     assert "is not the lora 1 that the picture was made with" in capsys.readouterr().err
-    assert run(tmp_path / "no", *words, *loras, "--teacher", tmp_path / "base") == 1
-    assert "leave --teacher out" in capsys.readouterr().err
+    speed = test_loras.lora(tmp_path / "speed.safetensors", 0)
+    other = ["--teacher", tmp_path / "base"]  # a checkpoint beside them takes those for both
+    assert run(tmp_path / "three", *words, *loras, *other, "--compare") == 0
+    for name in pictures(tmp_path / "three"):
+        apart = pixels(tmp_path / "one" / name).int() - pixels(tmp_path / "three" / name).int()
+        assert apart.abs().max() <= 1
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    test_loras.lora(style, 0, [text], width=(16,), rows=16)
+    assert run(tmp_path / "no", *words, *loras, *other) == 1
+    said = capsys.readouterr().err
+    assert "changes the text encoder, and this model is held without" in said
     assert run(tmp_path / "no", *LAB, *loras) == 1
     assert "a model of the lab takes no loras" in capsys.readouterr().err
 

@@ -28,8 +28,8 @@ from kdpp.checkpoints.files import part_numbers
 from kdpp.checkpoints.load import load_pipeline
 from kdpp.checkpoints.networks import Network
 from kdpp.checkpoints.offload import Turns
-from kdpp.checkpoints.pairs import PipelinePair, encoders_of, open_pair
-from kdpp.checkpoints.pipelines import denoiser_of, encode
+from kdpp.checkpoints.pairs import PipelinePair, open_pair
+from kdpp.checkpoints.pipelines import denoiser_of, encode, encoders_of
 from kdpp.checkpoints.requests import Picture, Request, read_png, read_texts
 from kdpp.cli import main
 from kdpp.lab import processes

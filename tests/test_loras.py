@@ -22,13 +22,14 @@ tiny = pytest.importorskip("tiny_pipelines", reason="needs diffusers and transfo
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
 
 
-def lora(path, seed, layers=(f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_v"), width=(8, 16), size=2):
+def lora(path, seed, layers=(f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_v"), width=(8, 16), size=2,
+         rows=8):  # fmt: skip
     """A LoRA of rank 2 in diffusers' names."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer, inputs in zip(layers, width):
         tensors[f"{layer}.lora_A.weight"] = torch.randn(size, inputs, generator=generator)
-        tensors[f"{layer}.lora_B.weight"] = torch.randn(8, size, generator=generator)
+        tensors[f"{layer}.lora_B.weight"] = torch.randn(rows, size, generator=generator)
     save_file(tensors, path)
     return path
 

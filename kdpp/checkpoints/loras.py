@@ -13,7 +13,7 @@ from torch import nn
 from kdpp.checkpoints.architectures import recognise
 from kdpp.checkpoints.files import inspect
 from kdpp.checkpoints.headers import Entry, read_header
-from kdpp.checkpoints.pipelines import denoiser_of, network_of
+from kdpp.checkpoints.pipelines import denoiser_of, encoders_of, network_of
 from kdpp.checks import check_number
 from kdpp.memory import without_adapters
 
@@ -64,7 +64,7 @@ def load_loras(
         raise ValueError("the pipeline holds LoRAs already; load all of them with load_loras")
     loras = [Lora(*lora) for lora in loras]
     for lora in loras:
-        _check(lora, network)
+        _check(lora, network, bool(encoders_of(pipe)))
     names = [f"lora{number}" for number in range(len(loras))]
     try:
         for name, lora in zip(names, loras):
@@ -86,8 +86,11 @@ def load_loras(
     return student, without_adapters(teacher, off["teacher"]) if off["teacher"] else teacher
 
 
-def _check(lora: Lora, network: nn.Module) -> None:
-    """ValueError for what can be told from the LoRA's header."""
+def _check(lora: Lora, network: nn.Module, reads: bool) -> None:
+    """ValueError for what can be told from the LoRA's header.
+
+    ``reads``: whether the pipeline has text encoders.
+    """
     path, facts = Path(lora.path), inspect(lora.path)
     check_number("weight", lora.weight, -float("inf"), float("inf"))
     if lora.role not in get_args(Role):
@@ -105,6 +108,11 @@ def _check(lora: Lora, network: nn.Module) -> None:
         raise ValueError(
             f"{path} changes the {' and '.join(texts)}, which student and teacher share; it "
             "cannot be for one of them"
+        )
+    if texts and not reads:
+        raise ValueError(
+            f"{path} changes the {' and '.join(texts)}, and this model is held without: the "
+            "student's serve both. Give the LoRA for the student's network alone, without a teacher"
         )
 
 

@@ -27,6 +27,7 @@ from kdpp.checkpoints.pipelines import (
     decode,
     denoiser_of,
     encode,
+    encoders_of,
     latent_shape,
     latents_of,
     network_of,
@@ -252,11 +253,6 @@ class PipelinePair(Pair):
             raise ValueError("these models take a prompt and no label")
         if request.prompt is None:
             raise ValueError("say what the picture shows: --prompt TEXT")
-        if request.loras and request.teacher is not None:
-            raise ValueError(
-                "with LoRAs the teacher is the student's own network, without those that are the "
-                "student's alone: leave --teacher out"
-            )
         video = draws_videos(request.student)
         _check_video(request, video)
         preset = preset_of(request)
@@ -277,12 +273,15 @@ class PipelinePair(Pair):
         borrowed = teacher_pipe is not None and device.type != "cpu" and offload == "teacher"
         if request.loras:
             request = replace(request, loras=with_weights(request, preset))
-            loras = map(Lora._make, request.loras)
-            self.student, self.teacher = load_loras(pipe, loras, lcm=lcm, device=device)
+            loras = [Lora._make(lora) for lora in request.loras]
+            here = [one for one in loras if teacher_pipe is None or one.role != "teacher"]
+            self.student, self.teacher = load_loras(pipe, here, lcm=lcm, device=device)
         else:
             self.student = self.teacher = denoiser_of(pipe, lcm=lcm, device=device)
         if teacher_pipe is not None:
-            self.teacher = denoiser_of(teacher_pipe, device="cpu" if borrowed else device)
+            own = [Lora._make(lora) for lora in request.loras if lora[2] != "student"]
+            where = "cpu" if borrowed else device
+            _, self.teacher = load_loras(teacher_pipe, own, device=where)
         self.networks = tuple(_asked(one) for one in (self.student, self.teacher))
         pipes = [pipe] if teacher_pipe is None else [pipe, teacher_pipe]
         self._turns, self._seen = place(pipes, device, offload)
@@ -455,15 +454,6 @@ def borrowed_by(denoiser: nn.Module, device: torch.device) -> nn.Module:
         inner: Any = denoiser.model
         return type(denoiser)(Borrowed(inner, device=device))
     return Borrowed(denoiser, device=device)
-
-
-def encoders_of(pipe: Any) -> dict[str, nn.Module]:
-    """A pipeline's text encoders, by name."""
-    return {
-        name: part
-        for name, part in pipe.components.items()
-        if name.startswith("text_encoder") and part is not None
-    }
 
 
 def same_weights(some: Mapping[str, nn.Module], others: Mapping[str, nn.Module]) -> bool:

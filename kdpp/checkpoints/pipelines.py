@@ -41,6 +41,7 @@ __all__ = [
     "decode",
     "denoiser_of",
     "encode",
+    "encoders_of",
     "family_of",
     "from_pipelines",
     "latent_shape",
@@ -322,6 +323,15 @@ def network_of(pipe: Any) -> Any:
     if network is None:
         raise TypeError(f"this {type(pipe).__name__} was loaded without its {name}")
     return network
+
+
+def encoders_of(pipe: Any) -> dict[str, nn.Module]:
+    """A pipeline's text encoders, by name."""
+    return {
+        name: part
+        for name, part in pipe.components.items()
+        if name.startswith("text_encoder") and part is not None
+    }
 
 
 def denoiser_of(pipe: Any, *, lcm: bool | None = None, device: Any = None) -> nn.Module:
