@@ -419,7 +419,9 @@ def test_an_edited_solver_has_another_name(monkeypatch):
     for name in before:
         assert fingerprint(alone(name)) == before[name]
     euler, heun = (kdpp.SOLVERS[name] for name in before)
-    monkeypatch.setitem(kdpp.SOLVERS, "euler", replace(euler, steps=heun.steps))
+    monkeypatch.setitem(
+        kdpp.SOLVERS, "euler", replace(euler, steps=heun.steps, options=heun.options)
+    )
     assert fingerprint(alone("euler")) == before["heun"] == fingerprint(alone("heun"))
     monkeypatch.setitem(kdpp.SOLVERS, "euler", replace(euler, cfg_pp=True))
     assert fingerprint(alone("euler")) not in before.values()

@@ -16,7 +16,7 @@ ALLOWED = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # The exceptions, times that: noise that is added and removed again after two rounded answers; a
 # solver that starts anew from its estimate at every step, where samples between two modes go the
 # other way; extrapolation over four answers, which amplifies their rounding at small steps.
-HARDER = {"dpm_2_ancestral": 1.5, "lcm": 4.0}
+HARDER = {"dpm_2_ancestral": 1.5, "dpmpp_2s_ancestral_rf": 1.2, "lcm": 4.0}
 CANCELLING = 100.0
 
 

@@ -271,17 +271,18 @@ class PipelinePair(Pair):
         self._texts = Encoded(self._encode, self._drop_encoders)
         lcm = preset.boundary_scalings if preset else None
         borrowed = teacher_pipe is not None and device.type != "cpu" and offload == "teacher"
-        if request.loras:
-            request = replace(request, loras=with_weights(request, preset))
-            loras = [Lora._make(lora) for lora in request.loras]
-            here = [one for one in loras if teacher_pipe is None or one.role != "teacher"]
-            self.student, self.teacher = load_loras(pipe, here, lcm=lcm, device=device)
+        request = replace(request, loras=with_weights(request, preset))
+        loras = [Lora._make(lora) for lora in request.loras]
+        if teacher_pipe is None:
+            self.student, self.teacher = denoisers(pipe, loras, lcm, device)
         else:
-            self.student = self.teacher = denoiser_of(pipe, lcm=lcm, device=device)
-        if teacher_pipe is not None:
-            own = [Lora._make(lora) for lora in request.loras if lora[2] != "student"]
-            where = "cpu" if borrowed else device
-            _, self.teacher = load_loras(teacher_pipe, own, device=where)
+            own, its = (
+                [lora for lora in loras if lora.role in ("both", role)]
+                for role in ("student", "teacher")
+            )
+            self.student, _ = denoisers(pipe, own, lcm, device)
+            where = torch.device("cpu") if borrowed else device
+            _, self.teacher = denoisers(teacher_pipe, its, None, where)
         self.networks = tuple(_asked(one) for one in (self.student, self.teacher))
         pipes = [pipe] if teacher_pipe is None else [pipe, teacher_pipe]
         self._turns, self._seen = place(pipes, device, offload)
@@ -460,6 +461,16 @@ def same_weights(some: Mapping[str, nn.Module], others: Mapping[str, nn.Module])
     """Whether modules of the same names hold the same weights."""
     one, other = nn.ModuleDict(some).state_dict(), nn.ModuleDict(others).state_dict()
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def denoisers(
+    pipe: Any, loras: Sequence[Lora], lcm: bool | None, device: torch.device
+) -> tuple[nn.Module, nn.Module]:
+    """The student and the teacher that a pipeline is; without LoRAs one is both."""
+    if loras:
+        return load_loras(pipe, loras, lcm=lcm, device=device)
+    denoiser = denoiser_of(pipe, lcm=lcm, device=device)
+    return denoiser, denoiser
 
 
 def preset_of(request: Request) -> Preset | None:
