@@ -124,6 +124,10 @@ class Guided:
 
     attached: Attached
 
+    def __new__(cls, *args: Any, **settings: Any) -> Any:
+        """One that is made of a config is an ordinary one."""
+        return cls.__mro__[2](*args, **settings)
+
     def step(
         self,
         model_output: Tensor,
