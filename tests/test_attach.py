@@ -6,6 +6,8 @@ Every pipeline is a tiny one with random weights (tests/tiny_pipelines.py).
 import copy
 import functools
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -138,6 +140,29 @@ def test_solvers_with_a_memory_and_with_noise(family, sampler):
     assert apart(found, wanted) < 1e-4
 
 
+def test_an_lcm_with_its_guidance_as_an_input():
+    """Its pipeline decodes the estimate that step gives beside the latent: the revised one."""
+    pipe, teacher_pipe = tiny.lcm(), other(tiny.sd)
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipe(
+            PROMPTS[0], num_inference_steps=3, num_images_per_prompt=2, guidance_scale=6.0,
+            generator=torch.Generator().manual_seed(0), output_type="latent", height=16, width=24,
+        ).images  # fmt: skip
+
+    alone = run()
+    with attach(pipe, teacher_pipe, teacher_scale=0.0):
+        assert apart(run(), alone) < 1e-4
+    last = {"teacher_steps": [2], "renoise": 0.5}
+    with attach(pipe, teacher_pipe, teacher_scale=0.5, **last):
+        half = run()
+    with attach(pipe, teacher_pipe, teacher_scale=1.0, **last):
+        whole = run()
+    assert apart(alone, whole) > 1e-2
+    assert apart(2.0 * half - alone, whole) < 1e-3  # λ = 1/2 is half way
+
+
 def test_options_of_a_solver():
     """As `kdpp.sample` takes them: fixed in its function. At η = 0 Euler a is Euler."""
     pipe = tiny.sd()
@@ -215,10 +240,31 @@ def test_image_to_image():
     assert apart(found, alone) > 1e-2
 
 
-@pytest.mark.parametrize("family", ["sd", "flux"])
+@pytest.mark.parametrize("family", ["sdxl", "flux", "sd3"])
+def test_image_to_image_in_other_families(family):
+    pipe = diffusers.AutoPipelineForImage2Image.from_pipe(FAMILIES[family]())
+    picture = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    pipe.set_progress_bar_config(disable=True)
+
+    def run():
+        return pipe(
+            prompt=PROMPTS[0], image=picture, strength=0.6, num_inference_steps=5,
+            generator=torch.Generator().manual_seed(0), output_type="latent",
+            **{} if family == "sdxl" else {"height": 16, "width": 16},
+        ).images  # fmt: skip
+
+    alone = run()
+    with attach(pipe, other(FAMILIES[family]), teacher_scale=0.0):
+        assert apart(run(), alone) < 1e-4
+    with attach(pipe, other(FAMILIES[family]), teacher_scale=0.5, teacher_steps=2):
+        assert apart(run(), alone) > 1e-2
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
 def test_inpainting(family):
     """The kept part stays; a class for inpainting on a model for text to image."""
-    kind = {"sd": "StableDiffusionInpaintPipeline", "flux": "FluxInpaintPipeline"}[family]
+    kind = {"sd": "StableDiffusionInpaintPipeline", "sdxl": "StableDiffusionXLInpaintPipeline",
+            "flux": "FluxInpaintPipeline"}[family]  # fmt: skip
     parts = {k: part for k, part in FAMILIES[family]().components.items() if part is not None}
     if family == "sd":
         parts |= dict.fromkeys(["safety_checker", "feature_extractor"])
@@ -245,6 +291,20 @@ def test_inpainting(family):
         changed = pipe._unpack_latents(changed, 16, 16, pipe.vae_scale_factor)
     assert changed[..., :4].max() > 1e-2
     assert changed[..., 4:].max() < 1e-5
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    """Its two examples, on folders of those names."""
+    page = Path(__file__).parents[1] / "docs" / "diffusers.md"
+    codes = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    assert len(codes) == 2
+    monkeypatch.chdir(tmp_path)
+    tiny.sdxl().save_pretrained("sdxl-lightning")
+    other(tiny.sdxl).save_pretrained("sdxl")
+    variables = {}
+    for code in codes:
+        exec(compile(code, "diffusers.md", "exec"), variables)
+    assert variables["picture"].size == (16, 16) and hooks(variables["pipe"]) == 0
 
 
 # Attached and detached ----------------------------------------------------------------------------
