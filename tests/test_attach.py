@@ -367,6 +367,7 @@ def test_after_a_run_that_broke_off(where):
         with pytest.raises(Stopped):
             theirs(pipe, noise, 3, 4.0, callback_on_step_end=stop_at_end)
         handle.remove()
+        assert attached.run is None or where != "teacher"
         assert torch.equal(theirs(pipe, noise, 3, 4.0), wanted)
         assert attached.run is None and attached.recorder.calls == []
     with pytest.raises(Stopped), attach(pipe, teacher_pipe, **GUIDANCE):
@@ -452,6 +453,7 @@ def test_saved_and_loaded(family, tmp_path):
         assert texts[0] == texts[1] and "kdpp" not in texts[1]
     loaded = type(pipe).from_pretrained(tmp_path / "attached")
     assert type(loaded.scheduler) is type(pipe.scheduler) is type(copied)
+    assert vars(copied).keys() == vars(pipe.scheduler).keys()  # without the teacher
     assert torch.equal(theirs(loaded, noise, 2, 4.0), alone)
     loaded.scheduler = again
     assert torch.equal(theirs(loaded, noise, 2, 4.0), alone)
@@ -495,6 +497,34 @@ def test_in_16_bits(family):
         assert found.dtype == torch.bfloat16 and apart(found.float(), wanted.float()) < 0.03
     with attach(pipe, teacher_pipe, **GUIDANCE):
         assert apart(theirs(pipe, noise, 3, 4.0).float(), wanted.float()) > 0.05
+
+
+def test_a_teacher_in_another_dtype():
+    pipe, teacher_pipe = tiny.sd(), other(tiny.sd)
+    noise = noise_for(pipe)
+    with attach(pipe, teacher_pipe, **GUIDANCE):
+        wanted = theirs(pipe, noise, 3, 1.0)
+        teacher_pipe.unet.to(torch.bfloat16)
+    with attach(pipe, teacher_pipe, **GUIDANCE):
+        assert apart(theirs(pipe, noise, 3, 1.0), wanted) < 0.05
+
+
+def test_a_run_after_one_that_stopped_where_it_begins():
+    """Steps of two runs are not taken for one run's: a solver with a memory would mix them."""
+    pipe = tiny.sd()
+    output, sample = noise_for(pipe), 20.0 * noise_for(pipe, seed=1)
+    with attach(pipe, sampler="dpmpp_2m", teacher_scale=0.0) as attached:
+        scheduler = attached.scheduler
+
+        def second():
+            scheduler.set_timesteps(4)
+            scheduler.set_begin_index(1)
+            return scheduler.step(output, scheduler.timesteps[1], sample, return_dict=False)[0]
+
+        wanted = second()
+        scheduler.set_timesteps(4)
+        scheduler.step(-output, scheduler.timesteps[0], sample)
+        assert torch.equal(second(), wanted)
 
 
 # The teacher's negative ---------------------------------------------------------------------------

@@ -8,7 +8,6 @@ teacher where the step is guided, and walks one row of the solver's plan (`kdpp.
 
 from __future__ import annotations
 
-import copy
 import math
 import numbers
 from collections.abc import Mapping
@@ -154,7 +153,7 @@ def guided(scheduler: Any, attached: Attached) -> Any:
     kind = type(scheduler)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     made: Any = object.__new__(type(kind.__name__, (Guided, kind), names))
-    made.__dict__ = {**vars(copy.deepcopy(scheduler)), "attached": attached}
+    made.__dict__ = {**vars(scheduler), "attached": attached}
     return made
 
 
@@ -230,7 +229,6 @@ class Attached:
     ) -> tuple[Tensor, Tensor]:
         """The latent after the step, and the estimate of x0, both as the pipeline has latents."""
         index = index_of(self.scheduler, timestep)
-        self.recorder.listening = False
         try:
             if self.run is None or not self.run.goes_on(self.scheduler, index):
                 self.drop()
@@ -242,7 +240,7 @@ class Attached:
             self.drop()
             raise
         finally:
-            self.recorder.listening, self.recorder.calls = True, []
+            self.recorder.calls = []  # the teacher's own, too, where it is the same network
             self.handed.output = None
         if hasattr(self.scheduler, "_step_index"):
             self.scheduler._step_index = index + 1
