@@ -105,8 +105,12 @@ def plan_run(
     sigmas: Tensor,
     noise_sampler: NoiseSampler | None,
     options: Mapping[str, Any],
+    seed: Callable[[], int] | None = None,
 ) -> PlannedRun:
-    """Check what is given and turn the sigmas into coefficients; errors as in `kdpp.solvers`."""
+    """Check what is given and turn the sigmas into coefficients; errors as in `kdpp.solvers`.
+
+    ``seed`` gives one for random levels; None tells it from the state of torch's random stream.
+    """
     model = check_model(model)
     check_latent(x)
     levels, sigmas = check_sigmas(sigmas, or_rising=solver.inverts)
@@ -115,7 +119,7 @@ def plan_run(
     if space is VE:
         check_start(x, levels, model.student_range)
     steps = solver.plan(levels, space=space, **options)
-    revisions = plan_revisions(model, steps, solver.cfg_pp, lambda: private_seed(x))
+    revisions = plan_revisions(model, steps, solver.cfg_pp, seed or partial(private_seed, x))
     plan = ready(steps, revisions, space, solver.cfg_pp, model.combine is not None)
     return PlannedRun(plan, model, levels, sigmas, noise_sampler, solver.noise == "brownian")
 
@@ -274,58 +278,88 @@ def walk(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The loop. ``dtype``: what the networks are given, where it is not x's."""
-    memory, cfg_pp = plan.memory, plan.cfg_pp
-    student = bind(
-        model.student, "student", x, extra_args, needs_uncond=cfg_pp,
-        dtype=dtype, max_batch=model.max_batch,
-    )  # fmt: skip
-    revisions = [step.revisions for step in plan.steps]
-    guided = prepare(model, revisions, x, extra_args, dtype) if plan.guided else None
-    earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest first
-    past: tuple[Tensor, ...] = ()  # the states that they began with
+    run = Walk(plan, model, x, levels, extra_args, noise, listener, dtype)
     try:
         for i in indices:
-            step = plan.steps[i]
-            first, last = step.stages[0], step.stages[-1]
-            teachers = guided[i] if guided else None
-            if step.churn is not None:
-                x = step.churn(((x,),), noise.between(i, None))
-            if teachers is not None:
-                teachers.fetch()
-            point, directions = x, earlier
-            for stage in step.stages:
-                kept = directions[:memory]
-                before = writes(kept) if kept else None
-                denoised, uncond = student(point, levels[stage.evaluation])
-                if before is not None:
-                    check_unwritten(kept, before, "student")
-                if memory or teachers:  # to be used after the next call of a network
-                    denoised = counted(denoised)
-                    uncond = counted(uncond) if cfg_pp and uncond is not None else uncond
-                directions = (uncond if cfg_pp else denoised, *directions)
-                if listener and stage is first:
-                    info = report(x, i, listener.sigma_at[i], denoised, step.lifted)
-                heard: tuple[Tensor, ...] = ()
-                if teachers and stage is last:
-                    revised = teachers.revise(point, denoised, directions[0], i, noise.renoise)
-                    heard = revised.heard
-                    if listener:
-                        info |= teachers.report(denoised, revised)
-                # As k-diffusion, after the step's first evaluation; where teachers speak, after.
-                if listener and stage is (last if teachers else first):
-                    listener.callback(info)
-                fresh = None if stage.update.noise is None else noise.between(i, stage.end)
-                point = stage.update(((x, denoised), heard, directions, past), fresh)
-            if memory:
-                earlier = (directions[len(step.stages) - 1], *earlier)[:memory]
-            if plan.states:
-                past = (x, *past)[: plan.states]
-            x = point
+            x = run.step(i, x)
     finally:
-        for one in guided or ():
+        run.release()
+    return x
+
+
+class Walk:
+    """A run that is walked step by step: by `walk`, or by a host that has a loop of its own.
+
+    x gives the batch, and the arguments are those of `walk`; `step` is called for the steps in
+    their order, each with the state that the one before gave.
+    """
+
+    def __init__(
+        self,
+        plan: ReadyPlan,
+        model: TeacherGuidedDenoiser,
+        x: Tensor,
+        levels: Sequence[Tensor],
+        extra_args: Mapping[str, Any],
+        noise: Source,
+        listener: Listener | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.plan, self.levels, self.noise, self.listener = plan, levels, noise, listener
+        self.student = bind(
+            model.student, "student", x, extra_args, needs_uncond=plan.cfg_pp,
+            dtype=dtype, max_batch=model.max_batch,
+        )  # fmt: skip
+        revisions = [step.revisions for step in plan.steps]
+        self.guided = prepare(model, revisions, x, extra_args, dtype) if plan.guided else None
+        self.earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest
+        self.past: tuple[Tensor, ...] = ()  # first, and the states
+
+    def step(self, i: int, x: Tensor) -> Tensor:
+        """The state after step i, from the state before it."""
+        plan, noise, listener = self.plan, self.noise, self.listener
+        step, memory, cfg_pp = plan.steps[i], plan.memory, plan.cfg_pp
+        first, last = step.stages[0], step.stages[-1]
+        teachers = self.guided[i] if self.guided else None
+        if step.churn is not None:
+            x = step.churn(((x,),), noise.between(i, None))
+        if teachers is not None:
+            teachers.fetch()
+        point, directions = x, self.earlier
+        for stage in step.stages:
+            kept = directions[:memory]
+            before = writes(kept) if kept else None
+            denoised, uncond = self.student(point, self.levels[stage.evaluation])
+            if before is not None:
+                check_unwritten(kept, before, "student")
+            if memory or teachers:  # to be used after the next call of a network
+                denoised = counted(denoised)
+                uncond = counted(uncond) if cfg_pp and uncond is not None else uncond
+            directions = (uncond if cfg_pp else denoised, *directions)
+            if listener and stage is first:
+                info = report(x, i, listener.sigma_at[i], denoised, step.lifted)
+            heard: tuple[Tensor, ...] = ()
+            if teachers and stage is last:
+                revised = teachers.revise(point, denoised, directions[0], i, noise.renoise)
+                heard = revised.heard
+                if listener:
+                    info |= teachers.report(denoised, revised)
+            # As k-diffusion, after the step's first evaluation; where teachers speak, after.
+            if listener and stage is (last if teachers else first):
+                listener.callback(info)
+            fresh = None if stage.update.noise is None else noise.between(i, stage.end)
+            point = stage.update(((x, denoised), heard, directions, self.past), fresh)
+        if memory:
+            self.earlier = (directions[len(step.stages) - 1], *self.earlier)[:memory]
+        if plan.states:
+            self.past = (x, *self.past)[: plan.states]
+        return point
+
+    def release(self) -> None:
+        """Let borrowed teachers go; also after a run that broke off."""
+        for one in self.guided or ():
             if one is not None:
                 one.release()
-    return x
 
 
 def report(

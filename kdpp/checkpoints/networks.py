@@ -102,7 +102,7 @@ def call_flux2(
     """Its latent is made of patches already: every place of it is a token."""
     rows, columns, tokens = x.shape[2], x.shape[3], cond["encoder_hidden_states"].shape[1]
     answer = network(
-        hidden_states=x.flatten(2).mT,
+        hidden_states=packed(x, 1),
         timestep=t,
         guidance=guidance,
         img_ids=grid(x.device, 1, rows, columns, 1),
@@ -110,7 +110,7 @@ def call_flux2(
         **cond,
         return_dict=False,
     )[0]
-    return answer.mT.reshape(len(x), -1, rows, columns)  # type: ignore[no-any-return]
+    return unpacked(answer, rows, columns, 1)
 
 
 def call_krea2(network: Any, x: Tensor, t: Tensor, cond: dict[str, Any]) -> Tensor:
@@ -334,23 +334,36 @@ def as_denoiser(
         ValueError: a prediction that is not known, a tensor that is no table of ᾱ, or settings of
             a UNet for a flow model.
     """
+    denoiser = estimator(Network(network), network, schedule, prediction, lcm, device)
     kind = architecture_of(network)
-    denoiser: nn.Module
-    if kind.flow:
-        check_flow(network, schedule, prediction, lcm)
-        denoiser = FlowDenoiser(Network(network), kind.time_scale)
-    else:
-        table = table_of(network, schedule, device)
-        make = DENOISERS[prediction_of(network, schedule, prediction)]
-        denoiser = make(Network(network), table, quantize=False)
-        if type(schedule).__name__ == "LCMScheduler" if lcm is None else lcm:
-            scaling = config_of(schedule).get("timestep_scaling", 10.0)
-            denoiser = LCMDenoiser(denoiser, timestep_scaling=scaling)
     if kind.guidance is not None:
         entry, argument, offset = kind.guidance
         if config_of(network).get(entry):
             return GuidanceConditioned(denoiser, argument, offset)
     return denoiser
+
+
+def estimator(
+    predict: nn.Module,
+    network: Any,
+    schedule: Any,
+    prediction: str | None = None,
+    lcm: bool | None = None,
+    device: Any = None,
+) -> nn.Module:
+    """What makes estimates of x0 from the predictions of ``predict``, which stands for the network.
+
+    ``predict(x, t, **extra_args)`` is asked as the network is; the rest is as in `as_denoiser`.
+    """
+    kind = architecture_of(network)
+    if kind.flow:
+        check_flow(network, schedule, prediction, lcm)
+        return FlowDenoiser(predict, kind.time_scale)
+    table = table_of(network, schedule, device)
+    made = DENOISERS[prediction_of(network, schedule, prediction)](predict, table, quantize=False)
+    if type(schedule).__name__ == "LCMScheduler" if lcm is None else lcm:
+        return LCMDenoiser(made, timestep_scaling=config_of(schedule).get("timestep_scaling", 10.0))
+    return made
 
 
 class Experts(nn.Module):
@@ -429,11 +442,14 @@ def patch_norms(x: Tensor) -> Tensor:
 # Packing ------------------------------------------------------------------------------------------
 
 
-def packed(x: Tensor) -> Tensor:
+def packed(x: Tensor, side: int = 2) -> Tensor:
     """(batch, channels, height, width) as a row of 2×2 patches: (batch, patches, 4 channels).
 
-    A patch's numbers go by channel, row and column; ValueError where a side is odd.
+    A patch's numbers go by channel, row and column; ValueError where a side is odd. ``side`` 1 has
+    a patch for every place.
     """
+    if side == 1:
+        return x.flatten(2).mT
     if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(
             f"the latent has shape {tuple(x.shape)}; this transformer takes (batch, channels, "
@@ -442,10 +458,10 @@ def packed(x: Tensor) -> Tensor:
     return nn.functional.pixel_unshuffle(x, 2).flatten(2).mT
 
 
-def unpacked(tokens: Tensor, rows: int, columns: int) -> Tensor:
+def unpacked(tokens: Tensor, rows: int, columns: int, side: int = 2) -> Tensor:
     """The reverse of `packed`, for so many rows and columns of patches."""
     patches = tokens.mT.reshape(len(tokens), -1, rows, columns)
-    return nn.functional.pixel_shuffle(patches, 2)
+    return nn.functional.pixel_shuffle(patches, side) if side > 1 else patches
 
 
 def guidance_embedding(w: Tensor, size: int) -> Tensor:
@@ -582,12 +598,21 @@ def scheduler_sigmas(
     if even and not config.get("use_flow_sigmas"):
         asked["sigmas"] = [k / steps for k in range(steps, 0, -1)]
     scheduler.set_timesteps(**asked, device="cpu")
+    return levels_of(scheduler, steps)
+
+
+def levels_of(scheduler: Any, steps: int) -> Tensor:
+    """The levels that a scheduler is set to, in so many steps, and where it ends.
+
+    One without levels of its own (DDIM, LCM, …) gives its timesteps' levels, and 0. Raises
+    ValueError where they are not finite.
+    """
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, Tensor) and len(sigmas) == steps + 1:
         if not sigmas.isfinite().all():
             raise ValueError(f"{type(scheduler).__name__} has no finite levels for steps={steps}")
         return sigmas.float().cpu()
-    timesteps = torch.unique(torch.as_tensor(scheduler.timesteps)).flip(0)
+    timesteps = torch.unique(torch.as_tensor(scheduler.timesteps).cpu()).flip(0)
     table = DiscreteSchedule(vp_sigmas(scheduler.alphas_cumprod.clamp(min=SMALLEST_ALPHA)), False)
     return append_zero(table.t_to_sigma(timesteps))
 

@@ -305,14 +305,17 @@ FAMILIES = {
 
 
 def family_of(pipe: Any) -> Family:
-    """The pipeline's entry in `FAMILIES`; TypeError for a class that is not there."""
+    """The pipeline's entry in `FAMILIES`, also of its forms for image to image and inpainting.
+
+    Raises TypeError for a class that is not there.
+    """
     for kind in type(pipe).__mro__:
-        if kind.__name__ in FAMILIES:
-            return FAMILIES[kind.__name__]
+        name = kind.__name__.replace("Img2Img", "").replace("Inpaint", "")
+        if name in FAMILIES:
+            return FAMILIES[name]
     raise TypeError(
         f"{type(pipe).__name__} is not a pipeline that kdpp knows; it knows diffusers' "
-        f"{', '.join(FAMILIES)} (diffusers.AutoPipelineForText2Image.from_pipe makes one of a "
-        "pipeline for image to image)"
+        f"{', '.join(FAMILIES)}, and their Img2Img and Inpaint"
     )
 
 
@@ -451,22 +454,29 @@ def from_pipelines(
             without the levels that its network needs.
         ValueError: student and teacher do not share latents or texts, or a prompt is missing.
     """
-    student, network = denoiser_of(pipe), network_of(pipe)
-    if teacher_pipe is not None and teacher_pipe is not pipe:
-        check_alike(pipe, teacher_pipe)
-        teacher = denoiser_of(teacher_pipe)
-    elif getattr(network, "peft_config", None):
-        teacher = without_adapters(denoiser_of(pipe, lcm=False))
-    else:
-        teacher = student
+    student = denoiser_of(pipe)
+    teacher = teacher_of(pipe, teacher_pipe, student)
     sizes = {"height": height, "width": width}
     return student, teacher, encode(pipe, prompt, negative_prompt, **sizes, **options)
+
+
+def teacher_of(pipe: Any, teacher_pipe: Any, student: nn.Module) -> nn.Module:
+    """The teacher's denoiser; see `from_pipelines`."""
+    if teacher_pipe is not None and teacher_pipe is not pipe:
+        check_alike(pipe, teacher_pipe)
+        return denoiser_of(teacher_pipe)
+    if getattr(network_of(pipe), "peft_config", None):
+        return without_adapters(denoiser_of(pipe, lcm=False))
+    return student
 
 
 def check_alike(pipe: Any, teacher_pipe: Any) -> None:
     """ValueError where one prompt and one latent do not serve both."""
     student, teacher = network_of(pipe), network_of(teacher_pipe)
     names = f"the student ({type(pipe).__name__}) and the teacher ({type(teacher_pipe).__name__})"
+    flow = [one for one in (student, teacher) if architecture_of(one).flow]
+    if len(flow) == 1:
+        raise ValueError(f"of {names}, only one is a flow model; they must both be, or neither")
     channels = latent_channels(student), latent_channels(teacher)
     if channels[0] != channels[1]:
         raise ValueError(
