@@ -1,4 +1,4 @@
-"""The command line of kdpp: demo, solvers, checkpoints, and the lab."""
+"""The command line of kdpp: demo, solvers, checkpoints, hosts, and the lab."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from kdpp.solver import SOLVERS, solver_of, unknown
 LAB = ("train", "evaluate", "compare", "tune")
 MODULES = {name: f"kdpp.lab.{name}" for name in LAB}
 MODULES["generate"] = "kdpp.checkpoints.generate"
+MODULES["install"] = MODULES["uninstall"] = "kdpp.hosts.install"
 """The commands with a module of their own."""
 COMMANDS = {
     "solvers": "name the solvers, or say what one does and takes",
@@ -30,8 +31,10 @@ COMMANDS = {
     "evaluate": "measure a model's images",
     "compare": "run a grid of students, samplers and settings, and report it on one page",
     "tune": "say whether a teacher is worth its calls for a student, and where",
+    "install": "put kdpp into a host as its extension; no package of the host changes",
+    "uninstall": "take kdpp out of a host again",
 }
-TAKES_NO_FILES = {"demo", "inspect"}
+TAKES_NO_FILES = {"demo", "inspect", "install", "uninstall"}
 """The commands that need no solvers or methods of one's own."""
 KEEPS = {"generate", "train", "evaluate", "compare", "tune"}
 """The commands that keep what is finished, so that the same one goes on."""
@@ -76,6 +79,9 @@ def _run(given: Sequence[str]) -> None:
         return
     if command == "inspect":
         say(_inspected(settings.path))
+        return
+    if command in TAKES_NO_FILES and module is not None:
+        module.run(settings)
         return
     import_module("kdpp.solvers")  # enters kdpp's own; not before, since --help needs no torch
     load_entry_points("kdpp.solvers")

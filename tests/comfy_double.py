@@ -196,6 +196,20 @@ def tree(x, low, high, seed=None, cpu=True):
     return default_noise_sampler(x, seed)
 
 
+class SamplerCustomAdvanced:
+    """The host's own node for a run."""
+
+    FUNCTION = "sample"
+
+    def sample(self, noise, guider, sampler, sigmas, latent_image):
+        mask = latent_image.get("noise_mask")
+        made = guider.sample(
+            noise.generate_noise(latent_image), latent_image["samples"], sampler, sigmas, mask,
+            None, True, noise.seed,
+        )  # fmt: skip
+        return {**latent_image, "samples": made}, None
+
+
 # The V3 schema: types whose inputs remember what they were told.
 
 
@@ -218,7 +232,8 @@ def modules(v3):
     """The modules by their names, for ``sys.modules``."""
     io = SimpleNamespace(
         **{name: v3_type(name) for name in (
-            "Combo", "Conditioning", "Float", "Guider", "Int", "Model", "Sampler", "Sigmas")},
+            "Combo", "Conditioning", "Float", "Guider", "Int", "Latent", "Model", "Noise",
+            "Sampler", "Sigmas", "String")},
         Schema=Schema, ComfyNode=object, NodeOutput=lambda *made: made,
     )  # fmt: skip
     contents = {
@@ -233,6 +248,10 @@ def modules(v3):
         "comfy.k_diffusion.sampling": {"default_noise_sampler": default_noise_sampler,
                                        "BrownianTreeNoiseSampler": tree},
     }  # fmt: skip
+    contents |= {
+        "comfy_extras": {},
+        "comfy_extras.nodes_custom_sampler": {"SamplerCustomAdvanced": SamplerCustomAdvanced},
+    }
     if v3:
         contents |= {"comfy_api": {}, "comfy_api.latest": {"ComfyExtension": object, "io": io}}
     made = {}

@@ -2,8 +2,11 @@
 
 import asyncio
 import importlib
+import json
 import logging
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -278,6 +281,62 @@ def test_models_that_do_not_fit_are_refused_before_any_work(teacher, message):
     assert comfy.LOADED == []
 
 
+# ------------------------------------------------------------------------------- Compare
+
+
+def compared(made, **settings):
+    (sampler,) = nodes.make_sampler(**{**SETTINGS, **settings})
+    noise = SimpleNamespace(seed=SEED, generate_noise=lambda latent: NOISE)
+    latent = {"samples": EMPTY, "noise_mask": None}
+    return nodes.make_comparison(noise, made, sampler, SIGMAS["ve"], latent)
+
+
+def test_compare_shows_with_without_and_the_student_in_the_teachers_place():
+    """From the same noise, in one batch; the user's guider and sampler stay as they were."""
+    student, teacher = pair()
+    made = guider(student, teacher)
+    before = picture(made)
+    batch, _ = compared(made)
+    alone, helped, control = batch["samples"].split(BATCH)
+    assert batch.keys() == {"samples"}
+    assert torch.equal(helped, before) and torch.equal(picture(made), before)
+    assert torch.equal(alone, picture(made, teacher_scale=0.0))
+    itself = comfy.Patcher(comfy.Base(mixture(0)), LORA, name="teacher")
+    assert relative(control, picture(guider(student, itself, teacher_cfg=2.0))) < 1e-12
+    assert relative(control, helped) > 1e-3 and relative(control, alone) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("cfg", "solver", "student", "teacher"),
+    [(1.0, "euler", 4, 2), (2.0, "euler", 8, 4), (1.0, "euler_cfg_pp", 8, 2), (1.0, "heun", 7, 2)],
+)
+def test_compare_counts_evaluations(cfg, solver, student, teacher):
+    """A CFG scale of 1 takes one, others two; CFG++ two of the student. As many as were heard."""
+    asked = []
+
+    def heard(network):
+        return lambda *given, **more: asked.append(network) or network(*given, **more)
+
+    one, other = pair()
+    for patcher in (one, other):
+        patcher.model.network = heard(patcher.model.network)
+    _, text = compared(guider(one, other, cfg=cfg, teacher_cfg=cfg), solver=solver)
+    assert text.splitlines() == [
+        f"1 to 3: student alone; {student} evaluations of the student",
+        f"4 to 6: with its teacher; {student} evaluations of the student, {teacher} of the teacher",
+        f"7 to 9: with itself in the teacher's place; {student} evaluations of the student, "
+        f"{teacher} of it as its teacher",
+    ]
+    assert len(asked) == 3 * student + 2 * teacher
+
+
+def test_compare_takes_its_own_guider_and_sampler():
+    student, _ = pair()
+    with pytest.raises(ValueError, match="the guider of Teacher Guider and the sampler of KDPP"):
+        compared(comfy.CFGGuider(student))
+    assert comfy.LOADED == []
+
+
 # ------------------------------------------------------------------------------- the nodes
 
 
@@ -352,3 +411,44 @@ def test_settings_that_a_solver_does_not_have_are_left_out():
 def test_renoise_may_be_a_level():
     (sampler,) = nodes.make_sampler(**{**SETTINGS, "renoise": nodes.LEVEL, "level": 0.7})
     assert sampler.guidance["renoise"] == 0.7
+
+
+# ------------------------------------------------------------------------ the example workflows
+
+PACK = Path(nodes.__file__).parent / "pack"
+WORKFLOWS = sorted(PACK.glob("example_workflows/*.json"))
+
+
+def test_there_are_examples():
+    """Of a separate teacher, a LoRA with its base, a preset, and Compare."""
+    used = [one["type"] for path in WORKFLOWS for one in json.loads(path.read_text())["nodes"]]
+    ours = {one for one in used if one.startswith("KDPP")}
+    assert len(WORKFLOWS) == 4 and ours == {node.id for node in nodes.NODES}
+    assert "LoraLoaderModelOnly" in used
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_an_example_fits_the_nodes(path):
+    """Its links join what its nodes have; its settings are those that a node of kdpp's takes."""
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    by_id = {one["id"]: one for one in graph["nodes"]}
+    for number, start, out, end, into, kind in graph["links"]:
+        given, taken = by_id[start]["outputs"][out], by_id[end]["inputs"][into]
+        assert number in given["links"] and number == taken["link"]
+        assert given["type"] == kind and taken["type"] in (kind, "*")
+    known = {node.id: node for node in nodes.NODES}
+    for one in graph["nodes"]:
+        if one["type"] not in known:
+            continue
+        node = known[one["type"]]
+        fields = {field.name: field for field in node.fields}
+        slots = {slot["name"]: slot for slot in one["inputs"]}
+        assert all(slot["type"] == fields[name].type for name, slot in slots.items())
+        outputs = tuple((slot["name"], slot["type"]) for slot in one["outputs"])
+        assert outputs == node.outputs
+        widgets = [field for field in node.fields if field.default is not None]
+        assert len(widgets) == len(one["widgets_values"])
+        for field, value in zip(widgets, one["widgets_values"]):
+            assert value in field.choices if field.choices else field.low <= value <= field.high
+        unset = [field for field in node.fields if field.default is None and not field.optional]
+        assert all(slots[field.name]["link"] is not None for field in unset)

@@ -72,7 +72,15 @@ def test_import_is_light():
 
 
 @pytest.mark.parametrize(
-    "given", [["--version"], ["--help"], ["generate", "--help"], ["inspect", "--help"]]
+    "given",
+    [
+        ["--version"],
+        ["--help"],
+        ["generate", "--help"],
+        ["inspect", "--help"],
+        ["install", "--help"],
+        ["uninstall", "--help"],
+    ],
 )
 def test_the_command_answers_before_torch_is_loaded(given):
     """Torch alone takes more than a second to import."""

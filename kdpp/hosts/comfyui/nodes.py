@@ -120,6 +120,15 @@ def make_preset(
     return sigmas, sampler, chosen.cond_scale, chosen.teacher_cfg_scale
 
 
+def make_comparison(
+    noise: Any, guider: Any, sampler: Any, sigmas: torch.Tensor, latent_image: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Three pictures as one batch, and their evaluations."""
+    from kdpp.hosts.comfyui import sampling
+
+    return sampling.compare(noise, guider, sampler, sigmas, latent_image)
+
+
 SCALE = "of classifier-free guidance, uncond + cfg (cond - uncond); 1 is no guidance"
 
 GUIDER = Node(
@@ -194,7 +203,25 @@ PRESET = Node(
     aliases=("lightning", "turbo", "lcm", "dmd2", "schedule"),
 )  # fmt: skip
 
-NODES = (GUIDER, SAMPLER, PRESET)
+COMPARE = Node(
+    id="KDPPCompare",
+    title="Compare (KDPP)",
+    description="What the teacher's help does to a picture, in the place of SamplerCustomAdvanced: "
+    "one batch of the student alone, with its teacher, and with itself in the teacher's place. If "
+    "the last two are alike, the second look helps, and not the teacher.",
+    fields=(
+        Field("noise", "NOISE", "The noise that all three start from."),
+        Field("guider", "GUIDER", "Of Teacher Guider."),
+        Field("sampler", "SAMPLER", "Of KDPP Sampler."),
+        Field("sigmas", "SIGMAS", "The levels."),
+        Field("latent_image", "LATENT", "The latent that they start from."),
+    ),
+    outputs=(("samples", "LATENT"), ("evaluations", "STRING")),
+    make=make_comparison,
+    aliases=("distillation++", "with and without", "self control", "ablation"),
+)
+
+NODES = (GUIDER, SAMPLER, PRESET, COMPARE)
 
 
 # The classic schema -------------------------------------------------------------------------------
@@ -286,8 +313,11 @@ TYPES = {
     "FLOAT": "Float",
     "GUIDER": "Guider",
     "INT": "Int",
+    "LATENT": "Latent",
     "MODEL": "Model",
+    "NOISE": "Noise",
     "SAMPLER": "Sampler",
     "SIGMAS": "Sigmas",
+    "STRING": "String",
 }
 """The classic schema's names of types in V3."""

@@ -7,7 +7,9 @@ conditions, hooks and wrappers are prepared and cleaned up by the host, as the s
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
+from copy import copy
 from typing import Any
 
 import comfy.k_diffusion.sampling
@@ -21,7 +23,7 @@ from torch import Tensor
 import kdpp
 from kdpp.noise import NoiseSampler
 
-__all__ = ["GuidedSampler", "TeacherGuider"]
+__all__ = ["GuidedSampler", "TeacherGuider", "compare"]
 
 RENOISE = 1  # the stream of a row's seed that the teacher's renoising takes; the solver's is 0
 
@@ -38,6 +40,13 @@ class TeacherGuider(comfy.samplers.CFGGuider):  # type: ignore[misc]
         # A clone, since hooks on the student's conditions are registered on its own patcher.
         self.teacher = comfy.samplers.CFGGuider(teacher.clone())
         self.teacher_cfg = teacher_cfg
+
+    def self_control(self) -> TeacherGuider:
+        """The same student with itself in the teacher's place: own prompts, own CFG scale."""
+        made = TeacherGuider(self.model_patcher, self.model_patcher, self.cfg)
+        made.set_cfg(self.cfg)
+        made.original_conds = made.teacher.original_conds = self.original_conds
+        return made
 
 
 def check_pair(student: Any, teacher: Any) -> None:
@@ -80,6 +89,13 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
             "teacher_scale": teacher_scale,
             "renoise": renoise,
         }
+        self.evaluations: dict[str, int] = {}  # of student and teacher in the last run, a picture
+
+    def alone(self) -> GuidedSampler:
+        """The same sampler without the teacher's help."""
+        made = copy(self)
+        made.guidance = {**self.guidance, "teacher_steps": 0}
+        return made
 
     def sample(
         self,
@@ -115,14 +131,17 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
                 self.solver, model, x, sigmas, None, report, disable_pbar, source, **self.options
             )
 
-        asked = self.guidance["teacher_steps"] and self.guidance["teacher_scale"]
-        if asked and not hasattr(guider, "teacher"):
+        helped = self.guidance["teacher_steps"] and self.guidance["teacher_scale"]
+        if helped and not hasattr(guider, "teacher"):
             logging.warning("KDPP Sampler: the guider holds no teacher; the student samples alone")
-        if asked and hasattr(guider, "teacher"):
+        if helped and hasattr(guider, "teacher"):
             guidance = {**self.guidance, "teacher_cfg_scale": guider.teacher_cfg}
-            image = beside_teacher(guider, shown, seed, lambda teacher: run(teacher, **guidance))
+            image, asked = beside_teacher(
+                guider, shown, seed, lambda teacher: run(teacher, **guidance)
+            )
         else:
-            image = run(student.denoiser(), teacher_steps=0)
+            image, asked = run(student.denoiser(), teacher_steps=0), 0
+        self.evaluations = {"student": student.evaluations, "teacher": asked}
         made: Tensor = student.model_sampling.inverse_noise_scaling(sigmas[-1], image)
         return made
 
@@ -168,6 +187,7 @@ class Asked:
         self.model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
         self.model.noise, self.model.latent_image = noise, latent_image
         self.uncond: Tensor | None = None
+        self.needs_uncond, self.evaluations = needs_uncond, 0
         options = extra_args["model_options"]
         if needs_uncond:
             options = comfy.model_patcher.set_model_options_post_cfg_function(
@@ -190,6 +210,8 @@ class Asked:
     ) -> tuple[Tensor, Tensor | None]:
         if cfg_scale is not None:
             self.guider.set_cfg(cfg_scale)
+        # At a scale of 1 the host leaves the negative out.
+        self.evaluations += 2 if self.needs_uncond or not math.isclose(self.guider.cfg, 1) else 1
         return self.model(x, sigma, **self.extra_args), self.uncond
 
     def denoiser(self) -> kdpp.HostModel:
@@ -220,16 +242,20 @@ def beside_teacher(
     shown: tuple[Tensor, Tensor, Tensor, Tensor | None],
     seed: int,
     run: Callable[[torch.nn.Module], Tensor],
-) -> Tensor:
-    """``run(teacher)`` with the guider's teacher prepared; the student's weights are in place."""
+) -> tuple[Tensor, int]:
+    """``run(teacher)`` with the guider's teacher prepared, and the teacher's evaluations.
+
+    The student's weights are in place.
+    """
     sigmas, noise, latent_image, denoise_mask = shown
     student, teacher = guider.model_patcher, guider.teacher.model_patcher
-    made: list[Tensor] = []
+    made: list[tuple[Tensor, int]] = []
 
     def body(inner: Any, extra_args: dict[str, Any]) -> None:
         load(student)
-        asked = Asked(inner, extra_args, *shown).denoiser()
-        made.append(run(kdpp.swapped(asked, lambda: load(teacher), lambda: load(student))))
+        asked = Asked(inner, extra_args, *shown)
+        moved = kdpp.swapped(asked.denoiser(), lambda: load(teacher), lambda: load(student))
+        made.append((run(moved), asked.evaluations))
 
     # The teacher's guider maps the latent into model space once more.
     outside = latent_image
@@ -244,3 +270,42 @@ def load(patcher: Any) -> None:
     patched for one of them, or there may be room for one at a time."""
     comfy.model_management.load_models_gpu([patcher])
     patcher.pre_run()
+
+
+def compare(
+    noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent_image: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Three runs from one noise, in one batch: the student alone, with its teacher, and with itself
+    in the teacher's place. And what each row is, with its evaluations.
+
+    Raises ValueError for a guider without a teacher, or another pack's sampler.
+    """
+    if not isinstance(guider, TeacherGuider) or not isinstance(sampler, GuidedSampler):
+        raise ValueError(
+            "Compare takes the guider of Teacher Guider and the sampler of KDPP Sampler"
+        )
+    # Here, as the host's nodes are not there yet when packs are imported.
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+    sample = getattr(SamplerCustomAdvanced(), SamplerCustomAdvanced.FUNCTION)
+    runs = (
+        ("student alone", guider, sampler.alone()),
+        ("with its teacher", guider, sampler),
+        ("with itself in the teacher's place", guider.self_control(), copy(sampler)),
+    )
+    pictures: list[Tensor] = []
+    told: list[str] = []
+    for what, asked, how in runs:
+        output = sample(
+            noise=noise, guider=asked, sampler=how, sigmas=sigmas, latent_image=latent_image
+        )
+        made = output[0]["samples"]
+        above = len(pictures) * len(made)
+        rows = f"{above + 1}" if len(made) == 1 else f"{above + 1} to {above + len(made)}"
+        counts = f"{how.evaluations['student']} evaluations of the student"
+        if how.evaluations["teacher"]:
+            place = "the teacher" if asked is guider else "it as its teacher"
+            counts += f", {how.evaluations['teacher']} of {place}"
+        pictures.append(made)
+        told.append(f"{rows}: {what}; {counts}")
+    return {"samples": torch.cat(pictures)}, "\n".join(told)
