@@ -1,4 +1,5 @@
-"""Tiny pipelines of Stable Diffusion as single files, in the names that its authors gave.
+"""Tiny pipelines of Stable Diffusion as single files, and transformers alone, in the names that
+their authors gave.
 
 The inverse of diffusers' conversion, for networks of any number of blocks.
 """
@@ -150,6 +151,189 @@ def open_clip(encoder):
     for old, new in OPEN_CLIP.items():
         made = {key.replace(old, new): tensor for key, tensor in made.items()}
     return made
+
+
+# Transformers alone -------------------------------------------------------------------------------
+
+SD3 = (
+    (r"^pos_embed\.pos_embed", "pos_embed"),
+    (r"^pos_embed\.proj", "x_embedder.proj"),
+    (r"^time_text_embed\.timestep_embedder\.linear_1", "t_embedder.mlp.0"),
+    (r"^time_text_embed\.timestep_embedder\.linear_2", "t_embedder.mlp.2"),
+    (r"^time_text_embed\.text_embedder\.linear_1", "y_embedder.mlp.0"),
+    (r"^time_text_embed\.text_embedder\.linear_2", "y_embedder.mlp.2"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"^transformer_blocks", "joint_blocks"),
+    (r"norm1\.linear", "x_block.adaLN_modulation.1"),
+    (r"norm1_context\.linear", "context_block.adaLN_modulation.1"),
+    (r"\.ff\.net\.0\.proj", ".x_block.mlp.fc1"),
+    (r"\.ff\.net\.2", ".x_block.mlp.fc2"),
+    (r"\.ff_context\.net\.0\.proj", ".context_block.mlp.fc1"),
+    (r"\.ff_context\.net\.2", ".context_block.mlp.fc2"),
+    (r"attn\.add_(.)_proj", r"context_block.attn.\1"),
+    (r"attn\.norm_added_(.)", r"context_block.attn.ln_\1"),
+    (r"attn\.to_add_out", "context_block.attn.proj"),
+    (r"\.(attn2?)\.norm_(.)", r".x_block.\1.ln_\2"),
+    (r"\.(attn2?)\.to_out\.0", r".x_block.\1.proj"),
+    (r"\.(attn2?)\.to_(.)\.", r".x_block.\1.\2."),
+)
+FLUX = (
+    (r"^time_text_embed\.timestep_embedder", "time_in"),
+    (r"^time_text_embed\.text_embedder", "vector_in"),
+    (r"^time_text_embed\.guidance_embedder", "guidance_in"),
+    (r"^time_guidance_embed\.timestep_embedder", "time_in"),
+    (r"^time_guidance_embed\.guidance_embedder", "guidance_in"),
+    (r"_in\.linear_1", "_in.in_layer"),
+    (r"_in\.linear_2", "_in.out_layer"),
+    (r"^x_embedder", "img_in"),
+    (r"^context_embedder", "txt_in"),
+    (r"^proj_out", "final_layer.linear"),
+    (r"^norm_out\.linear", "final_layer.adaLN_modulation.1"),
+    (r"^(double|single)_stream_modulation(\w*)\.linear", r"\1_stream_modulation\2.lin"),
+    (r"^single_transformer_blocks", "single_blocks"),
+    (r"^transformer_blocks", "double_blocks"),
+    (r"^(single_blocks\.\d+)\.attn\.(to_qkv_mlp_proj)", r"\1.linear1"),
+    (r"^(single_blocks\.\d+)\.(attn\.to_out|proj_out)", r"\1.linear2"),
+    (r"^(single_blocks\.\d+)\.attn\.norm_q\.weight", r"\1.norm.query_norm.scale"),
+    (r"^(single_blocks\.\d+)\.attn\.norm_k\.weight", r"\1.norm.key_norm.scale"),
+    (r"^(single_blocks\.\d+)\.norm\.linear", r"\1.modulation.lin"),
+    (r"^(single_blocks\.\d+)\.attn\.to_", r"\1."),
+    (r"\.norm1\.linear", ".img_mod.lin"),
+    (r"\.norm1_context\.linear", ".txt_mod.lin"),
+    (r"\.ff\.(net\.0\.proj|linear_in)", ".img_mlp.0"),
+    (r"\.ff\.(net\.2|linear_out)", ".img_mlp.2"),
+    (r"\.ff_context\.(net\.0\.proj|linear_in)", ".txt_mlp.0"),
+    (r"\.ff_context\.(net\.2|linear_out)", ".txt_mlp.2"),
+    (r"\.attn\.norm_q\.weight", ".img_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_k\.weight", ".img_attn.norm.key_norm.scale"),
+    (r"\.attn\.norm_added_q\.weight", ".txt_attn.norm.query_norm.scale"),
+    (r"\.attn\.norm_added_k\.weight", ".txt_attn.norm.key_norm.scale"),
+    (r"\.attn\.to_out\.0", ".img_attn.proj"),
+    (r"\.attn\.to_add_out", ".txt_attn.proj"),
+    (r"\.attn\.add_(.)_proj", r".txt_attn.\1"),
+    (r"\.attn\.to_", ".img_attn."),
+)
+"""FLUX.1 and FLUX.2."""
+WAN = (
+    (r"^condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+    (r"^condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+    (r"^condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+    (r"^condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"),
+    (r"^scale_shift_table", "head.modulation"),
+    (r"^proj_out", "head.head"),
+    (r"scale_shift_table", "modulation"),
+    (r"\.norm2", ".norm3"),
+    (r"\.attn1", ".self_attn"),
+    (r"\.attn2", ".cross_attn"),
+    (r"\.to_out\.0", ".o"),
+    (r"\.to_([qkv])", r".\1"),
+    (r"\.ffn\.net\.0\.proj", ".ffn.0"),
+    (r"\.ffn\.net\.2", ".ffn.2"),
+)
+Z_IMAGE = (
+    (r"^all_x_embedder\.2-1", "x_embedder"),
+    (r"^all_final_layer\.2-1", "final_layer"),
+    (r"\.norm_([qk])", r".\1_norm"),
+    (r"\.to_out\.0", ".out"),
+    (r"\.to_([qkv])", r".\1"),
+)
+KREA_2 = (
+    (r"^img_in", "first"),
+    (r"^time_embed\.linear_1", "tmlp.0"),
+    (r"^time_embed\.linear_2", "tmlp.2"),
+    (r"^time_mod_proj", "tproj.1"),
+    (r"^txt_in\.norm\.weight", "txtmlp.0.scale"),
+    (r"^txt_in\.linear_1", "txtmlp.1"),
+    (r"^txt_in\.linear_2", "txtmlp.3"),
+    (r"^text_fusion", "txtfusion"),
+    (r"^transformer_blocks", "blocks"),
+    (r"^final_layer\.scale_shift_table", "last.modulation.lin"),
+    (r"^final_layer\.norm\.weight", "last.norm.scale"),
+    (r"^final_layer", "last"),
+    (r"scale_shift_table", "mod.lin"),
+    (r"norm1\.weight", "prenorm.scale"),
+    (r"norm2\.weight", "postnorm.scale"),
+    (r"attn\.norm_([qk])\.weight", r"attn.qknorm.\1norm.scale"),
+    (r"attn\.to_out\.0", "attn.wo"),
+    (r"attn\.to_gate", "attn.gate"),
+    (r"attn\.to_([qkv])", r"attn.w\1"),
+    (r"\.ff\.", ".mlp."),
+)
+
+
+def sd3(network):
+    """The last block changes the text no more, and has scale and shift the other way round."""
+    made = fused(renamed(network, SD3), "attn", "attn2")
+    last = network.config.num_layers - 1
+    return swapped(made, "final_layer.ada", f"joint_blocks.{last}.context_block.ada")
+
+
+def flux(network):
+    made = fused(renamed(network, FLUX), "img_attn", "txt_attn")
+    parts = ("q", "k", "v", "proj_mlp")
+    return swapped(joined(made, "single_blocks", parts, "linear1"), "final_layer.ada")
+
+
+def flux2(network):
+    return swapped(fused(renamed(network, FLUX), "img_attn", "txt_attn"), "final_layer.ada")
+
+
+def krea2(network):
+    """With the six modulations of a block in a row."""
+    made = renamed(network, KREA_2)
+    return {k: v.flatten() if k.endswith(".mod.lin") else v for k, v in made.items()}
+
+
+def z_image(network):
+    """As ComfyUI has it, with a norm that nothing uses."""
+    return {**fused(renamed(network, Z_IMAGE), "attention"), "norm_final.weight": torch.ones(32)}
+
+
+def qwen_image(network):
+    """diffusers' names are the original ones."""
+    return network.state_dict()
+
+
+def wan(network):
+    return renamed(network, WAN)
+
+
+def renamed(network, table):
+    """A network's tensors, each name changed by the patterns one after another."""
+    made = {}
+    for key, tensor in network.state_dict().items():
+        for pattern, name in table:
+            key = re.sub(pattern, name, key)
+        made[key] = tensor
+    return made
+
+
+def joined(tensors, place, parts, whole):
+    """The layers ``parts`` that lie beside each other at the place, as one after another."""
+    made = dict(tensors)
+    for key in tensors:
+        if place in key and f".{parts[0]}." in key:
+            keys = [key.replace(f".{parts[0]}.", f".{part}.") for part in parts]
+            name = key.replace(f".{parts[0]}.", f".{whole}.")
+            made[name] = torch.cat([made.pop(k) for k in keys])
+    return made
+
+
+def fused(tensors, *layers):
+    """With the three projections of attention as one."""
+    for layer in layers:
+        tensors = joined(tensors, f".{layer}.", "qkv", "qkv")
+    return tensors
+
+
+def swapped(tensors, *starts):
+    """Scale and shift as shift and scale."""
+    return {
+        key: torch.cat(tensor.chunk(2)[::-1]) if key.startswith(starts) else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 # Pipelines with a tiny single file ----------------------------------------------------------------

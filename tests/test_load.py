@@ -318,7 +318,7 @@ def test_tensors_that_do_not_fit_are_named(original, tmp_path, unread):
         ):
             load_pipeline(other, configs=TINY)
     for key, name in (
-        ("model.diffusion_model.middle_block.0.in_layers.2.weight", "mid_block.resnets.0.conv1"),
+        ("model.diffusion_model.middle_block.0.in_layers.2.weight", "block.0.in_layers.2.weight"),
         (VAE_KEY, "decoder.conv_in.weight"),
         (text, "final_layer_norm.weight"),
     ):

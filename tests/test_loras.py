@@ -251,3 +251,129 @@ def test_the_experts_of_wan_have_loras_of_their_own(tmp_path):
         own[level] = wanted
     with pytest.raises(ValueError, match="holds LoRAs already"):
         load_loras(pipe, [Lora(file)])
+
+
+# Original names -----------------------------------------------------------------------------------
+
+WAN = {
+    "self_attn.q": "attn1.to_q", "self_attn.k": "attn1.to_k", "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0", "cross_attn.q": "attn2.to_q", "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v", "cross_attn.o": "attn2.to_out.0", "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+}  # fmt: skip
+ORIGINAL = {
+    "wan": {f"blocks.0.{layer}": [f"blocks.0.{name}"] for layer, name in WAN.items()},
+    "flux": {
+        "double_blocks.0.img_attn.qkv": [
+            f"transformer_blocks.0.attn.to_{one}" for one in "qkv"],
+        "double_blocks.0.txt_mlp.2": ["transformer_blocks.0.ff_context.net.2"],
+        "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
+    },
+    "flux2": {
+        "double_blocks.0.txt_attn.qkv": [
+            f"transformer_blocks.0.attn.add_{one}_proj" for one in "qkv"],
+        "double_blocks.0.img_mlp.0": ["transformer_blocks.0.ff.linear_in"],
+        "single_blocks.0.linear1": ["single_transformer_blocks.0.attn.to_qkv_mlp_proj"],
+    },
+    "qwen_image": {
+        "transformer_blocks.0.attn.to_q": ["transformer_blocks.0.attn.to_q"],
+        "transformer_blocks.1.attn.add_k_proj": ["transformer_blocks.1.attn.add_k_proj"],
+        "transformer_blocks.0.img_mlp.net.2": ["transformer_blocks.0.img_mlp.net.2"],
+    },
+    "z_image": {
+        "layers.0.attention.to_q": ["layers.0.attention.to_q"],
+        "layers.0.feed_forward.w1": ["layers.0.feed_forward.w1"],
+        "layers.0.adaLN_modulation.0": ["layers.0.adaLN_modulation.0"],
+    },
+    "krea2": {
+        "blocks.0.attn.wq": ["transformer_blocks.0.attn.to_q"],
+        "blocks.0.mlp.down": ["transformer_blocks.0.ff.down"],
+        "txtfusion.projector": ["text_fusion.projector"],
+    },
+    "sd3": {
+        "joint_blocks.0.x_block.attn.qkv": [f"transformer_blocks.0.attn.to_{one}" for one in "qkv"],
+        "joint_blocks.0.x_block.mlp.fc1": ["transformer_blocks.0.ff.net.0.proj"],
+    },
+}  # fmt: skip
+"""Layers by their original names, and diffusers' for the same; qkv is three of these."""
+STYLES = {
+    "ComfyUI": lambda layer: f"diffusion_model.{layer}",
+    "kohya": lambda layer: "lora_unet_" + layer.replace(".", "_"),
+    "plain": lambda layer: layer,
+}
+
+
+DOWN, A = ("down", "up"), ("A", "B")
+
+
+def both(pipe, family, style, alpha, parts, folder):
+    """One LoRA of rank 2 as two files: in original names, and in diffusers'."""
+    theirs, own = {}, {}
+    generator = torch.Generator().manual_seed(3)
+    for layer, names in ORIGINAL[family].items():
+        shapes = [network_of(pipe).get_submodule(name).weight.shape for name in names]
+        down = torch.randn(2, shapes[0][1], generator=generator)
+        ups = [torch.randn(shape[0], 2, generator=generator) for shape in shapes]
+        name = STYLES[style](layer)
+        theirs[f"{name}.lora_{parts[0]}.weight"] = down
+        theirs[f"{name}.lora_{parts[1]}.weight"] = torch.cat(ups)
+        if alpha is not None:
+            theirs[f"{name}.alpha"] = torch.tensor(alpha)
+        for one, up in zip(names, ups):
+            own[f"transformer.{one}.lora_A.weight"] = down * (1 if alpha is None else alpha / 2)
+            own[f"transformer.{one}.lora_B.weight"] = up
+    save_file(theirs, folder / "original.safetensors")
+    save_file({k: v.contiguous() for k, v in own.items()}, folder / "diffusers.safetensors")
+    return folder / "original.safetensors", folder / "diffusers.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("family", "style", "alpha", "parts"),
+    [
+        ("wan", "ComfyUI", None, DOWN),  # as Lightning's
+        ("wan", "ComfyUI", 1.0, DOWN),
+        ("wan", "ComfyUI", 1.0, A),
+        ("wan", "kohya", 1.0, DOWN),
+        ("flux", "kohya", 1.0, DOWN),
+        ("flux", "ComfyUI", None, DOWN),
+        ("flux2", "kohya", 1.0, DOWN),
+        ("flux2", "ComfyUI", None, A),
+        ("qwen_image", "plain", 1.0, DOWN),  # as Lightning's
+        ("qwen_image", "kohya", 1.0, DOWN),
+        ("qwen_image", "ComfyUI", 1.0, DOWN),
+        ("z_image", "ComfyUI", 1.0, DOWN),
+        ("z_image", "kohya", 1.0, DOWN),
+        ("krea2", "ComfyUI", None, A),
+    ],
+)
+def test_a_lora_in_original_names_is_the_same(family, style, alpha, parts, tmp_path):
+    """Bit for bit the denoiser that its layers in diffusers' names give."""
+    pipe = make(family)
+    bare = asked(denoiser_of(pipe), pipe, 0.95)
+    theirs, own = both(pipe, family, style, alpha, parts, tmp_path)
+    made = asked(load_loras(pipe, [Lora(theirs)])[0], pipe, 0.95)
+    pipe = make(family)
+    wanted = asked(load_loras(pipe, [Lora(own)])[0], pipe, 0.95)
+    assert torch.equal(made, wanted) and not torch.equal(made, bare)
+
+
+@pytest.mark.parametrize(
+    ("family", "style", "alpha", "parts"),
+    [
+        ("sd3", "ComfyUI", None, A),
+        ("sd3", "kohya", 1.0, DOWN),
+        ("wan", "kohya", None, DOWN),
+        ("wan", "plain", None, A),
+        ("flux", "ComfyUI", None, A),
+        ("flux2", "ComfyUI", 1.0, A),
+        ("krea2", "kohya", 1.0, DOWN),
+        ("krea2", "ComfyUI", 1.0, DOWN),
+        ("z_image", "kohya", None, A),
+    ],
+)
+def test_a_lora_that_diffusers_does_not_convert_is_refused(family, style, alpha, parts, tmp_path):
+    pipe = make(family)
+    theirs, _ = both(pipe, family, style, alpha, parts, tmp_path)
+    with pytest.raises(ValueError, match=r"original.safetensors (matches|does not fit)") as caught:
+        load_loras(pipe, [Lora(theirs)])
+    assert "\n" not in str(caught.value) and not getattr(pipe.transformer, "peft_config", None)

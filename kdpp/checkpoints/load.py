@@ -9,9 +9,11 @@ asked of the network, and no pickle is opened.
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from kdpp.checkpoints.architectures import CONTEXT, FLOWS, NETWORK_PREFIXES
 from kdpp.checkpoints.configs import CONFIGS, Config, TextEncoder, write_folder
@@ -38,7 +41,8 @@ UNET = "UNet2DConditionModel"
 GUIDANCE = ("time_embed.cond_proj.weight", "time_embedding.cond_proj.weight")
 """Of a UNet that takes the CFG scale as an input: the original name, which diffusers' conversion
 does not know, and diffusers'."""
-
+UNUSED = r"norm_final\.weight$|norm_added_q\.weight$"
+"""Tensors that published files of Z-Image and Wan have and nothing reads."""
 
 LATENTS = (
     "latent_channels", "z_dim", "scaling_factor", "shift_factor", "latents_mean", "latents_std",
@@ -333,7 +337,9 @@ def _load_network(facts: CheckpointFacts, folder: Path, dtype: torch.dtype) -> A
     changes = {"time_cond_proj_dim": inputs[0]} if inputs and made.__name__ == UNET else {}
     network = _blank(made, {**about, **changes})
     meta = _meta(header)
-    _check(facts, folder.name, network, _renamed(facts, network, meta), meta)
+    found = _renamed(facts, network, meta)
+    _check(facts, folder.name, network, found)
+    _check_surplus(facts, network, found, found if made.__name__ == UNET else _own(meta))
     state = _renamed(facts, network, load_file(path))
     state = {name: state[name] for name in network.state_dict()}
     return made.from_single_file(
@@ -396,7 +402,7 @@ def _vae_of_file(path: Path, network: Any, about: Mapping[str, Any], dtype: torc
             return own
         return _convert(facts, network, own)
 
-    _check(replace(facts, architecture="the model's VAE"), "VAE", network, renamed(meta), meta)
+    _check(replace(facts, architecture="the model's VAE"), "VAE", network, renamed(meta))
     state = renamed(load_file(path))
     with TemporaryDirectory() as name:
         (Path(name) / "config.json").write_text(json.dumps(about), encoding="utf-8")
@@ -406,10 +412,15 @@ def _vae_of_file(path: Path, network: Any, about: Mapping[str, Any], dtype: torc
         )  # fmt: skip
 
 
+def _own(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The network's tensors of a file's, without the prefix of their names."""
+    prefix = next((p for p in NETWORK_PREFIXES if any(k.startswith(p) for k in tensors)), "")
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 def _renamed(facts: CheckpointFacts, network: Any, tensors: Mapping[str, Tensor]) -> Tensors:
     """A network's tensors from a file's, under diffusers' names."""
-    prefix = next((p for p in NETWORK_PREFIXES if any(k.startswith(p) for k in tensors)), "")
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    own = _own(tensors)
     if facts.layout == "diffusers names":
         return own
     if type(network).__name__ != UNET:
@@ -435,19 +446,22 @@ def _check_others(
     if vae:
         about = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         network = _blank(diffusers.AutoencoderKL, about)
-        _check(facts, "VAE", network, _convert(facts, network, meta), meta)
+        _check(facts, "VAE", network, _convert(facts, network, meta))
     for name, text in texts.items():
         with torch.device("meta"):
             made = getattr(transformers, text.kind)
             network = made(transformers.CLIPTextConfig(**text.settings))
         own = {key: tensor for key, tensor in meta.items() if key.startswith(text.prefix)}
         if text.prefix.endswith("transformer."):
-            found = convert.convert_ldm_clip_checkpoint(own)
+            found = _traced(facts, own, convert.convert_ldm_clip_checkpoint)
         else:
-            found = convert.convert_open_clip_checkpoint(network, own, text.prefix)
+            found = _traced(
+                facts, own, partial(convert.convert_open_clip_checkpoint, network,
+                                    prefix=text.prefix)
+            )  # fmt: skip
         if not hasattr(network, "text_model"):
             found = {key.removeprefix("text_model."): value for key, value in found.items()}
-        _check(facts, name, network, found, meta)
+        _check(facts, name, network, found)
 
 
 def _blank(made: Any, about: Mapping[str, Any]) -> Any:
@@ -456,9 +470,38 @@ def _blank(made: Any, about: Mapping[str, Any]) -> Any:
         return made.from_config(about)
 
 
+class _Origins(TorchFunctionMode):
+    """Tells of every tensor that is made here of which of the file's it was made."""
+
+    last = ""
+    """The file's name of the tensor that was used last."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        given = [one for arg in args for one in (arg if isinstance(arg, list) else [arg])]
+        names = [name for one in given if (name := _origin(one))]
+        self.last = names[0] if names else self.last
+        made = func(*args, **(kwargs or {}))
+        for one in made if isinstance(made, (list, tuple)) else [made]:
+            if names and isinstance(one, Tensor):
+                _name(one, names[0])
+        return made
+
+
+def _name(tensor: Tensor, key: str) -> Tensor:
+    tensor.__dict__["origin"] = key
+    return tensor
+
+
+def _origin(tensor: Any) -> str:
+    """The file's name of a tensor of `_meta`, or of that of which it was made; "": of another."""
+    return str(tensor.__dict__.get("origin", "")) if isinstance(tensor, Tensor) else ""
+
+
 def _meta(entries: Mapping[str, Entry]) -> Tensors:
-    """A header's tensors, without their numbers."""
-    return {key: torch.empty(entry.shape, device="meta") for key, entry in entries.items()}
+    """A header's tensors, without their numbers; each knows its name."""
+    return {k: _name(torch.empty(e.shape, device="meta"), k) for k, e in entries.items()}
 
 
 def _convert(facts: CheckpointFacts, network: Any, tensors: Tensors) -> Tensors:
@@ -466,35 +509,82 @@ def _convert(facts: CheckpointFacts, network: Any, tensors: Tensors) -> Tensors:
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     table: Any = SINGLE_FILE_LOADABLE_CLASSES
-    convert = table[type(network).__name__]["checkpoint_mapping_fn"]
+    kind = type(network).__name__
+    if kind not in table:
+        raise ValueError(
+            f"{facts.path} has the names {min(tensors)!r} and so on, which diffusers does not "
+            f"convert for a {kind}; give a file with diffusers' names"
+        )
+    convert = partial(table[kind]["checkpoint_mapping_fn"], config=dict(network.config))
+    return _traced(facts, tensors, lambda own: convert(checkpoint=own))
+
+
+def _traced(facts: CheckpointFacts, tensors: Tensors, convert: Callable[[Tensors], Any]) -> Tensors:
+    """What diffusers' conversion makes of tensors; ValueError with the key that it stumbles on."""
+    origins = _Origins()
     try:
-        return dict(convert(checkpoint=dict(tensors), config=dict(network.config)))
+        with origins:
+            return dict(convert(dict(tensors)))
     except KeyError as error:
-        raise ValueError(f"{facts.path} has no tensor {error}; get it again") from error
+        unknown = [key for key in tensors if f".{error.args[0]}." in f".{key}"]
+        if unknown:  # diffusers' table of names lacks it, and not the file
+            raise ValueError(_surplus(facts, _origin(tensors[unknown[0]]) or unknown[0])) from error
+        some, tensor = next(iter(tensors.items()))
+        prefix = _origin(tensor).removesuffix(some)
+        raise ValueError(
+            f"{facts.path} has no tensor '{prefix}{error.args[0]}'; get it again"
+        ) from error
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{facts.path}: {origins.last!r} does not have the shape that diffusers' conversion "
+            f"divides ({' '.join(str(error).split())}); get it again, or in diffusers' names"
+        ) from error
 
 
-def _check(
-    facts: CheckpointFacts, part: str, network: nn.Module, found: Tensors, tensors: Tensors
-) -> None:
+def _surplus(facts: CheckpointFacts, key: str) -> str:
+    return (
+        f"{facts.path} holds {key!r}, which the {facts.architecture} of this configuration does "
+        "not have; give components of the same variant"
+    )
+
+
+def _check(facts: CheckpointFacts, part: str, network: nn.Module, found: Tensors) -> None:
     """ValueError unless the tensors are those of the network, by name and by shape."""
-    names = {id(tensor): key for key, tensor in tensors.items()}
     weights = network.state_dict()
     for key, wanted in weights.items():
         tensor = found.get(key)
         if tensor is None:
             raise ValueError(
-                f"{facts.path} lacks {key!r} (diffusers' name) of its {part}; it is not a whole "
+                f"{facts.path} lacks {_lacked(key, found)} of its {part}; it is not a whole "
                 f"{facts.architecture}"
             )
         if tensor.shape != wanted.shape:
-            origin = tensor if tensor._base is None else tensor._base
             raise ValueError(
-                f"{facts.path}: {names.get(id(origin), key)!r} of its {part} has the shape "
+                f"{facts.path}: {_origin(tensor) or key!r} of its {part} has the shape "
                 f"{list(tensor.shape)}, and {facts.architecture} has {list(wanted.shape)}"
             )
-    more = [key for key in found if key not in weights] if type(network).__name__ == UNET else []
-    if more:
-        raise ValueError(
-            f"{facts.path} holds {names.get(id(found[more[0]]), more[0])!r}, which "
-            f"{facts.architecture} does not have"
-        )
+
+
+def _check_surplus(
+    facts: CheckpointFacts, network: nn.Module, found: Tensors, held: Tensors
+) -> None:
+    """ValueError if the network has no place for one of the tensors ``held``."""
+    weights = network.state_dict()
+    used = {_origin(tensor) for key, tensor in found.items() if key in weights}
+    names = {_origin(tensor) for tensor in held.values()} - used
+    if more := sorted(name for name in names if not re.search(UNUSED, name)):
+        raise ValueError(_surplus(facts, more[0]))
+
+
+def _lacked(key: str, found: Tensors) -> str:
+    """A tensor that a file lacks, in the file's names where these show in another tensor: the
+    layer's bias for its weight, or the same of another block."""
+    for part in (re.search("(weight|bias)$", key), re.search(r"(?<=\.)(\d+)(?=\.)", key)):
+        if part is None:
+            continue
+        before, after = re.escape(key[: part.start()]), re.escape(key[part.end() :])
+        for other, tensor in found.items():
+            same = re.fullmatch(rf"{before}(\w+){after}", other)
+            if same and (origin := _origin(tensor)):
+                return repr(re.sub(rf"\b{same[1]}\b", part[0], origin, count=1))
+    return f"{key!r} (diffusers' name)"
