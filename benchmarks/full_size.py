@@ -5,9 +5,9 @@
 Writes two single files and a LoRA of random weights, some gigabytes, and removes them at the end.
 Every row is a process of its own, from its start to its last picture: `kdpp generate`, or this file
 with ``--script``, which is what a user of diffusers writes. Both draw the same pictures with the
-same number of evaluations. Seconds are the process's own of the CPU, of one thread: what else runs
-on the machine is left out. The peak is the resident set's, files that are mapped included. On a GPU
-neither is of use: take ``--wall``.
+same number of evaluations. Seconds are the process's own of the CPU, over all of its threads: what
+else runs on the machine is left out; ``--wall`` takes those of the clock. The peak is the resident
+set's, files that are mapped included. The first run of kdpp reads a file once more, for its digest.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def compare(
         "kdpp, one step alone, one picture": [*kdpp, "--steps", "1", "--seed", "0"],
         "kdpp, five steps alone, one picture": [*kdpp, "--steps", "5", "--seed", "0"],
     }
-    os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     print(f"{'':38}{'seconds':>9}{'peak, GiB':>11}")
     costs: dict[str, list[Cost]] = {name: [] for name in rows}
     for turn in range(arguments.pairs):

@@ -305,6 +305,14 @@ def test_a_teacher_that_reads_prompts_by_itself_is_refused(sd, tmp_path, capsys)
     assert "has other text encoders than" in capsys.readouterr().err
 
 
+def test_a_prompt_that_cannot_be_read_is_refused_before_any_work(sd, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a boat\na [red:green:0.5] boat\n")
+    words = ["--student", sd / "student", "--teacher", sd / "teacher", "--steps", 2, *FEW,
+             "--prompts", tmp_path / "prompts.txt"]  # fmt: skip
+    assert run("tune", *words, "--out", tmp_path / "out") == 1
+    assert "the prompt holds '[red:green:0.5]'" in capsys.readouterr().err
+
+
 # kdpp compare -------------------------------------------------------------------------------------
 
 METRICS = '''

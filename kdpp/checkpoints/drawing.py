@@ -16,12 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import kdpp
-from kdpp.checkpoints.files import inspect
 from kdpp.checkpoints.forecast import forecast
 from kdpp.checkpoints.load import is_pipeline
 from kdpp.checkpoints.media import FIRST, files_of, frame_path, shown_frames
-from kdpp.checkpoints.pairs import LabPair, PipelinePair, check_places, open_pair
-from kdpp.checkpoints.prompts import READERS, sections
+from kdpp.checkpoints.pairs import LabPair, PipelinePair, check_places, check_texts, open_pair
 from kdpp.checkpoints.requests import (
     GUIDES,
     Guide,
@@ -85,7 +83,7 @@ def draw_folder(
     wanted = processes.cores() if pipeline else 1
     with processes.threads(wanted) if where.type == "cpu" else nullcontext():
         check_places(request)
-        check_texts(request, pictures)
+        check_texts(request, [picture.prompt for picture in pictures])
         if rank == 0 and pipeline:
             print(f"kdpp: {forecast(request, where, offload)}", file=sys.stderr)
         pair = open_pair(request, where, offload)
@@ -108,13 +106,6 @@ def draw_folder(
             write_atomically(out / "sheet.png", sheet(tiles(jobs, out, frames), len(guides)))
         kind = "video" if frames > 1 else "picture"
         say(f"wrote {len(jobs)} {kind}{'s' * (len(jobs) > 1)} to {out}")
-
-
-def check_texts(request: Request, pictures: Sequence[Picture]) -> None:
-    """ValueError for prompts that the student cannot read, before it is loaded."""
-    if is_pipeline(request.student) and inspect(request.student).architecture in READERS:
-        for text in dict.fromkeys([*(picture.prompt for picture in pictures), request.negative]):
-            sections(text or "")
 
 
 def draw_all(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kdpp.checkpoints.flags import ROLES, read_lora, request_of
 from kdpp.checkpoints.load import is_pipeline
-from kdpp.checkpoints.pairs import PipelinePair, check_lab, check_places
+from kdpp.checkpoints.pairs import PipelinePair, check_lab, check_places, check_texts
 from kdpp.checkpoints.pipelines import decode
 from kdpp.checkpoints.requests import Picture, Request
 from kdpp.lab.files import digest
@@ -50,6 +50,7 @@ def open_models(
         return load_model(request.student, device), teacher
     if not prompts:
         raise ValueError(f"{request.student} draws prompts: name a file of them (--prompts FILE)")
+    check_texts(request, prompts)
     pair = PipelinePair(replace(request, prompt=prompts[0]), device, None, "none")
     if pair.teacher_reads_itself:
         raise ValueError(

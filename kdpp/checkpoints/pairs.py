@@ -36,6 +36,7 @@ from kdpp.checkpoints.pipelines import (
 )
 from kdpp.checkpoints.places import file_digest, remember
 from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
+from kdpp.checkpoints.prompts import READERS, sections
 from kdpp.checkpoints.requests import Offload, Picture, Request, Role
 from kdpp.denoisers import map_tensors
 from kdpp.kinds import OwnCFG, is_flow
@@ -91,6 +92,13 @@ def check_places(request: Request) -> None:
             raise FileNotFoundError(
                 f"there is no file or folder {name}; kdpp fetches nothing: download it first"
             )
+
+
+def check_texts(request: Request, prompts: Iterable[str | None]) -> None:
+    """ValueError for prompts that the student cannot read, before it is loaded."""
+    if is_pipeline(request.student) and inspect(request.student).architecture in READERS:
+        for text in dict.fromkeys([*prompts, request.negative]):
+            sections(text or "")
 
 
 class Pair:
