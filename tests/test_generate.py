@@ -226,6 +226,8 @@ def test_a_preview_shows_the_estimate_of_every_step(tmp_path):
     with Image.open(tmp_path / "b" / "00004.png") as image:
         assert last.tobytes() == image.resize((200, 200), Image.Resampling.NEAREST).tobytes()
     assert width == 3 * 216 + 16 and height == 272
+    assert run(tmp_path / "a", *settings, "--preview") == 0  # of a picture that is there already
+    assert pictures(tmp_path / "a") == files
 
 
 def test_the_settings_are_there_as_web_uis_read_them(tmp_path):

@@ -118,7 +118,7 @@ def draw_all(
 ) -> None:
     """Draw and write what is not there yet; keep in ``costs`` what each file has cost."""
     known: dict[str, Any] = json.loads(costs.read_bytes()) if costs.exists() else {}
-    left = [job for job in jobs if not is_there(pair.request, job)]
+    left = [job for job in jobs if not is_there(pair.request, job, preview)]
     by_guide = [[job for job in left if job.guide == guide] for guide in GUIDES]
     batches = [own[i : i + batch] for own in by_guide for i in range(0, len(own), batch)]
     pair.expect([job.picture for job in some] for some in batches)
@@ -164,13 +164,13 @@ def requested(request: Request, job: Job) -> Request:
     return replace(request, prompt=job.picture.prompt, label=job.picture.label)
 
 
-def is_there(request: Request, job: Job) -> bool:
-    """Whether the picture's file was drawn by this very request."""
+def is_there(request: Request, job: Job, preview: bool) -> bool:
+    """Whether the picture's file, and its estimates' if wanted, was drawn by this very request."""
     if not job.path.exists():
         return False
     if read_texts(job.path) != texts_of(requested(request, job), job.picture.seed, job.guide):
         raise ValueError(f"{job.path} is a picture of other settings; name another folder")
-    return True
+    return not preview or steps_path(job.path).exists()
 
 
 def draw(
