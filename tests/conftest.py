@@ -19,6 +19,12 @@ if path := os.environ.get("KDPP_IMPORT"):
 
 
 @pytest.fixture
+def own_notes(tmp_path, monkeypatch):
+    """A folder for caches, where `kdpp generate` notes places and digests, of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def solvers():
     """kdpp's solvers; what a test enters among them is gone after it."""
     before = dict(kdpp.SOLVERS)

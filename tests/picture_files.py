@@ -1,7 +1,14 @@
-"""Picture files that tests give to ``kdpp generate``, and read."""
+"""``kdpp generate``, as tests run it, and the picture files that they give to it and read."""
 
 import torch
 from PIL import Image
+
+from kdpp.cli import main
+
+
+def run(out, *words):
+    """The command's exit status."""
+    return main(["generate", *map(str, words), "--out", str(out)])
 
 
 def numbers(image):

@@ -325,7 +325,7 @@ def test_compare_counts_evaluations(cfg, solver, student, teacher):
         f"1 to 3: student alone; {student} evaluations of the student",
         f"4 to 6: with its teacher; {student} evaluations of the student, {teacher} of the teacher",
         f"7 to 9: with itself in the teacher's place; {student} evaluations of the student, "
-        f"{teacher} of it as its teacher",
+        f"{teacher} more in the teacher's place",
     ]
     assert len(asked) == 3 * student + 2 * teacher
 

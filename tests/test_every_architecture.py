@@ -33,10 +33,10 @@ PAIRS = {
 """Student and teacher of each architecture."""
 
 
+@pytest.mark.usefixtures("own_notes")
 @pytest.mark.parametrize("family", PAIRS)
-def test_every_way(family, tmp_path, monkeypatch):
+def test_every_way(family, tmp_path):
     """In the asked size; the teacher is felt each time, and so are picture and mask."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     student, teacher = (make() for make in PAIRS[family])
     tiny.tiny(network_of(teacher), seed=7)
     student.save_pretrained(tmp_path / "student")

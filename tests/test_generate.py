@@ -21,24 +21,16 @@ from kdpp.checkpoints.pairs import load_pipeline
 from kdpp.checkpoints.pipelines import latent_shape, network_of
 from kdpp.checkpoints.presets import PRESETS
 from kdpp.checkpoints.requests import Request, read_png, read_texts
-from kdpp.cli import main
 from kdpp.lab import processes
 from kdpp.lab.models import load_model, save_model
 from kdpp.lab.sampling import INITIAL, Recipe, draw
 from kdpp.noise import SeededNoise
+from picture_files import run
 
 LAB = ("--student", "digits:student", "--teacher", "digits:teacher")
 
 
-@pytest.fixture(autouse=True)
-def notes(tmp_path, monkeypatch):
-    """Notes of places that are the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def run(out, *words):
-    """The command's exit status."""
-    return main(["generate", *map(str, words), "--out", str(out)])
+pytestmark = pytest.mark.usefixtures("own_notes")
 
 
 def pictures(folder):
@@ -512,12 +504,16 @@ def test_a_speed_loras_weight_is_its_presets(tmp_path, monkeypatch):
     words = ["--student", tmp_path / "base", "--prompt", "a red boat", "--width", 16,
              "--height", 16, "--lora", style]  # fmt: skip
     asked = []
-    monkeypatch.setattr(pairs, "inspect", lambda path: asked.append(str(path)))
-    monkeypatch.setattr(pairs, "named", lambda facts: PRESETS["dmd2-lora-8"])
+
+    def named(facts):
+        asked.append(facts.path)
+        return PRESETS["dmd2-lora-8"]
+
+    monkeypatch.setattr(pairs, "named", named)
     for weight, given in ((0.7, speed), (0.9, f"{speed}:0.9")):
         folder = tmp_path / str(weight)
         assert run(folder, *words, "--student-lora", given) == 0
         request, _, _ = read_png(folder / "00000.png")
         assert [(one[1], one[2]) for one in request.loras] == [(1.0, "both"), (weight, "student")]
         assert request.preset == "dmd2-lora-8" and request.steps == 8
-    assert set(asked) == {str(speed)}
+    assert set(asked) == {speed}

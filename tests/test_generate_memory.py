@@ -44,10 +44,7 @@ CPU, CUDA, META = torch.device("cpu"), torch.device("cuda", 0), torch.device("me
 BOAT = (Picture(0, "a red boat"),)
 
 
-@pytest.fixture(autouse=True)
-def notes(tmp_path, monkeypatch):
-    """Notes of places that are the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_notes")
 
 
 def folder(path, family="sd", seed=0, **parts):

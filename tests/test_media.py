@@ -11,25 +11,16 @@ pytest.importorskip("sklearn", reason="needs scikit-learn, whose digits the lab'
 import kdpp
 from kdpp.checkpoints import drawing, media, pairs
 from kdpp.checkpoints.requests import Picture, Request, read_png, read_texts
-from kdpp.cli import main
 from kdpp.lab.models import load_model
 from kdpp.lab.sampling import INITIAL
 from kdpp.noise import SeededNoise
-from picture_files import numbers, pixels, right_half, write
+from picture_files import numbers, pixels, right_half, run, write
 
 CPU = torch.device("cpu")
 LAB = ("--student", "digits:student", "--teacher", "digits:teacher", "--teacher-scale", 0.5)
 
 
-@pytest.fixture(autouse=True)
-def notes(tmp_path, monkeypatch):
-    """Notes of places that are the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def run(out, *words):
-    """The command's exit status."""
-    return main(["generate", *map(str, words), "--out", str(out)])
+pytestmark = pytest.mark.usefixtures("own_notes")
 
 
 def pictures(folder):

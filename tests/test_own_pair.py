@@ -43,10 +43,7 @@ PROMPTS = ("a red boat", "the green hill", "a dark lighthouse")
 FEW = ("--samples", 20, "--detail", 2, "--width", 16, "--height", 16)
 
 
-@pytest.fixture(autouse=True)
-def notes(tmp_path, monkeypatch):
-    """Notes of places that are the test's own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_notes")
 
 
 def save(folder, kind):

@@ -304,8 +304,8 @@ def compare(
         rows = f"{above + 1}" if len(made) == 1 else f"{above + 1} to {above + len(made)}"
         counts = f"{how.evaluations['student']} evaluations of the student"
         if how.evaluations["teacher"]:
-            place = "the teacher" if asked is guider else "it as its teacher"
-            counts += f", {how.evaluations['teacher']} of {place}"
+            place = "of the teacher" if asked is guider else "more in the teacher's place"
+            counts += f", {how.evaluations['teacher']} {place}"
         pictures.append(made)
         told.append(f"{rows}: {what}; {counts}")
     return {"samples": torch.cat(pictures)}, "\n".join(told)
