@@ -191,3 +191,14 @@ def test_the_timestep_is_sigmas_inverse():
     t = torch.linspace(0, 999, 400)
     assert (network.timestep(network.sigma(t)) - t).abs().max() < 0.01
     assert network.timestep(torch.tensor([1e-9, 1e9])).tolist() == [0.0, 999.0]
+
+
+def test_a_setting_that_is_none_is_none_again_from_the_file(tmp_path):
+    """The default of consistency's network is a small one; none is the teacher's."""
+    given = ["train", "consistency", "--iterations", "2", "--batch", "8"]
+    assert not main([*given, "--out", str(tmp_path / "a"), "--network", "none"])
+    config = ["--config", str(tmp_path / "a" / "settings.toml")]
+    assert not main(["train", "consistency", "--out", str(tmp_path / "b"), *config])
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()

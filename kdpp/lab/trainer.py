@@ -244,7 +244,8 @@ class Loop:
         training = self.training
         about = {"method": training.method.name, "seed": training.seed}
         about |= {"data": training.data.source, "teacher": training.teacher_name}
-        write_atomically(self.out / SETTINGS, to_toml(about | training.all_settings).encode())
+        every = {k: "none" if v is None else v for k, v in training.all_settings.items()}
+        write_atomically(self.out / SETTINGS, to_toml(about | every).encode())
         log = self.out / LOG
         lines = log.read_text("utf-8").splitlines()[: start + 1] if start and log.exists() else []
         if lines:
