@@ -179,6 +179,40 @@ def load_models_gpu(patchers, **_):
         one.model.patch, one.model.loaded = one.patch, one.name
 
 
+INTERRUPT = []  # what the next look for an interrupt raises
+
+
+def throw_exception_if_processing_interrupted():
+    if INTERRUPT:
+        raise INTERRUPT.pop()
+
+
+SHOWN = []  # of progress bars: (done, of how much)
+
+
+class ProgressBar:
+    """A node's."""
+
+    def __init__(self, total):
+        self.total, self.current = total, 0
+
+    def update(self, value):
+        self.current += value
+        SHOWN.append((self.current, self.total))
+
+
+class Server:
+    """What is told to the browser."""
+
+    last_node_id = "7"
+
+    def __init__(self):
+        self.told = []
+
+    def send_progress_text(self, text, node_id):
+        self.told.append((text, node_id))
+
+
 def set_post_cfg(model_options, function, disable_cfg1_optimization=False):
     hooks = [*model_options.get("sampler_post_cfg_function", []), function]
     model_options["sampler_post_cfg_function"] = hooks
@@ -232,7 +266,7 @@ def modules(v3):
     """The modules by their names, for ``sys.modules``."""
     io = SimpleNamespace(
         **{name: v3_type(name) for name in (
-            "Combo", "Conditioning", "Float", "Guider", "Int", "Latent", "Model", "Noise",
+            "Combo", "Conditioning", "Float", "Guider", "Image", "Int", "Latent", "Model", "Noise",
             "Sampler", "Sigmas", "String")},
         Schema=Schema, ComfyNode=object, NodeOutput=lambda *made: made,
     )  # fmt: skip
@@ -240,7 +274,12 @@ def modules(v3):
         "comfy": {},
         "comfy.samplers": {"CFGGuider": CFGGuider, "Sampler": Sampler,
                            "KSamplerX0Inpaint": KSamplerX0Inpaint},
-        "comfy.model_management": {"load_models_gpu": load_models_gpu},
+        "comfy.model_management": {
+            "load_models_gpu": load_models_gpu,
+            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
+        },
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "server": {"PromptServer": SimpleNamespace(instance=Server())},
         "comfy.model_patcher": {"create_model_options_clone": dict,
                                 "set_model_options_post_cfg_function": set_post_cfg},
         "comfy.model_sampling": {"CONST": CONST},
