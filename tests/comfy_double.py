@@ -15,6 +15,9 @@ class VE:
 
     sigma_min, sigma_max = torch.tensor(0.0292), torch.tensor(14.6146)
 
+    def percent_to_sigma(self, percent):
+        return float(self.sigma_max) ** (1 - percent) * float(self.sigma_min) ** percent
+
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return noise * ((1 + sigma**2).sqrt() if max_denoise else sigma) + latent_image
 
@@ -26,6 +29,9 @@ class CONST:
     """model_sampling of a flow model."""
 
     sigma_min, sigma_max = torch.tensor(0.003), torch.tensor(1.0)
+
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
 
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return sigma * noise + (1 - sigma) * latent_image

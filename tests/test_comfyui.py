@@ -17,6 +17,7 @@ import comfy_double as comfy
 import kdpp
 from kdpp.checkpoints.presets import PRESETS
 from kdpp.hosts.comfyui import nodes
+from kdpp.hosts.comfyui.forms import form_of
 from kdpp.lab import tuning as kdpp_tuning
 from problems import SHAPE, Gaussian, conditions, karras, mixture, relative, seeded
 
@@ -567,15 +568,84 @@ def test_a_preset_is_its_levels_and_settings(name):
     sigmas, sampler, cfg, teacher_cfg = nodes.make_preset(name, 0, 1024, 768)
     assert sigmas.tolist() == pytest.approx(preset.sigmas(None, (768, 1024)))
     assert (cfg, teacher_cfg) == (preset.cond_scale, preset.teacher_cfg_scale)
-    assert sampler.solver is kdpp.SOLVERS[preset.sampler]
+    assert sampler.name == preset.sampler and not sampler.comfyui
     assert sampler.guidance["teacher_scale"] == preset.teacher_scale
 
 
-def test_settings_that_a_solver_does_not_have_are_left_out():
-    (sampler,) = nodes.make_sampler(**SETTINGS)
-    assert sampler.options.keys() <= kdpp.SOLVERS["euler"].options.keys()
-    (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": "euler_ancestral", "eta": 0.5})
-    assert sampler.options == {"eta": 0.5, "s_noise": 1.0}
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("euler", {"s_noise": 1.0}),
+        ("dpmpp_2m", {}),
+        ("euler_ancestral", {"eta": 0.5, "s_noise": 1.0}),
+        ("dpm_fast", {"s_noise": 1.0}),
+    ],
+)
+def test_settings_that_a_solver_does_not_have_are_left_out(solver, options):
+    """So is eta where noise is not added unless it is asked for."""
+    (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": solver, "eta": 0.5})
+    assert sampler.form(comfy.VE(), SIGMAS["ve"]).options == options
+
+
+def test_the_forms_are_those_of_the_page():
+    """docs/solvers.md says what to run for ComfyUI's sampler; every name but those without twin."""
+    page = Path(__file__).parents[1].joinpath("docs/solvers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert len(rows) > 25
+    sigmas = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.0])
+    for name, *cells in rows:
+        for flow, cell in enumerate(cells):
+            if not cell.startswith("`"):
+                continue
+            form = form_of(name, sigmas, comfy.CONST(), bool(flow), True)
+            told = {"order": 3} if "order=3" in cell else {}
+            fixed = {k: v for k, v in form.options.items() if k not in ("s_tmin", "s_tmax")}
+            said = re.match(r"`(\w+)(?:\((.*)\))?`", cell)
+            expected = dict(part.split("=") for part in (said[2] or "").split(", ") if part)
+            expected = {k: int(v) if k == "order" else v for k, v in expected.items()}
+            if "variant" not in expected and form.solver.name == "unipc":
+                fixed.pop("variant", None)
+            assert form.solver.name == said[1] and fixed == expected | told, name
+            stars = cell.replace("\\", "").split("` ")[-1].split()
+            assert (form.sigmas[0] < 1.0) == (bool(flow) and "*" in stars), name
+            assert (form.sigmas[-1] > 0.0) == ("unipc" in cell)
+
+
+def test_comfyuis_form_or_kdpps():
+    """kdpp's own formula is there, too; a name that kdpp does not have is ComfyUI's always."""
+    for form, rule in ((nodes.COMFYUI, {"variable": "tau"}), (nodes.KDPP, {})):
+        (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": "dpmpp_2m", "form": form})
+        assert sampler.form(comfy.CONST(), SIGMAS["flow"]).options == rule
+        (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": "uni_pc", "form": form})
+        assert sampler.form(comfy.CONST(), SIGMAS["flow"]).solver.name == "unipc"
+
+
+def test_dpm_fast_has_the_schedules_ends():
+    """Its own levels between them, and a bar that comes to its end."""
+    heard = []
+    found = picture(
+        guider(*pair()), solver="dpm_fast", teacher_scale=0.0,
+        callback=lambda *told: heard.append(told),
+    )  # fmt: skip
+    assert [(i, total) for i, _, _, total in heard] == [(i, len(heard)) for i in range(len(heard))]
+    x = NOISE * (1 + SIGMAS["ve"][0] ** 2).sqrt()
+    model = kdpp.TeacherGuidedDenoiser(plus_lora(mixture(0)), mixture(1), teacher_steps=0)
+    extra_args = {"cond": COND, "uncond": UNCOND, "cond_scale": 2.0}
+    ends = [float(level) for level in (SIGMAS["ve"][-2], SIGMAS["ve"][0])]
+    expected = kdpp.sample_dpm_fast_tg(model, x, *ends, 4, extra_args, disable=True) / 0.5
+    assert relative(found, expected) < 1e-12
+
+
+def test_a_model_with_louder_noise():
+    """Some flow models' noise is not of unit variance: the noise that is added is as loud."""
+    made = guider(*pair("flow"))
+    plain = picture(made, kind="flow", solver="lcm")
+    comfy.CONST.noise_scale = 8.0
+    try:
+        loud = picture(made, kind="flow", solver="lcm")
+    finally:
+        del comfy.CONST.noise_scale
+    assert relative(loud, plain) > 1e-3
 
 
 def test_renoise_may_be_a_level():

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import kdpp
 from kdpp.checkpoints.presets import PRESETS
+from kdpp.hosts.comfyui.forms import NAMES
 from kdpp.lab.tuning import LEAST, PIPELINES
 
 __all__ = ["NODES", "Field", "Node", "classic", "extension"]
@@ -19,6 +19,7 @@ __all__ = ["NODES", "Field", "Node", "classic", "extension"]
 CATEGORY = "sampling/kdpp"
 LEVEL = "level"
 BY_ROW, HOST = "by row", "host"
+COMFYUI, KDPP = "ComfyUI's", "kdpp's"
 
 
 class Field(NamedTuple):
@@ -94,16 +95,16 @@ def make_sampler(
     noise: str,
     first_step: int = 0,
     renoise_eta: float = 1.0,
+    form: str = COMFYUI,
 ) -> tuple[Any]:
     """The sampler; options that the solver does not have are left out."""
     from kdpp.hosts.comfyui import sampling
 
-    options = {"eta": eta, "s_noise": s_noise}
-    chosen = kdpp.SOLVERS[solver]
     later = tuple(range(first_step, first_step + teacher_steps))
     made = sampling.GuidedSampler(
-        chosen,
-        {name: value for name, value in options.items() if name in chosen.options},
+        solver,
+        {"eta": eta, "s_noise": s_noise},
+        comfyui=form == COMFYUI,
         by_row=noise == BY_ROW,
         teacher_steps=later if first_step else teacher_steps,
         teacher_scale=teacher_scale,
@@ -121,8 +122,9 @@ def make_preset(
     chosen = PRESETS[preset]
     sigmas = torch.tensor(chosen.sigmas(steps or None, (height, width)))
     (sampler,) = make_sampler(
-        chosen.sampler, chosen.teacher_steps, chosen.teacher_scale, "next", 1.0, 1.0, 1.0, BY_ROW
-    )
+        chosen.sampler, chosen.teacher_steps, chosen.teacher_scale, "next", 1.0, 1.0, 1.0, BY_ROW,
+        form=KDPP,
+    )  # fmt: skip
     return sigmas, sampler, chosen.cond_scale, chosen.teacher_cfg_scale
 
 
@@ -184,7 +186,7 @@ SAMPLER = Node(
     "student's estimate is noised again, the teacher denoises it, and a mix of both goes on.",
     fields=(
         Field("solver", "COMBO", "The method that makes the steps.", "euler",
-              choices=tuple(name for name, one in kdpp.SOLVERS.items() if one.own_levels is None)),
+              choices=NAMES),
         Field("teacher_steps", "INT", "How many steps are guided, from first_step on. 0 is the "
               "student alone.", 1, 0, 100),
         Field("teacher_scale", "FLOAT", "λ, the teacher's share of the mix. 0 is the student "
@@ -206,6 +208,9 @@ SAMPLER = Node(
         Field("renoise_eta", "FLOAT", "How much of the renoising is fresh noise; at 0 it is all "
               "the noise that the student's estimate leaves in the picture.",
               1.0, 0.0, 1.0, 0.01, optional=True),
+        Field("form", "COMBO", "Where ComfyUI runs another formula under the solver's name, as it "
+              "does for flow models: that one, so that λ = 0 is the picture that its own sampler "
+              "gives; or kdpp's.", COMFYUI, choices=(COMFYUI, KDPP), optional=True),
     ),
     outputs=(("sampler", "SAMPLER"),),
     make=make_sampler,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import kdpp
+from kdpp.hosts.comfyui.forms import Form, form_of
 from kdpp.noise import NoiseSampler
 
 __all__ = ["GuidedSampler", "TeacherGuider", "compare"]
@@ -76,15 +77,26 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
 
     def __init__(
         self,
-        solver: kdpp.Solver,
+        name: str,
         options: Mapping[str, Any],
         *,
+        comfyui: bool,
         by_row: bool,
         **guidance: Any,
     ) -> None:
-        self.solver, self.options, self.by_row = solver, options, by_row
+        self.name, self.comfyui, self.by_row = name, comfyui, by_row
+        self.options = options  # a solver takes those that it has
         self.guidance = guidance  # keywords of kdpp.TeacherGuidedDenoiser
         self.evaluations: dict[str, int] = {}  # of student and teacher in the last run, a picture
+
+    def form(self, model_sampling: Any, sigmas: Tensor) -> Form:
+        """What is run on a model: ComfyUI's form of the solver, or kdpp's, with all its options."""
+        form = form_of(self.name, sigmas, model_sampling, is_flow(model_sampling), self.comfyui)
+        known = form.solver.options
+        given = {name: value for name, value in self.options.items() if name in known}
+        if not form.solver.stochastic:  # one that adds noise where eta is asked for
+            given.pop("eta", None)
+        return form._replace(options={**given, **form.options})
 
     def alone(self) -> GuidedSampler:
         """The same sampler without the teacher's help."""
@@ -105,26 +117,21 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
     ) -> Tensor:
         """What the guider calls, inside its own preparations."""
         shown = (sigmas, noise, latent_image, denoise_mask)
-        student = Asked(guider, extra_args, shown, needs_uncond=self.solver.cfg_pp)
-        x = student.model_sampling.noise_scaling(
-            sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas)
-        )
+        scaling = guider.inner_model.model_sampling
+        form = self.form(scaling, sigmas)
+        student = Asked(guider, extra_args, shown, needs_uncond=form.solver.cfg_pp)
+        x = scaling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas))
         seed = extra_args["seed"]
         seeds = kdpp.row_seeds(seed, noise if noise.count_nonzero() else latent_image)
-
-        source = self.noise(x, sigmas, seeds, seed)
+        loudness = getattr(scaling, "noise_scale", 1.0)  # of some models' noise
+        source = scaled(self.noise(form, x, seeds, seed), loudness)
 
         def run(teacher: torch.nn.Module, **guidance: Any) -> Tensor:
+            renoise = scaled(kdpp.SeededNoise(x, seeds, RENOISE), loudness)
             model = kdpp.TeacherGuidedDenoiser(
-                student.denoiser(),
-                teacher,
-                renoise_noise_sampler=kdpp.SeededNoise(x, seeds, RENOISE),
-                **guidance,
+                student.denoiser(), teacher, renoise_noise_sampler=renoise, **guidance
             )
-            report = None if callback is None else reporting(callback, len(sigmas) - 1)
-            return kdpp.sample(
-                self.solver, model, x, sigmas, None, report, disable_pbar, source, **self.options
-            )
+            return sampled(form, model, x, callback, disable_pbar, source)
 
         helped = self.guidance["teacher_steps"] and self.guidance["teacher_scale"]
         if helped and not hasattr(guider, "teacher"):
@@ -135,15 +142,15 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
         else:
             image, asked = run(student.denoiser(), teacher_steps=0), 0
         self.evaluations = {"student": student.evaluations, "teacher": asked}
-        made: Tensor = student.model_sampling.inverse_noise_scaling(sigmas[-1], image)
+        made: Tensor = scaling.inverse_noise_scaling(sigmas[-1], image)
         return made
 
-    def noise(self, x: Tensor, sigmas: Tensor, seeds: list[int], seed: int) -> NoiseSampler | None:
+    def noise(self, form: Form, x: Tensor, seeds: list[int], seed: int) -> NoiseSampler | None:
         """The solver's source of noise: by rows, or the one that ComfyUI's own samplers take."""
-        if self.solver.noise == "none":
+        if form.solver.noise == "none":
             return None
-        low, high = sigmas[sigmas > 0].min(), sigmas.max()
-        brownian = self.solver.noise == "brownian"
+        low, high = form.sigmas[form.sigmas > 0].min(), form.sigmas.max()
+        brownian = form.solver.noise == "brownian"
         if self.by_row:
             if brownian:
                 return kdpp.BrownianNoise(x, low, high, seed=seeds)
@@ -155,6 +162,38 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
             else host.default_noise_sampler(x, seed=seed)
         )
         return sampler
+
+
+def scaled(noise: Any, factor: float) -> Any:
+    """The noise times the factor."""
+    if noise is None or factor == 1.0:
+        return noise
+    return lambda sigma, sigma_next: noise(sigma, sigma_next) * factor
+
+
+def sampled(
+    form: Form,
+    model: kdpp.TeacherGuidedDenoiser,
+    x: Tensor,
+    callback: Callable[..., Any] | None,
+    disable: bool,
+    source: NoiseSampler | None,
+) -> Tensor:
+    """A run of the form's solver, also of one that makes its own levels between the two ends."""
+    solver, options, sigmas = form
+    steps = len(sigmas) - 1
+    if solver.own_levels is None:
+        report = None if callback is None else reporting(callback, steps)
+        return kdpp.sample(solver, model, x, sigmas, None, report, disable, source, **options)
+    low, high = (float(level) for level in (sigmas[sigmas > 0.0][-1], sigmas[0]))
+    assert solver.sample is not None
+    report = (
+        None if callback is None else reporting(callback, len(solver.levels(0.1, 1.0, steps)) - 1)
+    )
+    made: Tensor = solver.sample(
+        model, x, low, high, steps, None, report, disable, noise_sampler=source, **options
+    )
+    return made
 
 
 def reporting(callback: Callable[..., Any], steps: int) -> Callable[[dict[str, Any]], Any]:

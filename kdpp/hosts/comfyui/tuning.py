@@ -22,7 +22,7 @@ from kdpp.hosts.comfyui.sampling import (
     sample,
 )
 from kdpp.lab.answer import Tuning
-from kdpp.lab.looks import Pair, Sampler
+from kdpp.lab.looks import Pair
 from kdpp.lab.pieces import Pieces
 from kdpp.lab.sampling import SEEDS
 from kdpp.lab.tuning import LEVELS, PIPELINES, PURE, Work, in_ve, levels_in_ve
@@ -66,12 +66,8 @@ class Tuner(comfy.samplers.Sampler):  # type: ignore[misc]
     def __init__(
         self, sampler: GuidedSampler, noise: Any, samples: int, detail: int, rows: int
     ) -> None:
-        solver = sampler.solver
-        self.solver: Sampler = solver
-        if solver.sample is not None:
-            self.solver = partial(solver.sample, **sampler.options)
-        self.needs_uncond = solver.cfg_pp
-        self.source, self.samples, self.detail, self.rows = noise, samples, detail, rows
+        self.how, self.source = sampler, noise
+        self.samples, self.detail, self.rows = samples, detail, rows
 
     def sample(
         self, guider: Any, sigmas: Tensor, extra_args: dict[str, Any], callback: Any,
@@ -79,21 +75,24 @@ class Tuner(comfy.samplers.Sampler):  # type: ignore[misc]
         disable_pbar: bool = False,
     ) -> Tensor:  # fmt: skip
         """What the guider calls, inside its own preparations."""
+        scaling = guider.inner_model.model_sampling
+        flow, form = is_flow(scaling), self.how.form(scaling, sigmas)
+        solver, options, levels = form.solver, form.options, form.sigmas.tolist()
+        if solver.own_levels is not None:
+            raise ValueError(f"{solver.name} makes its own levels; Tune takes the other solvers")
         shown = (sigmas, noise, latent_image, None)
-        student = Asked(guider, extra_args, shown, self.needs_uncond)
+        student = Asked(guider, extra_args, shown, solver.cfg_pp)
         latents = latent_image[:1].repeat_interleave(self.samples, 0)
         many = self.source.generate_noise({"samples": latents.cpu()}).to(latents)
-        scaling, flow = student.model_sampling, is_flow(student.model_sampling)
         first = sigmas[0].clamp(max=PURE) if flow else sigmas[0]
         x = scaling.noise_scaling(first, many, latents, self.max_denoise(guider, sigmas))
         x = x / (1.0 - first) if flow else x
-        levels = sigmas.tolist()
 
         def run(teacher: torch.nn.Module) -> Tuning:
             pair = Pair(
                 in_ve(divisible(student.denoiser())),
                 in_ve(divisible(teacher)),
-                self.solver,
+                partial(solver.sample, **options) if solver.sample else solver,
                 levels_in_ve(levels) if flow else levels,
                 {"cond_scale": guider.cfg},
                 guider.teacher_cfg,
