@@ -124,7 +124,7 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
         seed = extra_args["seed"]
         seeds = kdpp.row_seeds(seed, noise if noise.count_nonzero() else latent_image)
         loudness = getattr(scaling, "noise_scale", 1.0)  # of some models' noise
-        source = scaled(self.noise(form, x, seeds, seed), loudness)
+        source = scaled(self.noise(form.solver, x, sigmas, seeds, seed), loudness)
 
         def run(teacher: torch.nn.Module, **guidance: Any) -> Tensor:
             renoise = scaled(kdpp.SeededNoise(x, seeds, RENOISE), loudness)
@@ -145,12 +145,14 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
         made: Tensor = scaling.inverse_noise_scaling(sigmas[-1], image)
         return made
 
-    def noise(self, form: Form, x: Tensor, seeds: list[int], seed: int) -> NoiseSampler | None:
+    def noise(
+        self, solver: kdpp.Solver, x: Tensor, sigmas: Tensor, seeds: list[int], seed: int
+    ) -> NoiseSampler | None:
         """The solver's source of noise: by rows, or the one that ComfyUI's own samplers take."""
-        if form.solver.noise == "none":
+        if solver.noise == "none":
             return None
-        low, high = form.sigmas[form.sigmas > 0].min(), form.sigmas.max()
-        brownian = form.solver.noise == "brownian"
+        low, high = sigmas[sigmas > 0].min(), sigmas.max()
+        brownian = solver.noise == "brownian"
         if self.by_row:
             if brownian:
                 return kdpp.BrownianNoise(x, low, high, seed=seeds)
