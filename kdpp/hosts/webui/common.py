@@ -125,9 +125,9 @@ def parsed(text: str) -> list[tuple[str, float]]:
         raise ValueError(f"kdpp: Teacher LoRAs: a weight must be a number ({error})") from error
 
 
-def conditions_of(p: Any, network: Any, negative: str) -> tuple[Any, Any]:
+def conditions_of(p: Any, network: Any, negative: str, **more: Any) -> tuple[Any, Any]:
     """The prompts of this pass as the network's own conditions: with schedules and AND, and the
-    negative ones."""
+    negative ones. ``more``: what a host's prompts have besides their size."""
     hires = getattr(p, "is_hr_pass", False)
     prompts = p.hr_prompts if hires else p.prompts
     negatives = p.hr_negative_prompts if hires else p.negative_prompts
@@ -136,10 +136,10 @@ def conditions_of(p: Any, network: Any, negative: str) -> tuple[Any, Any]:
     steps = (p.hr_second_pass_steps or p.steps) if hires else p.steps
     steps = p.sampler.config.total_steps(steps)
     before = p.firstpass_steps if hires else None
-    text = prompt_parser.SdConditioning(prompts, width=width, height=height)
+    text = prompt_parser.SdConditioning(prompts, width=width, height=height, **more)
     other = prompt_parser.SdConditioning(
         [negative] * len(prompts) if negative else negatives,
-        width=width, height=height, is_negative_prompt=True,
+        width=width, height=height, is_negative_prompt=True, **more,
     )  # fmt: skip
     old = shared.opts.use_old_scheduling
     with devices.autocast():

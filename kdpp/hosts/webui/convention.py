@@ -47,6 +47,15 @@ class Convention(ABC):
     def is_guidable(self, sampler: Any) -> bool:
         """Whether this sampler object calls ``func(model, x, sigmas, …)`` as k-diffusion's are."""
 
+    def solver(self, p: Any) -> tuple[kdpp.Solver, Mapping[str, Any]] | None:
+        """kdpp's solver of the host's sampler ``p.sampler``, and the options that make it compute
+        the same; None where there is none."""
+        name = getattr(p.sampler.func, "__name__", "")
+        found = kdpp.SOLVERS.get(name.removeprefix("sample_"))
+        if found is None or not name.startswith("sample_") or not self.is_guidable(p.sampler):
+            return None
+        return found, {}
+
     @abstractmethod
     def stock(self) -> set[str]:
         """Names of the functions behind the host's own samplers, such as ``sample_euler``."""
@@ -110,7 +119,7 @@ def here() -> Convention:
     return FOUND[0]
 
 
-CONVENTIONS = {"A1111": ("a1111", "A1111")}
+CONVENTIONS = {"A1111": ("a1111", "A1111"), "Forge": ("forge", "Forge")}
 """Of each host the module and the class."""
 
 
@@ -118,4 +127,6 @@ def which() -> str:
     """The host's name; ImportError for one that kdpp does not know."""
     if find_spec("modules_forge") is None:
         return "A1111"
+    if find_spec("backend") is not None:
+        return "Forge"
     raise ImportError("kdpp has no convention for this web UI")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import Parameter
 from typing import Any
 
@@ -33,7 +33,7 @@ def guided(host: Convention, p: Any, settings: Settings) -> Sampler:
     """
     # A sampler object serves all batches of image to image: its function may be a guided one.
     stock = getattr(p.sampler.func, "stock", p.sampler.func)
-    solver = solver_behind(host, p.sampler)
+    solver, options = solver_behind(host, p)
     teacher = host.teacher(p, settings) if settings.helped else None
 
     @functools.wraps(stock)
@@ -49,7 +49,7 @@ def guided(host: Convention, p: Any, settings: Settings) -> Sampler:
                 renoise=settings.renoise,
                 renoise_noise_sampler=kdpp.SeededNoise(x, host.seeds(model), RENOISE),
             )
-            return run(solver, both, x, *args, **kwargs)
+            return run(solver, both, x, *args, **{**options, **kwargs})
         except BaseException:  # the host interrupts by one that is no Exception
             host.release()
             raise
@@ -69,20 +69,19 @@ def failing(error: Exception, stock: Sampler) -> Sampler:
     return sample
 
 
-def solver_behind(host: Convention, sampler: Any) -> kdpp.Solver:
-    """kdpp's solver of a host's sampler; ValueError where it has none."""
-    own: kdpp.Solver | None = getattr(sampler.func, "solver", None)
+def solver_behind(host: Convention, p: Any) -> tuple[kdpp.Solver, Mapping[str, Any]]:
+    """kdpp's solver of a host's sampler, and its options; ValueError where it has none."""
+    own: kdpp.Solver | None = getattr(p.sampler.func, "solver", None)
     if own is not None:
-        return own
-    name = getattr(sampler.func, "__name__", "")
-    solver = kdpp.SOLVERS.get(name.removeprefix("sample_"))
-    if solver is None or not name.startswith("sample_") or not host.is_guidable(sampler):
-        title = getattr(sampler.config, "name", name)
+        return own, {}
+    found = host.solver(p)
+    if found is None:
+        title = getattr(p.sampler.config, "name", p.sampler.func)
         raise ValueError(
             f"kdpp: the sampler {title} has no guided form; take another one, such as Euler a or "
             "DPM++ 2M, or switch the teacher off"
         )
-    return solver
+    return found
 
 
 def run(solver: kdpp.Solver, model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
