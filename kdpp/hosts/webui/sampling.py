@@ -34,7 +34,7 @@ def guided(host: Convention, p: Any, settings: Settings) -> Sampler:
     # A sampler object serves all batches of image to image: its function may be a guided one.
     stock = getattr(p.sampler.func, "stock", p.sampler.func)
     solver, options = solver_behind(host, p)
-    guidance = {
+    guidance: dict[str, Any] = {
         "teacher_steps": settings.teacher_steps,
         "teacher_scale": settings.teacher_scale,
         "teacher_cfg_scale": settings.teacher_cfg,
