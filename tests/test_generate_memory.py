@@ -120,7 +120,7 @@ def test_notes_that_were_damaged_are_not_believed(note, tmp_path, monkeypatch):
     path.write_bytes(b"one")
     wanted = places.file_digest(path)
     (tmp_path / "cache" / "kdpp").mkdir(parents=True)
-    place = tmp_path / "cache" / "kdpp" / "digests.json"
+    place = tmp_path / "cache" / "kdpp" / "sha256.json"
     place.write_text(note.replace("PATH", str(path)))
     assert places.file_digest(path) == wanted
     place.write_text(json.dumps({str(path): [3, path.stat().st_mtime_ns, 0, "wrong"]}))

@@ -25,7 +25,7 @@ from kdpp.lab import tuning as search
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.metrics import frechet_distance
 from kdpp.lab.schedules import SCHEDULE, schedule
-from kdpp.lab.tune import tune
+from kdpp.lab.tuning import tune
 
 MEAN, VARIANCE = 0.3, 0.25
 LEVELS = (5.0, 1.0, 0.4, 0.0)

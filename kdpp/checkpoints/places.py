@@ -45,7 +45,7 @@ def place_of(content: str) -> str | None:
 def file_digest(path: Path) -> str:
     """A digest of a file's content: read, or noted for a file of this size and these times."""
     key, *facts = _facts(path)
-    match _read("digests.json").get(key):
+    match _read("sha256.json").get(key):
         case [*noted, str(known)] if noted == facts:
             return known
     found, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
@@ -53,7 +53,7 @@ def file_digest(path: Path) -> str:
         while size := file.readinto(block):
             found.update(block[:size])
     if time.time() - max(facts[1:]) / 1e9 > SETTLED:
-        _note("digests.json", {key: [*facts, found.hexdigest()]})
+        _note("sha256.json", {key: [*facts, found.hexdigest()]})
     return found.hexdigest()
 
 
