@@ -380,6 +380,8 @@ def test_a_file_that_is_not_the_model_is_refused(original, tmp_path, unread):
             for end in ("down", "up")}  # fmt: skip
     save_file(lora, other)
     refused("is a LoRA.*, not a model; give the model that it changes")
+    save_file({"emb_params": torch.zeros(2, 16)}, other)
+    refused("is a textual inversion embedding, which kdpp does not read; give a model that draws")
     save_file({"decoder.conv_in.weight": torch.zeros(4)}, other)
     refused("is a VAE; give a model that draws prompts")
     rewritten(file, tmp_path, **{UNET_KEY.replace("weight", "weight_scale"): torch.zeros(1)})

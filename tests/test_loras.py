@@ -142,6 +142,8 @@ def test_a_lora_that_does_not_fit_is_refused_and_leaves_nothing(files, tmp_path)
     refused("x.safetensors does not fit .*double_blocks.0")
     save_file(tiny.sd().unet.state_dict(), other)
     refused("x.safetensors is a model, not a LoRA")
+    save_file({"emb_params": torch.zeros(2, 16)}, other)
+    refused("x.safetensors is a textual inversion embedding, which kdpp does not read, not a LoRA")
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     lora(other, 0, [text])
     refused("x.safetensors changes the text encoder, which student and teacher share", "student")

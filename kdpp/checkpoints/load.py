@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from kdpp.checkpoints.architectures import CONTEXT, FLOWS, NETWORK_PREFIXES
 from kdpp.checkpoints.configs import CONFIGS, Config, TextEncoder, write_folder
-from kdpp.checkpoints.files import EXPERTS, PARTS, CheckpointFacts, inspect, noises_of
+from kdpp.checkpoints.files import EXPERTS, NOT_READ, PARTS, CheckpointFacts, inspect, noises_of
 from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, read_header
 from kdpp.checkpoints.networks import ARCHITECTURES
 from kdpp.checkpoints.origins import Origins, named, origins_of
@@ -166,7 +166,7 @@ def _usable(path: Path) -> CheckpointFacts:
             "as its LoRA"
         )
     if facts.kind != "model" and not (path / INDEX).is_file():
-        kind = "not a model that kdpp knows" if facts.kind == "unknown" else f"a {facts.kind}"
+        kind = NOT_READ.get(facts.kind, f"a {facts.kind}")
         notes = f" ({'; '.join(facts.notes)})" if facts.notes else ""
         raise ValueError(f"{path} is {kind}{notes}; give a model that draws prompts")
     if facts.quantised:

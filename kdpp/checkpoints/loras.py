@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdpp.checkpoints.architectures import recognise
-from kdpp.checkpoints.files import EXPERTS, inspect, noises_of
+from kdpp.checkpoints.files import EXPERTS, NOT_READ, inspect, noises_of
 from kdpp.checkpoints.headers import Entry, read_header
 from kdpp.checkpoints.origins import Origins, named, origins_of
 from kdpp.checkpoints.pipelines import (
@@ -114,7 +114,7 @@ def _check(lora: Lora, network: nn.Module, reads: bool) -> None:
     if lora.role not in get_args(Role):
         raise ValueError(f"role is {lora.role!r}; it must be one of {', '.join(get_args(Role))}")
     if facts.lora is None:
-        raise ValueError(f"{path} is a {facts.kind}, not a LoRA")
+        raise ValueError(f"{path} is {NOT_READ.get(facts.kind, f'a {facts.kind}')}, not a LoRA")
     shapes = {key: Entry("F32", tuple(t.shape)) for key, t in network.state_dict().items()}
     found = recognise(shapes)
     if found and facts.architecture and found.architecture != facts.architecture:
