@@ -18,14 +18,14 @@ import kdpp
 import problems
 from kdpp.digits import load_classifier, load_data, load_student, load_teacher
 from kdpp.digits.metrics import features_of
-from kdpp.lab import files
+from kdpp.lab import answer, files
 from kdpp.lab import looks as measured
 from kdpp.lab import tune as module
 from kdpp.lab import tuning as search
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.metrics import frechet_distance
 from kdpp.lab.schedules import SCHEDULE, schedule
-from kdpp.lab.tune import tune
+from kdpp.lab.tuning import tune
 
 MEAN, VARIANCE = 0.3, 0.25
 LEVELS = (5.0, 1.0, 0.4, 0.0)
@@ -591,7 +591,7 @@ def test_a_killed_command_leaves_no_answer(tmp_path, monkeypatch):
     def stopped(tuning):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "draw", stopped)
+    monkeypatch.setattr(answer, "draw", stopped)
     with pytest.raises(KeyboardInterrupt):
         command("digits:student", "digits:teacher", "--out", str(tmp_path), "--samples", "20")
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]

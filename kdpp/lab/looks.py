@@ -1,7 +1,7 @@
 """The looks of `kdpp.lab.tune`, measured: least squares along a student's runs, and whole runs.
 
 A *look* is one call of the teacher at one step, ``b = D_ψ^w(x̂ + σ_s ε, σ_s)``; the formulas stand
-in `kdpp.lab.tune.tune`.
+in `kdpp.lab.tuning.tune`.
 """
 
 from __future__ import annotations
