@@ -1,24 +1,27 @@
-"""Multistep solvers in the slope (x - x̂)/σ: iPNDM, DEIS, gradient estimation.
+"""Multistep solvers in the slope (x - x̂)/σ: iPNDM, DEIS, gradient estimation, UD10 AB.
 
-All are `kdpp.solvers.multistep.over_slopes`, as LMS is, with weights of the slopes of their own.
+All but the last are `kdpp.solvers.multistep.over_slopes`, as LMS is, with weights of the slopes of
+their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from kdpp.driver import Callback, ExtraArgs, sample
-from kdpp.plan import Step, in_variable
+from kdpp.plan import Row, Step, euler_row, in_variable, level_before
 from kdpp.solver import VARIABLE, Option, solver
 from kdpp.solvers.multistep import over_slopes
 
 __all__ = [
+    "sample_cfgpp_ud10_ab_tg",
     "sample_deis_tg",
     "sample_gradient_estimation_cfg_pp_tg",
     "sample_gradient_estimation_tg",
@@ -236,3 +239,68 @@ def sample_gradient_estimation_cfg_pp_tg(
         gradient_estimation_cfg_pp, model, x, sigmas, extra_args, callback, disable,
         ge_gamma=ge_gamma, variable=variable,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- UD10 AB
+
+CARRIED, BLENDED = 0.1, 0.25
+"""How far a slope's change is carried on, and how much of Adams-Bashforth there is in a step."""
+
+
+@solver(order=None, cfg_pp=True)
+def cfgpp_ud10_ab(sigmas: Sequence[float]) -> Iterator[Step]:
+    """``x + a E + b E_prev`` with `share` and `back` for a and b, E from `carried` slopes.
+
+    To σ = 0 it is the line through the last two guided estimates.
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        before = level_before(sigmas, i)
+        if before is None or sigma == sigma_next:
+            yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_next))
+            continue
+        older = [0.0] * (i - before)
+        if sigma_next == 0.0:
+            far = sigma / (sigmas[before] - sigma)
+            yield Step.single(sigma, 0.0, Row(0.0, 1.0 + far, guided=(*older, -far)))
+            continue
+        ratio = (sigma_next - sigma) / (sigma - sigmas[before])
+        share, back = 1.0 + BLENDED * ratio / 2.0, -BLENDED * ratio * ratio / 2.0
+        slopes = {i: 0.0, before: 0.0}
+        for weight, j, end in ((share, i, sigma_next), (back, before, sigma)):
+            for k, part in carried(sigmas, j, end).items():
+                slopes[k] = slopes.get(k, 0.0) + weight * part
+        states = {i: 1.0 - share, before: -back}
+        levels = range(i, min(slopes) - 1, -1)
+        newest, *past = (
+            (states.get(j, 0.0) * sigmas[j] + slopes.get(j, 0.0), sigmas[j]) for j in levels
+        )
+        direction = tuple(-slopes.get(j, 0.0) / sigmas[j] for j in levels)
+        row = Row(newest[0], share, direction, None, tuple(past), (*older, back))
+        yield Step.single(sigma, sigma_next, row)
+
+
+def carried(sigmas: Sequence[float], i: int, end: float) -> dict[int, float]:
+    """``end·v_i``: the weights of the slopes in step i's, a part of its last change carried on."""
+    before = level_before(sigmas, i)
+    if before is None:
+        return {i: end}
+    more = CARRIED * end * (end - sigmas[i]) / (sigmas[i] - sigmas[before])
+    return {i: end + more, before: -more}
+
+
+@cfgpp_ud10_ab.public
+def sample_cfgpp_ud10_ab_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """UD10 AB: Euler with CFG++, its steps blended with Adams-Bashforth's, as ComfyUI has it.
+
+    ``x' = x + (1 + ρ/8) E - ρ²/8 E_prev + (1 + ρ/8)(x̂_new - x̂)``, ρ the ratio of the step's length in
+    σ to that of the one before; ``E = x̂ + σ' v - x`` with the slope ``ε = (x - x̂_∅)/σ`` carried on,
+    ``v = ε + ρ (ε - ε_prev)/10``; E_prev is the step's before. The last step, to 0, goes to
+    ``x̂_new + q (x̂_new - x̂_prev)`` with ``q = σ/(σ_prev - σ)``; the first is Euler. v is multiplied by
+    σ', not by the step's length, so that it does not follow the ODE. One evaluation a step.
+
+    Source: ComfyUI's cfgpp_ud10_ab (pull request 15951); the teacher's share is x̂'s.
+    """
+    return sample(cfgpp_ud10_ab, model, x, sigmas, extra_args, callback, disable)
