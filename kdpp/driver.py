@@ -83,9 +83,8 @@ class PlannedRun(NamedTuple):
     brownian: bool
 
     def state(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-        """The state to start from, and what the networks are given if that is another dtype."""
-        small = x.dtype in (torch.float16, torch.bfloat16)
-        return (x.float(), x.dtype) if small and self.model.float32_state else (x, None)
+        """`state_of` its model."""
+        return state_of(self.model, x)
 
     def noise(self, state: Tensor) -> Noise:
         """The sources of noise for one run from this state."""
@@ -96,6 +95,12 @@ class PlannedRun(NamedTuple):
             make = partial(brownian_noise, sigmas=self.sigmas) if self.brownian else host_noise
             noise.sampler = make(state)
         return noise
+
+
+def state_of(model: TeacherGuidedDenoiser, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+    """The state to start from, and what the networks are given if that is another dtype."""
+    small = x.dtype in (torch.float16, torch.bfloat16)
+    return (x.float(), x.dtype) if small and model.float32_state else (x, None)
 
 
 def plan_run(

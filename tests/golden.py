@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "s_churn": [{"s_churn": 3.0, "s_noise": 1.01}, {"s_churn": 4.0, "s_tmin": 0.3, "s_tmax": 6.0}],
     "eta": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.9}],
     "order": [{"order": 1}, {"order": 3}],
-    "solver_type": [{"solver_type": "heun"}],
+    "solver_type": [{"solver_type": "heun"}, {"solver_type": "phi_2", "r": 1.0}],
     "r": [{"r": 0.7}],
     "variable": [{"variable": "tau"}],
     "variant": [{"variant": "bh1", "lower_order_final": "always"}],
@@ -74,6 +75,12 @@ class Flow(torch.nn.Module):
         logits = model.log_weights - away.flatten(2).square().sum(-1) / (2 * variance.flatten(1))
         mean = torch.einsum("bk,k...->b...", logits.softmax(1), model.means)
         return (model.variance * alpha * centred + tau**2 * mean) / variance + shift(cond, x)
+
+
+def takes(solver: str, options: dict[str, Any]) -> bool:
+    """Whether the solver has these options, and their words are its own."""
+    known = kdpp.SOLVERS[solver].options
+    return all(n in known and v in (known[n].choices or (v,)) for n, v in options.items())
 
 
 def solvers() -> Iterator[tuple[str, Callable[..., Tensor], set[str]]]:
@@ -151,7 +158,7 @@ def runs_of(
     if "sde" not in solver:  # theirs is k-diffusion's tree
         yield "torch's stream", sampled(sample, parameters, seeds=False, guidance=guided)
     for key, settings in OPTIONS.items():
-        for options in settings if key in parameters else ():
+        for options in filter(partial(takes, solver), settings if key in parameters else ()):
             said = ", ".join(f"{name}={value}" for name, value in options.items())
             yield said, sampled(sample, parameters, guidance=guided, options=options)
 

@@ -94,12 +94,13 @@ def heunpp2(
 ) -> Iterator[Step]:  # fmt: skip
     """Churn from σ to σ̂, then the slopes at σ̂, σ' and the level after it, by `heunpp_stages`."""
     levels = [*dict.fromkeys(map(VARIABLES[variable].level, sigmas))]
-    after = dict(zip(levels, levels[1:]))
+    highest = max((level for level in levels if level < math.inf), default=0.0)
+    after = dict(pairwise(levels))
 
     def stages(sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
         further = [after[target]] if after.get(target, levels[-1]) != levels[-1] else []
         ends = [target, *further] if target in after else []
-        return heunpp_stages(sigma, target, ends, max(levels))
+        return heunpp_stages(sigma, target, ends, highest)
 
     return with_churn(sigmas, stages, s_churn, s_tmin, s_tmax, s_noise, variable)
 
@@ -110,7 +111,7 @@ def heunpp_stages(
     """Euler from end to end, then the whole step with the mean of all slopes.
 
     Those found at the ends have the weight ``end/(n σ_0)`` each, n the number of slopes and σ_0 the
-    highest level; the first slope has the rest.
+    highest finite level; the first slope has the rest.
     """
     x, *estimates = np.eye(len(ends) + 2)
     point, level, slopes, points = x, sigma, [], []
@@ -135,11 +136,11 @@ def sample_heunpp2_tg(
 ) -> Tensor:  # fmt: skip
     """Heun++ 2: ``x' = x + (σ' - σ)(w_1 ε + w_2 ε_2 + w_3 ε_3) + (x̂_new,3 - x̂_3)``.
 
-    ε = (x - x̂)/σ; ε_2 and ε_3 are the slopes at Euler's points at σ' and at the level after it, σ'',
-    and ``w_2 = σ'/(3σ_0), w_3 = σ''/(3σ_0), w_1 = 1 - w_2 - w_3`` with the highest level σ_0. Three
-    evaluations a step; two in the last but one, which has no σ'' above the end
-    (``w_2 = σ'/(2σ_0)``), one in the last, which is Euler. The weights are those of no quadrature:
-    order 1. ``variable="tau"``: the rule over τ, see `kdpp.solvers`.
+    ε = (x - x̂)/σ; ε_2 and ε_3 are the slopes at Euler's points at σ' and at the level after it,
+    σ'', and ``w_2 = σ'/(3σ_0), w_3 = σ''/(3σ_0), w_1 = 1 - w_2 - w_3`` with the highest level σ_0.
+    Three evaluations a step; two in the last but one, which has no σ'' above the end
+    (``w_2 = σ'/(2σ_0)``), one in the last, which is Euler. These weights are not a quadrature's, so
+    that the order is 1. ``variable="tau"``: the rule over τ, see `kdpp.solvers`.
 
     Source: Carzit's sd-webui-samplers-scheduler, as in ComfyUI; the teacher's term as in Euler.
     """
@@ -407,10 +408,10 @@ def sample_res_singlestep_tg(
     """RES singlestep of order 2; at ``r`` = 1 the exponential Heun method.
 
     ``u = e^{-rh} x + (1 - e^{-rh}) x̂``,
-    ``x' = e^{-h} x + (1 - e^{-h}) x̂ + c (x̂_u - x̂)/r + (x̂_new,u - x̂_u)``, with ``e^{-h} = σ'/σ`` and
-    ``c = 1 - (1 - e^{-h})/h``: h φ_1 and h φ_2 of the paper's tableau are 1 - e^{-h} and c. r is its
-    c_2, where the middle point lies in -log σ. Two evaluations a step, one in the last; order 2.
-    Raises ValueError for r outside (0, 1].
+    ``x' = e^{-h} x + (1 - e^{-h}) x̂ + c (x̂_u - x̂)/r + (x̂_new,u - x̂_u)``, with ``e^{-h} = σ'/σ``
+    and ``c = 1 - (1 - e^{-h})/h``: h φ_1 and h φ_2 of the paper's tableau are 1 - e^{-h} and c. r
+    is its c_2, where the middle point lies in -log σ. Two evaluations a step, one in the last;
+    order 2. Raises ValueError for r outside (0, 1].
 
     Source: Zhang et al. 2023 (RES, arXiv 2308.02157), single-step scheme of order 2; Hochbruck and
     Ostermann 2005, equation (5.3). ComfyUI's exp_heun_2_x0 is r = 1.
@@ -458,12 +459,12 @@ def dpm_fast(
 
 
 def dpm_solver(
-    sigma: float, target: float, order: int, noise: float | None = None
+    sigma: float, target: float, order: int, noise: float | None = None, r: float | None = None
 ) -> tuple[Stage, ...]:
     """DPM-Solver-1, -2 (r = 1/2) or -3 (1/3, 2/3), in the noise ε = (x - d)/σ.
 
     Points and noises are vectors of the weights of (x, d, d_1, d_2), so the paper's formulas stand
-    as they are: ``u = x - σ_u (e^{rh} - 1) ε - …``.
+    as they are: ``u = x - σ_u (e^{rh} - 1) ε - …``. ``r`` is another one for the first point.
     """
     if order == 1 or target == sigma:
         return (Stage(sigma, euler_row(sigma, target, noise)),)
@@ -474,7 +475,7 @@ def dpm_solver(
         return float(sigma * math.exp(-r * h))
 
     epsilon = (x - estimates[0]) / sigma
-    r = 1 / order
+    r = r or 1 / order
     u = x - level(r) * math.expm1(r * h) * epsilon
     points, levels = [u], [level(r)]
     change = (u - estimates[1]) / level(r) - epsilon

@@ -295,11 +295,12 @@ def sample_cfgpp_ud10_ab_tg(
 ) -> Tensor:  # fmt: skip
     """UD10 AB: Euler with CFG++, its steps blended with Adams-Bashforth's, as ComfyUI has it.
 
-    ``x' = x + (1 + ρ/8) E - ρ²/8 E_prev + (1 + ρ/8)(x̂_new - x̂)``, ρ the ratio of the step's length in
-    σ to that of the one before; ``E = x̂ + σ' v - x`` with the slope ``ε = (x - x̂_∅)/σ`` carried on,
-    ``v = ε + ρ (ε - ε_prev)/10``; E_prev is the step's before. The last step, to 0, goes to
-    ``x̂_new + q (x̂_new - x̂_prev)`` with ``q = σ/(σ_prev - σ)``; the first is Euler. v is multiplied by
-    σ', not by the step's length, so that it does not follow the ODE. One evaluation a step.
+    ``x' = x + (1 + ρ/8) E - ρ²/8 E_prev + (1 + ρ/8)(x̂_new - x̂)``, ρ the ratio of the step's length
+    in σ to that of the one before; ``E = x̂ + σ' v - x`` with the slope ``ε = (x - x̂_∅)/σ`` carried
+    on, ``v = ε + ρ (ε - ε_prev)/10``; E_prev is that of the step before. The last step, to 0, goes
+    to ``x̂_new + q (x̂_new - x̂_prev)`` with ``q = σ/(σ_prev - σ)``; the first is Euler. It does not
+    follow the ODE: the change of v is multiplied by σ', not by the step's length. One evaluation a
+    step.
 
     Source: ComfyUI's cfgpp_ud10_ab (pull request 15951); the teacher's share is x̂'s.
     """

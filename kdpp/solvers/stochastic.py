@@ -138,12 +138,12 @@ def on_one_path(
 
 def decay(sigma: float, level: float, eta: float) -> float:
     """``e^{-(1+η)h}``, the weight of x in a point of the path at the level."""
-    return (level / sigma) ** (1.0 + eta)
+    return float((level / sigma) ** (1.0 + eta))
 
 
 def level_at(sigma: float, sigma_next: float, r: float) -> float:
     """The level at the fraction r of the step in -log σ; not below its end, by rounding."""
-    return max(sigma_next, sigma * (sigma_next / sigma) ** r)
+    return max(sigma_next, float(sigma * (sigma_next / sigma) ** r))
 
 
 PHI = {"phi_1": midpoint, "phi_2": exponential}
@@ -331,7 +331,7 @@ def sa_solver(sigmas: Sequence[float], **options: Any) -> Iterator[Step]:
     return stochastic_adams(sigmas, **options, again=False)
 
 
-@solver(order=3, evaluations=2, options=SA_SOLVER, noise="plain")
+@solver(order=3, order_from=1536, evaluations=2, options=SA_SOLVER, noise="plain")
 def sa_solver_pece(sigmas: Sequence[float], **options: Any) -> Iterator[Step]:
     """`stochastic_adams`, the corrected point evaluated, too (PECE)."""
     return stochastic_adams(sigmas, **options, again=True)
