@@ -55,6 +55,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ge_gamma": [{"ge_gamma": 1.5}],
     "predictor_order": [{"predictor_order": 2, "corrector_order": 3, "s_tmin": 0.5, "s_tmax": 3.0}],
 }
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "guided": {}, "guided, order 2": {"order": 2}, "guided, eta": {"eta": 0.5},
+    "guided, over tau": {"variable": "tau"},
+}  # fmt: skip
 
 
 class Flow(torch.nn.Module):
@@ -84,9 +88,9 @@ def takes(solver: str, options: dict[str, Any]) -> bool:
 
 
 def solvers() -> Iterator[tuple[str, Callable[..., Tensor], set[str]]]:
-    """Every public sampler: its short name, the function, the names of its parameters."""
+    """Every public sampler with a plan: its short name, the function, its parameters' names."""
     for name in sorted(dir(kdpp)):
-        if name.startswith("sample_") and name.endswith("_tg"):
+        if name.startswith("sample_") and name.endswith("_tg") and "adaptive" not in name:
             sample = getattr(kdpp, name)
             short = name.removeprefix("sample_").removesuffix("_tg")
             yield short, sample, set(inspect.signature(sample).parameters)
@@ -182,6 +186,16 @@ def other_runs() -> Iterator[tuple[str, Tensor]]:
         )  # fmt: skip
         yield f"mixed_rollout, {name}", rollout.x
     model = kdpp.TeacherGuidedDenoiser(student, teacher, teacher_scale=0.3, teacher_cfg_scale=4.0)
+    for name, options in ADAPTIVE.items():
+        taught = kdpp.TeacherGuidedDenoiser(student, teacher, teacher_scale=0.3, teacher_steps=2,
+                                            renoise_noise_sampler=kdpp.SeededNoise(x, [3, 4], 1))  # fmt: skip
+        source = kdpp.SeededNoise(x, [3, 4])
+        yield (
+            f"dpm_adaptive, {name}",
+            kdpp.sample_dpm_adaptive_tg(
+                taught, x, 0.1, 14.6, extra_args, disable=True, noise_sampler=source, **options
+            ),
+        )
     noise, mask = seeded(BATCH, *SHAPE, seed=5), torch.tensor([[0.0, 1.0], [0.5, 1.0]])
     known = kdpp.inpaint(model, image, mask, noise)
     torch.manual_seed(22)

@@ -121,6 +121,7 @@ class Adaptive:
         sigma, sigma_next = self.rule.sigma(start), self.rule.sigma(end)
         eta, s_noise = self.settings["eta"], self.settings["s_noise"]
         down = max(lowest, ancestral_split(sigma, sigma_next, eta, s_noise)[0])
+        down = min(down, sigma_next)  # which rounding may have below the lowest
         lift = s_noise * math.sqrt((sigma_next - down) * (sigma_next + down))
         stages, low = embedded(start, self.rule.level(down), self.settings["order"])
         if self.rule is not VE:
