@@ -330,15 +330,28 @@ def _ipndm(levels, end):
 
 
 def _ipndm_v(levels, end):
-    """The exact weights of the first two; the third's factor as in the code of the authors."""
+    """The exact weights of the first two; the third's factor as in the code of the authors.
+
+    The fourth's by the divided difference of all four slopes.
+    """
+
+    def divided(nodes):
+        """The weights of the slopes in their divided difference."""
+        return np.array([1 / np.prod([a - b for b in nodes if b != a]) for a in nodes])
+
     h, u = end - levels[0], levels[0] - levels[1]
     slope = h * h / 2 / u  # of the first difference: the integral of (s - σ) over the step
     weights = [h + slope, -slope]
-    if len(levels) == 3:
+    if len(levels) > 2:
         v = levels[1] - levels[2]
         factor = h / 2 * (1 - h / (3 * (h + u)) * (h * (h + u)) / (u * (u + v)))
         ratio = u / v
         weights = [weights[0] + factor, weights[1] - factor - ratio * factor, ratio * factor]
+    if len(levels) > 3:
+        third = (1 - h / (3 * (h + u))) / 2
+        third -= (1 - h / (2 * (h + u))) * h / (6 * (h + u + v))
+        third *= h * h * (h + u) * (h + u + v)
+        weights = list(np.array([*weights, 0.0]) + third * divided(levels))
     return weights
 
 
@@ -555,18 +568,18 @@ def seeds_3(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0,
 
 def dpmpp_2s_ancestral_cfg_pp_mixed(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0,
                                     s_noise=1.0):  # fmt: skip
-    """2S to sigma_down from x + x0 - x0_free."""
+    """2S to sigma_down from x + x0 - x0_free, the latter the newest there is."""
     for i, (sigma, end) in enumerate(pairs(sigmas)):
         down, up = _ancestral(sigma, end, eta)
         x0, free = estimate(x, sigma), uncond(x, sigma)
         if down == 0:
             x = revise(Moment(i, sigma, end, x, sigma), x0, free)
         else:
-            moved, e = x + x0 - free, down / sigma
-            u, middle = sqrt(e) * moved + (1 - sqrt(e)) * x0, sqrt(sigma * down)
-            u0 = estimate(u, middle)
-            new = revise(Moment(i, sigma, end, u, middle), u0, uncond(u, middle))
-            x = e * moved + (1 - e) * new
+            e, middle = down / sigma, sqrt(sigma * down)
+            u = sqrt(e) * (x + x0 - free) + (1 - sqrt(e)) * x0
+            u0, free_u = estimate(u, middle), uncond(u, middle)
+            new = revise(Moment(i, sigma, end, u, middle), u0, free_u)
+            x = e * (x + x0 - free_u) + (1 - e) * new
         x = _noised(x, noise, sigma, end, s_noise * up)
     return x
 

@@ -349,15 +349,15 @@ def sample_dpmpp_2s_ancestral_cfg_pp_tg(
 
 
 def mixed_stages(sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
-    """`dpmpp_2s_stages` with r = 1/2, from ``x + x̂ - x̂_∅``, whose directions are guided."""
+    """`dpmpp_2s_stages` with r = 1/2 and guided directions, from ``x + x̂ - d``, d the newest."""
     ratio = target / sigma
     half = math.sqrt(ratio)
     to_middle = Row(sigma * half, direction=(-half,), guided=(1.0,))
-    to_end = Row(target, 1.0 - ratio, (0.0, -ratio), noise, guided=(0.0, ratio))
+    to_end = Row(target, 1.0 - ratio, (-ratio,), noise, guided=(0.0, ratio))
     return Stage(sigma, to_middle), Stage(sigma * half, to_end)
 
 
-@solver(order=2, evaluations=2, options=ANCESTRAL, noise="plain", cfg_pp=True)
+@solver(order=None, evaluations=2, options=ANCESTRAL, noise="plain", cfg_pp=True)
 def dpmpp_2s_ancestral_cfg_pp_mixed(
     sigmas: Sequence[float], eta: float, s_noise: float
 ) -> Iterator[Step]:
@@ -374,8 +374,10 @@ def sample_dpmpp_2s_ancestral_cfg_pp_mixed_tg(
     """Ancestral DPM-Solver++(2S) with CFG++ as ComfyUI has it: a guided step from x + x̂ - x̂_∅.
 
     ``u = e^{-h/2} (x + x̂ - x̂_∅) + (1 - e^{-h/2}) x̂``,
-    ``x' = e^{-h} (x + x̂ - x̂_∅) + (1 - e^{-h}) x̂_new,u + σ_up n``, with ``e^{-h} = σ_down/σ``. The
-    unconditional estimate at u is not used. `sample_dpmpp_2s_ancestral_cfg_pp_tg` is the paper's.
+    ``x' = e^{-h} (x + x̂ - x̂_∅,u) + (1 - e^{-h}) x̂_new,u + σ_up n``, with ``e^{-h} = σ_down/σ``: in
+    the second line the unconditional estimate is that at u beside the guided one at x. So the
+    step's e^{-h} (x̂ - x̂_∅,u) stays where the conditions are equal, and it does not follow the ODE.
+    `sample_dpmpp_2s_ancestral_cfg_pp_tg` is the paper's.
 
     Source: ComfyUI's dpmpp_2s_ancestral_cfg_pp; the teacher's share as in equation (12) there.
     """

@@ -76,24 +76,33 @@ def sample_ipndm_tg(
 
 
 def of_lengths(nodes: Sequence[float], end: float) -> list[float]:
-    """``(end - σ) b_j`` with iPNDM-v's weights, from this step's length h and u, v before it.
+    """``(end - σ) b_j`` with iPNDM-v's weights, from this step's length h and u, v, w before it.
 
     Two slopes: b = (1 + h/(2u), -h/(2u)), which is exact. The third adds f times a second
-    difference, where the exact f, of `adams_bashforth`, is (1 - h/(3(h+u)))/2 · h(h+u)/(u(u+v)).
+    difference, where the exact f, of `adams_bashforth`, is (1 - h/(3(h+u)))/2 · h(h+u)/(u(u+v)). The
+    fourth adds g times a third difference.
     """
     h = end - nodes[0]
     if len(nodes) == 1:
         return [h]
     u = nodes[0] - nodes[1]
     weights = [1.0 + h / (2.0 * u), -h / (2.0 * u)]
-    if len(nodes) == 3:
+    if len(nodes) > 2:
         v = nodes[1] - nodes[2]
         f = (1.0 - h * h / (3.0 * u * (u + v))) / 2.0
         weights = [weights[0] + f, weights[1] - (1.0 + u / v) * f, u / v * f]
+    if len(nodes) > 3:
+        w = nodes[2] - nodes[3]
+        g = (1.0 - h / (3.0 * (h + u))) / 2.0
+        g -= (1.0 - h / (2.0 * (h + u))) * h / (6.0 * (h + u + v))
+        g *= h * (h + u) * (h + u + v) / (u * (u + v) * (u + v + w))
+        back = u * (u + v) / (v * (v + w)) * g
+        change = (g, -(1.0 + u / v) * g - back, u / v * g + (1.0 + v / w) * back, -v / w * back)
+        weights = [a + b for a, b in zip((*weights, 0.0), change)]
     return [h * weight for weight in weights]
 
 
-@solver(order=2, order_from=384, options={"max_order": Option(3, low=1, high=3), **VARIABLE})
+@solver(order=2, order_from=384, options={"max_order": Option(3, low=1, high=4), **VARIABLE})
 def ipndm_v(sigmas: Sequence[float], max_order: int, variable: str) -> Iterable[Step]:
     """`over_slopes` with weights from the steps' lengths."""
     rule = partial(over_slopes, order=max_order, weigh=of_lengths)
@@ -109,11 +118,13 @@ def sample_ipndm_v_tg(
     """iPNDM-v: iPNDM with weights for steps of unequal lengths, as its authors' code has them.
 
     ``x' = x + (σ' - σ) Σ_j b_j (x_j - x̂_j)/σ_j + (x̂_new - x̂)``. One evaluation a step; first and
-    last steps are Euler. With three slopes b is not quite Adams-Bashforth's, which
-    `sample_lms_tg` has; it agrees where steps are equal. ComfyUI's and the authors' ``max_order=4``
-    is not offered: its weights do not sum to 1 where steps change unevenly, so that a step ends at
-    another noise level than the next begins with. ``variable="tau"``: the rule over τ, see
-    `kdpp.solvers`. Raises ValueError for another order.
+    last steps are Euler. With three slopes or four b is not quite Adams-Bashforth's, which
+    `sample_lms_tg` has; it agrees where steps are equal. With four, ComfyUI's and the authors' code
+    has two slips, which are mended here: u/v in the place of v/w in the last weight, so that the
+    weights do not sum to 1 where steps change unevenly, and a step ends at another noise level than
+    the next begins with; and a plus before the second term of the factor, with which it does not
+    agree where steps are equal. ``variable="tau"``: the rule over τ, see `kdpp.solvers`. Raises
+    ValueError for another order.
 
     Source: Zhou et al. 2024 (AMED-Solver), code (diff-sampler), after Zhang and Chen 2023 (DEIS).
     """

@@ -142,8 +142,8 @@ def decay(sigma: float, level: float, eta: float) -> float:
 
 
 def level_at(sigma: float, sigma_next: float, r: float) -> float:
-    """The level at the fraction r of the step in -log σ; not below its end, by rounding."""
-    return max(sigma_next, float(sigma * (sigma_next / sigma) ** r))
+    """The level at the fraction r of the step in -log σ; its very end at r = 1."""
+    return float(sigma * (sigma_next / sigma) ** r) if r < 1.0 else sigma_next
 
 
 PHI = {"phi_1": midpoint, "phi_2": exponential}
