@@ -187,8 +187,10 @@ def other_runs() -> Iterator[tuple[str, Tensor]]:
         yield f"mixed_rollout, {name}", rollout.x
     model = kdpp.TeacherGuidedDenoiser(student, teacher, teacher_scale=0.3, teacher_cfg_scale=4.0)
     for name, options in ADAPTIVE.items():
-        taught = kdpp.TeacherGuidedDenoiser(student, teacher, teacher_scale=0.3, teacher_steps=2,
-                                            renoise_noise_sampler=kdpp.SeededNoise(x, [3, 4], 1))  # fmt: skip
+        taught = kdpp.TeacherGuidedDenoiser(
+            student, teacher, teacher_scale=0.3, teacher_steps=2,
+            renoise_noise_sampler=kdpp.SeededNoise(x, [3, 4], 1),
+        )  # fmt: skip
         source = kdpp.SeededNoise(x, [3, 4])
         yield (
             f"dpm_adaptive, {name}",

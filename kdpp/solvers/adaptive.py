@@ -275,8 +275,9 @@ def sample_dpm_adaptive_tg(
             if callback is not None:
                 at = state.new_tensor(space.level(rule.sigma(math.exp(-time))))
                 callback({
-                    "sigma": at, "sigma_hat": at, "x": state, "i": info["steps"] - 1, "t": -at.log(),
-                    "t_up": -at.log(), "denoised": estimates[-1], "error": error, "h": pid.h,
+                    "sigma": at, "sigma_hat": at, "t": -at.log(), "t_up": -at.log(),
+                    "x": state, "i": info["steps"] - 1, "denoised": estimates[-1],
+                    "error": error, "h": pid.h,
                     **info, **report,
                 })  # fmt: skip
     image = state.to(x.dtype)

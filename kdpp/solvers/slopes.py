@@ -79,8 +79,8 @@ def of_lengths(nodes: Sequence[float], end: float) -> list[float]:
     """``(end - σ) b_j`` with iPNDM-v's weights, from this step's length h and u, v, w before it.
 
     Two slopes: b = (1 + h/(2u), -h/(2u)), which is exact. The third adds f times a second
-    difference, where the exact f, of `adams_bashforth`, is (1 - h/(3(h+u)))/2 · h(h+u)/(u(u+v)). The
-    fourth adds g times a third difference.
+    difference, where the exact f, of `adams_bashforth`, is (1 - h/(3(h+u)))/2 · h(h+u)/(u(u+v)).
+    The fourth adds g times a third difference.
     """
     h = end - nodes[0]
     if len(nodes) == 1:
