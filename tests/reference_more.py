@@ -522,7 +522,7 @@ class _Path:
         """The noise in the state at a lower level; independent of the sum for the way between."""
         if not self.eta * self.s_noise:
             return 0.0
-        passed = log(self.level / level)
+        passed = max(0.0, log(self.level / level))
         fresh = sqrt(-expm1(-2 * self.eta * passed)) * self.noise(self.level, level)
         self.sum = exp(-self.eta * passed) * self.sum + fresh
         self.level = level
