@@ -142,7 +142,7 @@ def _solvers() -> str:
     """All solvers as a table."""
     lines = [("", "order", "evaluations a step", "", "noise", "options")]
     for solver in SOLVERS.values():
-        first = f" (+{solver.extra} once)" if solver.extra else ""
+        first = f" ({solver.extra:+d} once)" if solver.extra else ""
         lines.append((
             solver.name,
             "-" if solver.order is None else str(solver.order),

@@ -236,7 +236,7 @@ def imports(module):
         ),
         ("capturing", {"denoisers", "driver", "memory", "solver"}),
         ("solvers/euler", {"driver", "noise", "plan", "solver"}),
-        ("solvers/singlestep", {"driver", "noise", "plan", "solver"}),
+        ("solvers/singlestep", {"driver", "noise", "plan", "solver", "solvers.multistep"}),
         ("solvers/multistep", {"driver", "noise", "plan", "solver"}),
         (
             "solvers/sde",
