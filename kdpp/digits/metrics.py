@@ -8,7 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from kdpp.digits.networks import Classifier
+from kdpp.lab.networks import Classifier
 from kdpp.lab.metrics import Floats, frechet_distance, inception_score
 
 

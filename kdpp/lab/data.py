@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdpp.solver import unknown
 
-__all__ = ["Data", "load_data"]
+__all__ = ["Data", "held_out", "load_data"]
 
 MOST_CLASSES = 100_000
 GREY, COLOUR = frozenset({"1", "L"}), frozenset({"RGB", "RGBA", "LA", "P", "PA", "CMYK", "YCbCr"})
@@ -53,9 +53,10 @@ class Data:
 
 
 def load_data(source: str | Path) -> Data:
-    """Load "digits", a folder of images, or an array file.
+    """Load "digits", "digits:test", a folder of images, or an array file.
 
-    - ``digits``: scikit-learn's, all 1,797, ``(1, 8, 8)``.
+    - ``digits``: the training part of UCI's handwritten digits, 3,823 ``(1, 8, 8)``;
+      ``digits:test``: its test part, 1,797 by other writers.
     - A folder: every image in it that Pillow reads, all of one size; sub-folders, by name, are
       the classes, with whatever folders they hold. Images are turned as their EXIF data say. Grey
       ones give one channel, others three (transparency is dropped); pixels 0..255 become -1..1.
@@ -67,24 +68,24 @@ def load_data(source: str | Path) -> Data:
     Without labels there is one class.
 
     Raises:
-        ImportError: scikit-learn or Pillow is missing.
+        ImportError: Pillow is missing.
         OSError: there is nothing at ``source``, or it cannot be read.
         ValueError: an unknown name; an empty folder or class; a file that is no whole image, has
             several frames or more pixels than Pillow takes for an image (89 million), or is of
             another size or depth; an array of another kind, or with values that are not finite.
             It names the file and says what to do.
     """
-    if source == "digits":
+    if source in ("digits", "digits:test"):
         from kdpp.digits.data import CLASSES
         from kdpp.digits.data import load_data as load_digits
 
-        return Data(*load_digits(), CLASSES)
+        return Data(*load_digits("train" if source == "digits" else "test"), CLASSES, str(source))
     path = Path(source)
     if path.is_dir():
         return _folder(path, str(source))
     if not path.exists():
         if "/" not in str(source) and not path.suffix:
-            known = ["digits"]
+            known = ["digits", "digits:test"]
             raise ValueError(f"{unknown('data', str(source), known)}, a folder, or an array file")
         raise FileNotFoundError(f"no data at {path}")
     if not path.is_file():
@@ -96,6 +97,11 @@ def load_data(source: str | Path) -> Data:
     if path.suffix == ".safetensors":
         return _array(path, *_tensors(path))
     raise ValueError(f"{path} is no data; give a folder of images, a .npy or a .safetensors file")
+
+
+def held_out(source: str) -> str | None:
+    """The data that a network of ``source`` was not trained on, for `load_data`; None: none known."""
+    return "digits:test" if source == "digits" else None
 
 
 def _folder(folder: Path, source: str) -> Data:
