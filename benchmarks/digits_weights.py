@@ -2,7 +2,7 @@
 
     python benchmarks/digits_weights.py --out RUNS [--weights kdpp/digits/weights]
 
-`kdpp train` as `digits_weights.toml` says, each into a folder of RUNS; what is finished there is kept.
+`kdpp train` as `digits_weights.toml` says, each into a folder of RUNS; what is finished is kept.
 The student is distilled from the teacher as it ships, rounded. CPU seconds of each are printed.
 """
 

@@ -24,8 +24,6 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
 from kdpp.lab import evaluate, files, judges, pictures, sampling
 from kdpp.lab.compare import compare
 from kdpp.lab.data import Data, load_data

@@ -29,8 +29,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-pytest.importorskip("sklearn")
-
 import kdpp
 from kdpp.cli import main
 from kdpp.digits import NULL_CLASS, load_student, load_teacher

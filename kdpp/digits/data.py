@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 

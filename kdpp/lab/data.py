@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdpp.solver import unknown
 
-__all__ = ["Data", "held_out", "load_data"]
+__all__ = ["Data", "load_data"]
 
 MOST_CLASSES = 100_000
 GREY, COLOUR = frozenset({"1", "L"}), frozenset({"RGB", "RGBA", "LA", "P", "PA", "CMYK", "YCbCr"})
@@ -30,12 +30,14 @@ class Data:
         labels: int64 ``(N,)``, 0 … classes - 1.
         classes: how many classes there are; as a label, "no label".
         source: where they came from, as it was given.
+        test: others of the same kind, that nothing was trained on; None: the source has none.
     """
 
     images: Tensor
     labels: Tensor
     classes: int
     source: str = "digits"
+    test: Data | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,14 +51,19 @@ class Data:
 
     def to(self, device: torch.device) -> Data:
         """The same on another device."""
-        return Data(self.images.to(device), self.labels.to(device), self.classes, self.source)
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            test=self.test and self.test.to(device),
+        )
 
 
 def load_data(source: str | Path) -> Data:
-    """Load "digits", "digits:test", a folder of images, or an array file.
+    """Load "digits", a folder of images, or an array file.
 
-    - ``digits``: the training part of UCI's handwritten digits, 3,823 ``(1, 8, 8)``;
-      ``digits:test``: its test part, 1,797 by other writers.
+    - ``digits``: UCI's handwritten digits, ``(1, 8, 8)``: the 3,823 of the training part, and as
+      ``test`` the 1,797 of the other, by other writers.
     - A folder: every image in it that Pillow reads, all of one size; sub-folders, by name, are
       the classes, with whatever folders they hold. Images are turned as their EXIF data say. Grey
       ones give one channel, others three (transparency is dropped); pixels 0..255 become -1..1.
@@ -75,17 +82,17 @@ def load_data(source: str | Path) -> Data:
             another size or depth; an array of another kind, or with values that are not finite.
             It names the file and says what to do.
     """
-    if source in ("digits", "digits:test"):
+    if source == "digits":
         from kdpp.digits.data import CLASSES
         from kdpp.digits.data import load_data as load_digits
 
-        return Data(*load_digits("train" if source == "digits" else "test"), CLASSES, str(source))
+        return Data(*load_digits(), CLASSES, test=Data(*load_digits("test"), CLASSES))
     path = Path(source)
     if path.is_dir():
         return _folder(path, str(source))
     if not path.exists():
         if "/" not in str(source) and not path.suffix:
-            known = ["digits", "digits:test"]
+            known = ["digits"]
             raise ValueError(f"{unknown('data', str(source), known)}, a folder, or an array file")
         raise FileNotFoundError(f"no data at {path}")
     if not path.is_file():
@@ -97,11 +104,6 @@ def load_data(source: str | Path) -> Data:
     if path.suffix == ".safetensors":
         return _array(path, *_tensors(path))
     raise ValueError(f"{path} is no data; give a folder of images, a .npy or a .safetensors file")
-
-
-def held_out(source: str) -> str | None:
-    """The data that a network of ``source`` was not trained on, for `load_data`; None: none known."""
-    return "digits:test" if source == "digits" else None
 
 
 def _folder(folder: Path, source: str) -> Data:

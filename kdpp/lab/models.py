@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdpp import _version
 from kdpp.checks import check_count
 from kdpp.kinds import Denoiser
 from kdpp.lab.diffusion import cfg

@@ -21,7 +21,7 @@ from kdpp.lab.settings import setting
     teacher=False,
 )
 class ClassifierTraining(Method):
-    """Cross-entropy of noised images, ``x0 + noise·n``, their labels smoothed (Szegedy et al. 2016).
+    """Cross-entropy of noised images, ``x0 + noise·n``, labels smoothed (Szegedy et al. 2016).
 
     The noise is against overfitting, the smoothing keeps features and certainty in bounds.
     """
