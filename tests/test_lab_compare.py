@@ -17,11 +17,13 @@ import torch
 
 import kdpp
 from kdpp.checkpoints import models
-from kdpp.lab import bench, judges, report
+from kdpp.lab import bench, judges, report, statistics
 from kdpp.lab import compare as command
+from kdpp.lab import features as spaces
 from kdpp.lab.compare import compare
 from kdpp.lab.data import load_data
-from kdpp.lab.metrics import Points, load_features, measure
+from kdpp.lab.features import load_features
+from kdpp.lab.metrics import Points, measure
 from kdpp.lab.models import DataOrigin, load_model, save_model
 from kdpp.lab.networks import build
 from kdpp.lab.sampling import Recipe, draw, image_seeds
@@ -500,7 +502,7 @@ def test_what_images_are_compared_with_names_a_result(finished, tmp_path, monkey
     fits = judges.DataJudge.check
     monkeypatch.setattr(judges.DataJudge, "check", lambda *_: None)
     data = replace(load_data("digits"), classes=11)
-    monkeypatch.setattr(judges, "load_data", lambda _: data)
+    monkeypatch.setattr(statistics, "load_data", lambda _: data)
     pixels = '"pixels"'
     new = jobs(spec_of(tmp_path, top_features=pixels), finished)
     monkeypatch.undo()
@@ -509,7 +511,8 @@ def test_what_images_are_compared_with_names_a_result(finished, tmp_path, monkey
     assert fits is judges.DataJudge.check
 
     def named():
-        features = replace(load_features("pixels", data.images, 10), name=f"clip:{tmp_path}/clip")
+        weights = spaces._content(tmp_path / "clip")
+        features = replace(load_features("pixels", data.images, 10), weights=weights)
         monkeypatch.setattr(judges, "load_features", lambda *_: features)
         return paths(jobs(spec_of(tmp_path), finished))
 

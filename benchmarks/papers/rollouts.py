@@ -14,7 +14,9 @@ from tqdm import tqdm
 import kdpp
 from kdpp.lab import processes
 from kdpp.lab.data import load_data
-from kdpp.lab.metrics import Points, estimate, load_features, measure
+from kdpp.lab.features import load_features
+from kdpp.lab.intervals import estimate
+from kdpp.lab.metrics import Points, measure
 from kdpp.lab.models import Model, load_model
 from kdpp.lab.sampling import Recipe, draw, image_seeds
 from kdpp.noise import SeededNoise

@@ -38,8 +38,9 @@ from kdpp.checkpoints.models import Shelf, open_models, student_request
 from kdpp.checkpoints.requests import Request
 from kdpp.lab import processes
 from kdpp.lab.files import digest, locked, make_folder, remove_leftovers, write_atomically
+from kdpp.lab.intervals import estimate, paired, verdict
 from kdpp.lab.judges import DataJudge, Judge, PictureJudge
-from kdpp.lab.metrics import Points, estimate, paired, verdict
+from kdpp.lab.metrics import Points
 from kdpp.lab.models import GenerativeModel, Model
 from kdpp.lab.sampling import (
     Batches,
@@ -384,6 +385,7 @@ class Bench:
             "notes": self.notes,
             "metrics": [{"name": name, **self.judge.metrics[name]._asdict()} for name in names],
             "data": self.judge.described,
+            "data_images": self.judge.described_images,
             "cells": [
                 {
                     "cell": numbers[cell],
@@ -409,6 +411,7 @@ class Bench:
         spec = self.spec
         return {
             "data": self.judge.source,
+            "compared_with": self.judge.against and self.judge.against.about,
             "features": self.judge.features,
             "images": spec.images,
             "seeds": list(spec.seed_list),

@@ -156,6 +156,15 @@ def _summary(results: Results) -> str:
         f"{_count(len(settings['seeds']), 'seed')} with {_count(settings['images'], 'image')}; "
         f"last measured {results['finished']}, kdpp {results['versions']['kdpp']}."
     )
+    against = settings["compared_with"]
+    if against is not None:
+        compared = _count(against["images"], f"{against['part']} image")
+        text += f" Compared with {compared} of {against['source']} in {settings['features']}."
+    own, titles = results["data"], {one["name"]: one["title"] for one in results["metrics"]}
+    if own:
+        figures = [f"{title} {own[name]:.3g}" for name, title in titles.items() if name in own]
+        real = _count(results["data_images"], "real image")
+        text += f" The same of {real}: {', '.join(figures)}."
     remarks = "".join(f'<p class="remark">{escape(one)}.</p>' for one in results["remarks"])
     return f"<p>{escape(text)}</p>{remarks}"
 
@@ -181,6 +190,13 @@ def _table_note(results: Results) -> str:
     if fixed:
         text += f" Where a cell says nothing else: {', '.join(fixed)}."
     return f'<p class="note">{escape(text)}</p>'
+
+
+def sizes(results: Results, metric: Mapping[str, Any]) -> str:
+    """How many images a figure is of, and how many they are compared with: ``N = 500 : 1,797``."""
+    count, against = results["settings"]["images"], results["settings"]["compared_with"]
+    others = {"data": against and against["images"], "teacher": count, None: None}[metric["to"]]
+    return f"N = {count:,}" + (f" : {others:,}" if others else "")
 
 
 def _count(number: int, thing: str) -> str:
@@ -211,7 +227,8 @@ def _columns(results: Results) -> list[Column]:
     names = _names(results)
     columns = [Column("cell", About("cell", "leads to the cell's samples"), nothing, _named(names))]
     for metric in results["metrics"]:
-        name, group = metric["name"], About(metric["title"], _meaning(metric))
+        name = metric["name"]
+        group = About(f"{metric['title']} ({sizes(results, metric)})", _meaning(metric))
         found = [cell["metrics"][name] for cell in cells]
         figure = About("mean", "over the seeds ± standard deviation")
         columns.append(Column(name, figure, group, _figure(name, _digits(found)), name))

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kdpp.checks import check_count
-from kdpp.lab.metrics import NEIGHBOURS, NETWORKS
+from kdpp.lab.features import NETWORKS
+from kdpp.lab.metrics import LEAST
 from kdpp.lab.models import GenerativeModel
 from kdpp.lab.sampling import image_seeds, solver_for
 from kdpp.lab.settings import fill, read_toml, setting
@@ -53,6 +54,8 @@ class Spec:
     data: str = setting(
         "", "what images are compared with, see `load_data`; default: the first student's data"
     )
+    test: str = setting("", "images that no network was trained on; default: the data's own")
+    statistics: str = setting("", "a file of `kdpp statistics`, in place of data")
     features: str = setting(
         "", "in what, see `load_features`; default: digits for the digits, else pixels"
     )
@@ -176,6 +179,8 @@ def read_spec(path: str | Path) -> Spec:
     return replace(
         spec,
         data=_placed(spec.data, path),
+        test=_placed(spec.test, path),
+        statistics=spec.statistics and str(path.parent / spec.statistics),
         features=(_of_pictures if spec.prompts else _placed)(spec.features, path),
         metrics=tuple(_of_pictures(name, path) for name in spec.metrics),
         prompts=spec.prompts and str(path.parent / spec.prompts),
@@ -190,7 +195,7 @@ def read_spec(path: str | Path) -> Spec:
 
 def check_spec(spec: Spec) -> None:
     """ValueError for values that cannot be; what the grids hold is checked by `cells_of`."""
-    check_count("images", spec.images, NEIGHBOURS + 1)
+    check_count("images", spec.images, LEAST)
     if isinstance(spec.seeds, int):
         if check_count("seeds", spec.seeds, 1) > MOST:
             raise ValueError(f"seeds is {spec.seeds}; give at most {MOST:,}")
@@ -199,6 +204,8 @@ def check_spec(spec: Spec) -> None:
     elif max(spec.seeds) >= REFERENCE_SEED:
         raise ValueError(f"seeds holds {max(spec.seeds)}; they must be below {REFERENCE_SEED:,}")
     image_seeds(0, spec.images)
+    if spec.statistics and (spec.data or spec.test):
+        raise ValueError("statistics stands in place of data and test; give the one or the others")
     if not spec.students:
         raise ValueError('no student is named; add [students] with lines name = "checkpoint"')
     for name, place in spec.students.items():
