@@ -22,9 +22,10 @@ from kdpp.digits.data import load_data
 from kdpp.digits.metrics import Scores, features_of, measure
 from kdpp.digits.ways import LATE, STRONG, WEAK, Counted, Way, build_ways
 from kdpp.lab.console import say
+from kdpp.lab.features import Floats
 from kdpp.lab.files import make_folder, write_atomically
-from kdpp.lab.metrics import Floats, estimate
-from kdpp.lab.metrics import verdict as verdict_of
+from kdpp.lab.intervals import estimate
+from kdpp.lab.intervals import verdict as verdict_of
 from kdpp.lab.networks import Classifier
 
 SEEDS = 5
