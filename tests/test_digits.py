@@ -351,7 +351,7 @@ def test_the_shipped_weights_are_what_kdpp_train_made():
     """By the settings of digits_weights.toml, seed 0, on the training part, from each other."""
     from kdpp.lab.data import load_data
     from kdpp.lab.methods import Training, load_methods
-    from kdpp.lab.settings import as_dict, fill, read_toml
+    from kdpp.lab.settings import fill, read_toml
 
     spec = read_toml(digits_weights.SPEC)
     assert list(spec) == ["classifier", "teacher", "student"]
@@ -361,7 +361,8 @@ def test_the_shipped_weights_are_what_kdpp_train_made():
         filled = fill(method.Settings, settings)
         model = load_model(f"digits:{teacher}") if teacher else None
         training = Training(method, filled, load_data("digits"), model, teacher)
-        assert (card.method, card.seed, card.settings) == (method.name, 0, as_dict(filled))
+        assert (card.method, card.seed) == (method.name, 0)
+        assert fill(method.Settings, card.settings) == filled  # later settings at their defaults
         assert (card.data.source, card.data.digest) == ("digits", training.data_digest)
         assert (card.teacher and card.teacher.digest) == training.teacher_digest
         assert card.evaluations and card.network == network.config

@@ -24,6 +24,9 @@ from kdpp.lab import features as spaces
 from kdpp.lab import metrics
 from kdpp.lab.features import Features
 from kdpp.lab.metrics import Points
+from kdpp.lab.models import load_classifier as load_classifier_of
+from kdpp.lab.trainer import train
+from trainings import spots, training_of
 
 
 @pytest.fixture
@@ -380,10 +383,24 @@ def test_timm_features_are_timms(tmp_path, digits):
         spaces.load_features(f"timm:{tmp_path}", digits[0], 10)
 
 
+def test_features_of_a_classifier_of_one_s_own(tmp_path):
+    """Its last hidden layer and its classes, for the data that it was trained on and no other."""
+    data = spots()
+    train(training_of("classifier", {"iterations": 60, "batch": 32}), tmp_path, disable=True)
+    features = spaces.load_features(f"classifier:{tmp_path}", data.images, 3)
+    network = load_classifier_of(tmp_path)
+    assert np.array_equal(features(data.images), network.features(data.images).double().numpy())
+    found = features.probabilities(features(data.images)).argmax(1)
+    assert features.labelled and (found == data.labels.numpy()).mean() > 0.9
+    assert features.about["features"] == "classifier" and features.about["weights"]
+    with pytest.raises(ValueError, match=r"for images \[1, 4, 4\] in .* of 3 classes; .* 4 cl"):
+        spaces.load_features(f"classifier:{tmp_path}", data.images, 4)
+
+
 @pytest.mark.parametrize(
     ("name", "images", "classes", "error", "said"),
     [
-        ("digit", (4, 1, 8, 8), 10, ValueError, "it must be 'digits', 'pixels'"),
+        ("digit", (4, 1, 8, 8), 10, ValueError, "it must be 'digits', 'classifier:RUN', 'pixels'"),
         ("inception", (4, 1, 8, 8), 10, ValueError, "inception:FILE"),
         ("digits", (4, 1, 8, 8), 9, ValueError, "9 classes"),
         ("digits", (4, 3, 8, 8), 10, ValueError, r"shape \[3, 8, 8\]"),

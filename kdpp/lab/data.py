@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdpp.lab.idx import read_pair
 from kdpp.solver import unknown
 
 __all__ = ["Data", "load_data"]
@@ -60,7 +61,7 @@ class Data:
 
 
 def load_data(source: str | Path) -> Data:
-    """Load "digits", a folder of images, or an array file.
+    """Load "digits", a folder of images, an array file, or MNIST's four files.
 
     - ``digits``: UCI's handwritten digits, ``(1, 8, 8)``: the 3,823 of the training part, and as
       ``test`` the 1,797 of the other, by other writers.
@@ -68,6 +69,8 @@ def load_data(source: str | Path) -> Data:
       the classes, with whatever folders they hold. Images are turned as their EXIF data say. Grey
       ones give one channel, others three (transparency is dropped); pixels 0..255 become -1..1.
       Hidden files are passed over.
+    - ``idx:FOLDER``: the four files of MNIST, or of a set in its form such as Fashion-MNIST
+      (`kdpp.lab.idx`); ``(1, H, W)``, the 10,000 of the test part as ``test``.
     - ``.npy``: one array ``(N, …)``; ``NAME.labels.npy`` beside ``NAME.npy`` holds its labels.
     - ``.safetensors``: a tensor ``images`` or ``latents``, and ``labels`` if there are any.
 
@@ -87,6 +90,8 @@ def load_data(source: str | Path) -> Data:
         from kdpp.digits.data import load_data as load_digits
 
         return Data(*load_digits(), CLASSES, test=Data(*load_digits("test"), CLASSES))
+    if str(source).startswith("idx:"):
+        return _idx(str(source))
     path = Path(source)
     if path.is_dir():
         return _folder(path, str(source))
@@ -133,6 +138,27 @@ def _folder(folder: Path, source: str) -> Data:
     sizes = torch.tensor([len(files) for files in groups])
     labels = torch.arange(len(groups)).repeat_interleave(sizes)
     return Data(_unit(images), labels, len(groups), source)
+
+
+def _idx(source: str) -> Data:
+    folder = Path(source.removeprefix("idx:"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; idx:FOLDER holds MNIST's four files")
+    (images, labels), (others, beside) = (read_pair(folder, part) for part in ("train", "test"))
+    classes = int(labels.max()) + 1
+    if others.shape[1:] != images.shape[1:] or int(beside.max()) >= classes:
+        raise ValueError(
+            f"the two parts in {folder} differ: images "
+            f"{list(images.shape[1:])} of {classes} classes "
+            f"and {list(others.shape[1:])} of {int(beside.max()) + 1}; take both from one set"
+        )
+    test = Data(_tensor(others), torch.from_numpy(beside).long(), classes, source)
+    return Data(_tensor(images), torch.from_numpy(labels).long(), classes, source, test)
+
+
+def _tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Grey pixels (N, H, W), 0..255, as (N, 1, H, W), -1..1."""
+    return _unit(torch.from_numpy(images).unsqueeze(1))
 
 
 def load_pictures(folder: str | Path) -> Iterator[Tensor]:

@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--test", default="", help="images that no network was trained on (default: the data's own)"
     )
     add("--statistics", default="", help="a file of kdpp statistics, in place of data")
-    add("--features", default="", help="digits, pixels, inception:FILE, clip:FOLDER or timm:FOLDER "
-        "(default: digits for the digits, else pixels)")  # fmt: skip
+    add("--features", default="", help="digits, classifier:RUN, pixels, inception:FILE, "
+        "clip:FOLDER or timm:FOLDER (default: digits for the digits, else pixels)")  # fmt: skip
     add("--images", metavar="N", default="5000", help="of each seed (default: 5000)")
     add("--seeds", default="5", help="how many, from 0, or a list such as [7,8] (default: 5)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")

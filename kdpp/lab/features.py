@@ -18,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdpp.digits.checkpoints import load_classifier
 from kdpp.lab.files import digest
+from kdpp.lab.models import load_classifier
 from kdpp.lab.plugins import load_function
 
 __all__ = [
     "NETWORKS",
+    "PLACED",
     "Features",
     "Floats",
     "data_range",
@@ -58,7 +59,7 @@ class Features:
         low, high = self.limits
         kind = self.name.partition(":")[0]
         return {
-            "features": kind if kind in NETWORKS else Path(self.name).name,
+            "features": kind if kind in PLACED else Path(self.name).name,
             "weights": self.weights,
             "preparation": f"clamped to [{low:g}, {high:g}], {self.preparation}",
         }
@@ -90,6 +91,7 @@ def load_features(name: str, images: Tensor, classes: int) -> Features:
     """The features of this name, for data ``images [N, *shape]`` of so many classes.
 
     - "digits": the last hidden layer of the classifier that ships with kdpp, 64 wide.
+    - "classifier:RUN": the same of another one, which `kdpp train classifier` has made of the data.
     - "pixels": the pixels themselves, or latents.
     - "inception:FILE": FID's Inception-v3, 2048 wide, as torch-fidelity has it. FILE holds
       torch-fidelity's weights as safetensors.
@@ -106,15 +108,18 @@ def load_features(name: str, images: Tensor, classes: int) -> Features:
     kind, _, place = name.partition(":")
     if name == "pixels":
         return Features(name, lambda images: images.flatten(1), limits)
-    if name == "digits":
-        if shape != (1, 8, 8) or classes != 10 or limits != (-1.0, 1.0):
+    if name == "digits" or (kind == "classifier" and place):
+        network = load_classifier(place or "digits:classifier")
+        if (shape, classes) != (network.shape, network.classes) or limits != (-1.0, 1.0):
             raise ValueError(
-                f"features 'digits' are made for the 8x8 digits, not for shape {list(shape)} in "
-                f"[{limits[0]:g}, {limits[1]:g}] and {classes} classes; take 'pixels' …"
+                f"features {name!r} are made for images {list(network.shape)} in [-1, 1] of "
+                f"{network.classes} classes; the data have shape {list(shape)} in "
+                f"[{limits[0]:g}, {limits[1]:g}] and {classes} classes: take 'pixels' …"
             )
-        digits = load_classifier()
-        weights = digest(value.numpy().tobytes() for value in digits.state_dict().values())
-        return Features(name, digits.features, limits, digits.head, labelled=True, weights=weights)
+        weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
+        return Features(
+            name, network.features, limits, network.head, labelled=True, weights=weights
+        )
     if kind in NETWORKS and place:
         if limits != (-1.0, 1.0) or len(shape) != 3 or shape[0] not in (1, 3):
             raise ValueError(
@@ -122,7 +127,10 @@ def load_features(name: str, images: Tensor, classes: int) -> Features:
                 f"have shape {list(shape)} in [{limits[0]:g}, {limits[1]:g}]: take 'pixels'"
             )
         return NETWORKS[kind](name, Path(place))
-    allowed = "'digits', 'pixels', 'inception:FILE.safetensors', 'clip:FOLDER' or 'timm:FOLDER'"
+    allowed = (
+        "'digits', 'classifier:RUN', 'pixels', 'inception:FILE.safetensors', 'clip:FOLDER' or "
+        "'timm:FOLDER'"
+    )
     raise ValueError(f"features is {name!r}; it must be {allowed}")
 
 
@@ -273,3 +281,5 @@ NETWORKS: dict[str, Callable[[str, Path], Features]] = {
     "clip": _clip,
     "timm": _timm,
 }
+PLACED = frozenset({*NETWORKS, "classifier"})
+"""Kinds of features that are read from a place, ``KIND:PLACE``."""

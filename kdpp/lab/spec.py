@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from kdpp.checks import check_count
 from kdpp.kinds import is_flow, trained_range
-from kdpp.lab.features import NETWORKS
+from kdpp.lab.features import NETWORKS, PLACED
 from kdpp.lab.metrics import LEAST
 from kdpp.lab.models import GenerativeModel
 from kdpp.lab.sampling import image_seeds, solver_for
@@ -256,7 +256,7 @@ def check_spec(spec: Spec) -> None:
 def _placed(name: str, spec: Path) -> str:
     """A path from the spec's folder; names of what ships with kdpp as they are."""
     kind, colon, place = name.partition(":")
-    if kind in NETWORKS and colon:
+    if kind in PLACED and colon:
         return f"{kind}:{spec.parent / place}"
     return name if kind in ("", "digits", "pixels") else str(spec.parent / name)
 

@@ -185,8 +185,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--pictures", help="a folder of pictures of any sizes, for pipelines")
     parser.add_argument("--test", default="", help="images like --data that no network was trained "
                         "on (default: the data's own, if there are any)")  # fmt: skip
-    parser.add_argument("--features", required=True,
-        help="digits, pixels, inception:FILE, clip:FOLDER or timm:FOLDER")  # fmt: skip
+    parser.add_argument("--features", required=True, help="digits, classifier:RUN, pixels, "
+                        "inception:FILE, clip:FOLDER or timm:FOLDER")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="the file, NAME.safetensors")
 
 
