@@ -15,6 +15,9 @@ class VE:
 
     sigma_min, sigma_max = torch.tensor(0.0292), torch.tensor(14.6146)
 
+    def percent_to_sigma(self, percent):
+        return float(self.sigma_max) ** (1 - percent) * float(self.sigma_min) ** percent
+
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return noise * ((1 + sigma**2).sqrt() if max_denoise else sigma) + latent_image
 
@@ -26,6 +29,9 @@ class CONST:
     """model_sampling of a flow model."""
 
     sigma_min, sigma_max = torch.tensor(0.003), torch.tensor(1.0)
+
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
 
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return sigma * noise + (1 - sigma) * latent_image
@@ -179,6 +185,40 @@ def load_models_gpu(patchers, **_):
         one.model.patch, one.model.loaded = one.patch, one.name
 
 
+INTERRUPT = []  # what the next look for an interrupt raises
+
+
+def throw_exception_if_processing_interrupted():
+    if INTERRUPT:
+        raise INTERRUPT.pop()
+
+
+SHOWN = []  # of progress bars: (done, of how much)
+
+
+class ProgressBar:
+    """A node's."""
+
+    def __init__(self, total):
+        self.total, self.current = total, 0
+
+    def update(self, value):
+        self.current += value
+        SHOWN.append((self.current, self.total))
+
+
+class Server:
+    """What is told to the browser."""
+
+    last_node_id = "7"
+
+    def __init__(self):
+        self.told = []
+
+    def send_progress_text(self, text, node_id):
+        self.told.append((text, node_id))
+
+
 def set_post_cfg(model_options, function, disable_cfg1_optimization=False):
     hooks = [*model_options.get("sampler_post_cfg_function", []), function]
     model_options["sampler_post_cfg_function"] = hooks
@@ -232,7 +272,7 @@ def modules(v3):
     """The modules by their names, for ``sys.modules``."""
     io = SimpleNamespace(
         **{name: v3_type(name) for name in (
-            "Combo", "Conditioning", "Float", "Guider", "Int", "Latent", "Model", "Noise",
+            "Combo", "Conditioning", "Float", "Guider", "Image", "Int", "Latent", "Model", "Noise",
             "Sampler", "Sigmas", "String")},
         Schema=Schema, ComfyNode=object, NodeOutput=lambda *made: made,
     )  # fmt: skip
@@ -240,7 +280,12 @@ def modules(v3):
         "comfy": {},
         "comfy.samplers": {"CFGGuider": CFGGuider, "Sampler": Sampler,
                            "KSamplerX0Inpaint": KSamplerX0Inpaint},
-        "comfy.model_management": {"load_models_gpu": load_models_gpu},
+        "comfy.model_management": {
+            "load_models_gpu": load_models_gpu,
+            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
+        },
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "server": {"PromptServer": SimpleNamespace(instance=Server())},
         "comfy.model_patcher": {"create_model_options_clone": dict,
                                 "set_model_options_post_cfg_function": set_post_cfg},
         "comfy.model_sampling": {"CONST": CONST},

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from kdpp.lab import evaluate, files, judges, pictures, sampling
+from kdpp.lab import evaluate, files, judges, pictures, sampling, statistics
 from kdpp.lab.compare import compare
 from kdpp.lab.data import Data, load_data
 from kdpp.lab.features import load_features
@@ -92,12 +92,12 @@ def sampled(monkeypatch):
 def test_figures_are_those_of_the_metrics(finished):
     """Every cell's scores of the second seed, measured here from images drawn here."""
     student, teacher = load_model("digits:student"), load_model("digits:teacher")
-    images, _ = load_data("digits").images, load_data("digits").labels
-    features = load_features("digits", images, 10)
+    data = load_data("digits")
+    features = load_features("digits", data.images, 10)
+    against = statistics.of_data(data, features)
     own = Recipe(teacher, None, "euler", teacher.levels_for(50), 2.0)
-    references = (
-        Points(features(images)), Points(features(draw(own, image_seeds(10**9, 40)).x)),
-    )  # fmt: skip
+    reference = Points(features(draw(own, image_seeds(10**9, 40)).x))
+    references = (against.points, reference, against.training)
     levels = student.levels_for(4)
     guidance = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0}
     recipes = {

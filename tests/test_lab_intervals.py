@@ -57,6 +57,46 @@ def test_no_change_and_a_single_seed_show_nothing():
     )  # without any spread
 
 
+def holms(p_values, level=0.05):
+    """Which are rejected, by the words of Holm's paper."""
+    order = np.argsort(p_values)
+    rejected = np.zeros(len(p_values), dtype=bool)
+    for k, i in enumerate(order):
+        if p_values[i] > level / (len(p_values) - k):
+            break
+        rejected[i] = True
+    return rejected
+
+
+def test_intervals_read_together_are_holms():
+    """An interval leaves out 0 where Holm's test rejects, also with unequal counts; alone it is the
+    plain one."""
+    draw = np.random.default_rng(0)
+    seen = 0
+    for _ in range(200):
+        lists = [draw.normal(draw.choice([0, 2, 4]), 1, draw.integers(3, 7)) for _ in range(6)]
+        p_values = [scipy.stats.ttest_1samp(one, 0.0).pvalue for one in lists]
+        found = [intervals.verdict(one) != "none seen" for one in intervals.together(lists)]
+        assert found == holms(p_values).tolist()
+        seen += sum(found)
+    assert 200 < seen < 1000
+    assert intervals.together(lists[:1]) == [intervals.estimate(lists[0])]
+    mixed = intervals.together([[1.0], [2.0, 2.1], [0.0, 0.0], [3.0, 3.0]])
+    assert mixed[0].low is None and intervals.verdict(mixed[2]) == "none seen"
+    assert intervals.verdict(mixed[3]) == "higher"
+
+
+def test_of_many_means_that_are_0_seldom_any_is_seen():
+    """In 5 of 100 tables at most; each alone at 95 % they would be seen in most tables."""
+    draw = np.random.default_rng(1)
+    alone = wrong = 0
+    for _ in range(600):
+        lists = draw.normal(size=(20, 5))
+        wrong += any(intervals.verdict(one) != "none seen" for one in intervals.together(lists))
+        alone += any(intervals.verdict(intervals.estimate(one)) != "none seen" for one in lists)
+    assert wrong < 0.075 * 600 and alone > 0.5 * 600
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

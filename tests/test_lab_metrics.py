@@ -204,7 +204,7 @@ def measured(digits):
     """Noisy digits, their metrics in the classifier's features, and what went into them."""
     images, labels = digits
     features = spaces.load_features("digits", images, 10)
-    data, training = Points(features(images[:1796:2])), Points(features(images[1:1796:2]))
+    data, training = Points(features(images[:1800:2])), Points(features(images[1:1800:2]))
     teacher = Points(features(images[::3]))
     noisy = images[:300] + 0.5 * torch.randn(
         300, 1, 8, 8, generator=torch.Generator().manual_seed(0)

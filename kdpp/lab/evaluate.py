@@ -129,7 +129,8 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
         "images": read_value(Spec, "images", arguments.images),
         "seeds": read_value(Spec, "seeds", arguments.seeds),
         "teacher": arguments.teacher,
-        "self_control": arguments.teacher is not None,
+        "more_steps": False,
+        "best_teacher": False,
         "students": {"model": arguments.model},
         "reference": reference,
         "grid": [{"student": "model", **{name: [value] for name, value in given.items()}}],
@@ -170,7 +171,7 @@ def table(results: Mapping[str, Any]) -> str:
         f"; {seeds} seed{'s' * (seeds > 1)} of {settings['images']} images; compared with "
         f"{against['images']} {against['part']} images; features: {settings['features']}",
         "±: half the 95 % confidence interval over seeds; changes are paired; "
-        '"none seen": the interval holds 0',
+        '"none seen": the interval, read with the others of its line (Holm), holds 0',
         "",
     ]
     return "\n".join(head + lines)

@@ -68,6 +68,7 @@ CHANGES = {
     "change": About("change", "paired: against the same student without a guide, seed by seed"),
     "self_change": About("self control", "the change with the student in the teacher's place"),
     "own_share": About("teacher's own", "paired: against the student in the teacher's place"),
+    "over_steps": About("over own steps", "paired: against as many evaluations as own steps"),
 }
 SHOWN = ("fd", "fd_teacher", "inception_score", "accuracy")
 """The figures that the page begins with, beside metrics of the user's own; buttons show the
@@ -83,8 +84,9 @@ def table(found: Report) -> str:
     A figure's columns are its mean over the seeds, ``_sd``, the standard deviation, and ``_low``
     and ``_high``, the 95 % confidence interval. ``_change…`` is the same of the paired change
     against the plain student, with its ``_verdict``; ``_self_change…`` what the self control
-    changes, and ``_own_share…`` the paired change against the self control. What does not apply is
-    empty. Texts that a spreadsheet would take for a formula begin with an apostrophe.
+    changes, ``_own_share…`` the paired change against the self control, and ``_over_steps…`` that
+    against as many evaluations as steps of the student's own. What does not apply is empty. Texts
+    that a spreadsheet would take for a formula begin with an apostrophe.
     """
     lines = [_record(cell) for cell in found.results["cells"]]
     text = io.StringIO()
@@ -172,24 +174,36 @@ def _summary(results: Results) -> str:
 def _table_note(results: Results) -> str:
     guides = {cell["guide"] for cell in results["cells"]}
     text = (
-        "A click on a header sorts. ± is the standard deviation over the seeds. "
+        f"A click on a header sorts. ± is the standard deviation over the {_units(results)}. "
         "The settings are in the last columns."
     )
     if len(guides) > 1:
         text += (
             " A change is paired: the same student, sampler and steps without a guide, from the "
-            "same noise, seed by seed. Where its 95 % interval holds 0 it is “none seen”."
+            "same noise, seed by seed. Where its 95 % interval holds 0 it is “none seen”. The "
+            "intervals of a metric are read together (Holm): the 5 % are for all of them."
         )
     if "self" in guides:
         text += (
             " The self control has the student in the teacher's place: what that changes comes of "
             "looking twice. Only what is the teacher's own needs the teacher."
         )
+    if any(cell["longer"] for cell in results["cells"]):
+        text += (
+            " Over own steps is the change against the student alone, with as many evaluations as "
+            "steps of its own. These may cost far less compute than a large teacher's."
+        )
     usual = _usual(results)
     fixed = [_said(name, value) for name, value in usual.items()]
     if fixed:
         text += f" Where a cell says nothing else: {', '.join(fixed)}."
     return f'<p class="note">{escape(text)}</p>'
+
+
+def _units(results: Results) -> str:
+    """Over what means are taken."""
+    several = [c for c in results["cells"] for f in c["metrics"].values() if f["trainings"]]
+    return "trainings, or seeds where a student has one" if several else "seeds"
 
 
 def sizes(results: Results, metric: Mapping[str, Any]) -> str:
@@ -513,6 +527,7 @@ def _plot_data(results: Results) -> str:
     ]
     data = {
         "families": list(families),
+        "fronts": results["fronts"],
         "axes": [{"name": name, **about._asdict()} for name, about in AXES.items()],
         "metrics": [
             {
