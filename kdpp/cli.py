@@ -18,7 +18,7 @@ from kdpp.lab.console import say
 from kdpp.lab.plugins import import_file, load_entry_points, place_of
 from kdpp.solver import SOLVERS, solver_of, unknown
 
-LAB = ("train", "evaluate", "compare", "tune")
+LAB = ("train", "evaluate", "compare", "statistics", "tune")
 MODULES = {name: f"kdpp.lab.{name}" for name in LAB}
 MODULES["generate"] = "kdpp.checkpoints.generate"
 MODULES["install"] = MODULES["uninstall"] = "kdpp.hosts.install"
@@ -31,11 +31,12 @@ COMMANDS = {
     "train": "train a teacher or a student, by the methods of the papers",
     "evaluate": "measure a model's images",
     "compare": "run a grid of students, samplers and settings, and report it on one page",
+    "statistics": "keep the features of real images, which others' images are compared with",
     "tune": "say whether a teacher is worth its calls for a student, and where",
     "install": "put kdpp into a host as its extension; no package of the host changes",
     "uninstall": "take kdpp out of a host again",
 }
-TAKES_NO_FILES = {"demo", "inspect", "install", "uninstall"}
+TAKES_NO_FILES = {"demo", "inspect", "install", "statistics", "uninstall"}
 """The commands that need no solvers or methods of one's own."""
 KEEPS = {"generate", "train", "evaluate", "compare", "tune"}
 """The commands that keep what is finished, so that the same one goes on."""

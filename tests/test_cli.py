@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
 import kdpp
 from kdpp.cli import MODULES, TAKES_NO_FILES, main
 from kdpp.lab import asked, bench, evaluate, plugins

@@ -20,8 +20,6 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.func import functional_call
 
-pytest.importorskip("sklearn")
-
 import kdpp
 from kdpp import memory
 from kdpp.checkpoints import drawing, encoding, forecast, pairs, places

@@ -150,7 +150,7 @@ def test_the_demo_samples_without_k_diffusion():
         "    print(way.name, way.run(0, 3)[0].double().sum().item().hex())\n"
     )
     runs = [python(first + code) for first in ("", ABSENT)]
-    assert runs[0].stdout.count("\n") == 9, runs[0].stderr
+    assert runs[0].stdout.count("\n") == 10, runs[0].stderr
     assert runs[1].stdout == runs[0].stdout, runs[1].stderr
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
 
 import kdpp
 import problems

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("sklearn")
 pytest.importorskip("diffusers", reason="needs diffusers (extra: diffusers)")
 
 import kdpp

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 Prediction = Literal["epsilon", "v", "x0", "flow", "edm"]
-KDPP_KEYS = ("kdpp.lab", "kdpp.digits")
+KDPP_KEY = "kdpp.lab"
 """Under which kdpp's own models have their card in the metadata."""
 JSON_CAP = 10_000_000
 """The longest of a folder's own JSON files that is read, in bytes."""
@@ -243,9 +243,8 @@ def _told(path: Path, header: Header, size: int) -> CheckpointFacts:
         parameters=_numbers(entries),
         bytes=size,
     )
-    for key in KDPP_KEYS:
-        if key in header.metadata:
-            return _kdpp_model(facts, header.metadata[key])
+    if KDPP_KEY in header.metadata:
+        return _kdpp_model(facts, header.metadata[KDPP_KEY])
     layers = lora_layers(entries)
     if 2 * sum(map(len, layers.values())) > len(entries):
         return _lora(facts, header, layers)
@@ -260,7 +259,7 @@ def _told(path: Path, header: Header, size: int) -> CheckpointFacts:
 
 
 def _kdpp_model(facts: CheckpointFacts, card: str) -> CheckpointFacts:
-    """A network that kdpp's lab trained, or one of the digits'."""
+    """A network that kdpp's lab trained."""
     try:
         about = json.loads(card)
         method, sampler = str(about.get("method", "")), str(about.get("sampler", ""))

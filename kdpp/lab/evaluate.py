@@ -68,8 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add = parser.add_argument_group("measuring").add_argument
     add("--data", default="", help="what to compare with (default: the model's training data)")
-    add("--features", default="", help="digits, pixels, inception:FILE or clip:FOLDER (default: "
-        "digits for the digits, else pixels)")  # fmt: skip
+    add(
+        "--test", default="", help="images that no network was trained on (default: the data's own)"
+    )
+    add("--statistics", default="", help="a file of kdpp statistics, in place of data")
+    add("--features", default="", help="digits, classifier:RUN, pixels, inception:FILE, "
+        "clip:FOLDER or timm:FOLDER (default: digits for the digits, else pixels)")  # fmt: skip
     add("--images", metavar="N", default="5000", help="of each seed (default: 5000)")
     add("--seeds", default="5", help="how many, from 0, or a list such as [7,8] (default: 5)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -123,11 +127,14 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
     spec = fill(Spec, {
         "title": f"{arguments.model}",
         "data": arguments.data,
+        "test": arguments.test,
+        "statistics": arguments.statistics,
         "features": arguments.features,
         "images": read_value(Spec, "images", arguments.images),
         "seeds": read_value(Spec, "seeds", arguments.seeds),
         "teacher": arguments.teacher,
-        "self_control": arguments.teacher is not None,
+        "more_steps": False,
+        "best_teacher": False,
         "students": {"model": arguments.model},
         "reference": reference,
         "grid": [{"student": "model", **{name: [value] for name, value in given.items()}}],
@@ -142,7 +149,8 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
 def table(results: Mapping[str, Any]) -> str:
     """The results as text: a line for each metric, a column for each cell and change."""
     cells, metrics = results["cells"], results["metrics"]
-    columns = [["", *(metric["title"] for metric in metrics), *COSTS]]
+    titles = [f"{one['title']}, {report.sizes(results, one)}" for one in metrics]
+    columns = [["", *titles, *COSTS]]
     for cell in cells:
         found = [cell["metrics"][metric["name"]] for metric in metrics]
         costs = [shown(cell["costs"]) for shown in COSTS.values()]
@@ -153,20 +161,21 @@ def table(results: Mapping[str, Any]) -> str:
                 columns.append([title, *changes, *[""] * len(COSTS)])
     own = results["data"]
     figures = [f"{own[m['name']]:.4g}" if m["name"] in own else "" for m in metrics]
-    columns.append(["the data", *figures, *[""] * len(COSTS)])
+    columns.append([f"real, N = {results['data_images']:,}", *figures, *[""] * len(COSTS)])
     widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
         for line in zip(*columns)
     ]
     settings, first = results["settings"], cells[0]
+    against = settings["compared_with"]
     seeds = len(settings["seeds"])
     head = [
         f"{results['title']}: {first['sampler']}, {first['steps']} step{'s' * (first['steps'] > 1)}"
-        f"; {seeds} seed{'s' * (seeds > 1)} of {settings['images']} images; features: "
-        f"{settings['features']}",
+        f"; {seeds} seed{'s' * (seeds > 1)} of {settings['images']} images; compared with "
+        f"{against['images']} {against['part']} images; features: {settings['features']}",
         "±: half the 95 % confidence interval over seeds; changes are paired; "
-        '"none seen": the interval holds 0',
+        '"none seen": the interval, read with the others of its line (Holm), holds 0',
         "",
     ]
     return "\n".join(head + lines)
