@@ -10,9 +10,11 @@ from kdpp.kinds import OwnCFG
 from kdpp.memory import Borrowed, swapped, without_adapters
 from kdpp.models import (
     FlowDenoiser,
+    FlowMapDenoiser,
     GuidanceConditioned,
     HostModel,
     LCMDenoiser,
+    TrigFlowDenoiser,
     X0Denoiser,
     as_flow,
     as_ve,
@@ -35,6 +37,7 @@ __all__ = [
     "Borrowed",
     "BrownianNoise",
     "FlowDenoiser",
+    "FlowMapDenoiser",
     "GuidanceConditioned",
     "HostModel",
     "LCMDenoiser",
@@ -47,6 +50,7 @@ __all__ = [
     "Solver",
     "Teacher",
     "TeacherGuidedDenoiser",
+    "TrigFlowDenoiser",
     "Weighted",
     "WeightedSum",
     "X0Denoiser",
