@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdpp.checks import check_latent, check_start
 from kdpp.asking import asks_where, bind
+from kdpp.checks import check_latent, check_start
 from kdpp.denoisers import counted
 from kdpp.driver import (
     Callback,
