@@ -73,9 +73,8 @@ def capture(
     if not run.plan.steps:
         raise ValueError(f"nothing to capture: sigmas holds no step, {sigmas}")
     guided = run.model
-    for teacher in guided.teachers:
-        if teacher.maps is not None or is_moved(teacher.denoiser):
-            raise ValueError("a teacher with maps, or one that comes and goes, cannot be captured")
+    if any(teacher.maps is not None for teacher in guided.teachers) or is_moved(guided):
+        raise ValueError("a teacher with maps, or one that comes and goes, cannot be captured")
     mask = guided.teacher_mask
     if mode == "graph" and mask is not None and mask.device != x.device:
         raise ValueError(f"teacher_mask lies on {mask.device}; a graph needs it on {x.device}")
@@ -95,13 +94,13 @@ class Drawn(NamedTuple):
         drawn = cls([], [])
         for i, step in enumerate(plan.steps):
             if step.churn is not None:
-                drawn.solver.append(noise.between(i, None))
+                drawn.solver.append(noise.between(i, None, None))
             for revision in step.revisions:
                 if revision.renoise.noise is not None:
                     drawn.teacher.append(noise.renoise(x, i, revision.level))
             for stage in step.stages:
                 if stage.update.noise is not None:
-                    drawn.solver.append(noise.between(i, stage.end))
+                    drawn.solver.append(noise.between(i, stage.start, stage.end))
         return drawn
 
 
@@ -111,7 +110,7 @@ class Handed:
     def __init__(self, drawn: Drawn) -> None:
         self.solver, self.teacher = iter(drawn.solver), iter(drawn.teacher)
 
-    def between(self, step: int, level: float | None) -> Tensor:
+    def between(self, step: int, start: float | None, end: float | None) -> Tensor:
         return next(self.solver)
 
     def renoise(self, like: Tensor, step: int, level: float) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import kdpp
+from kdpp.cli import COMMANDS
 from kdpp.lab.settings import read_toml
 
 PACKAGE = Path(kdpp.__file__).parent
@@ -76,10 +77,7 @@ def test_import_is_light():
     [
         ["--version"],
         ["--help"],
-        ["generate", "--help"],
-        ["inspect", "--help"],
-        ["install", "--help"],
-        ["uninstall", "--help"],
+        *([command, "--help"] for command in COMMANDS),
     ],
 )
 def test_the_command_answers_before_torch_is_loaded(given):
@@ -152,7 +150,7 @@ def test_the_demo_samples_without_k_diffusion():
         "    print(way.name, way.run(0, 3)[0].double().sum().item().hex())\n"
     )
     runs = [python(first + code) for first in ("", ABSENT)]
-    assert runs[0].stdout.count("\n") == 9, runs[0].stderr
+    assert runs[0].stdout.count("\n") == 10, runs[0].stderr
     assert runs[1].stdout == runs[0].stdout, runs[1].stderr
 
 
@@ -225,20 +223,59 @@ def imports(module):
         ("noise", {"checks", "kdiffusion"}),
         ("kinds", set()),
         ("denoisers", {"checks", "kinds"}),
-        ("guidance", {"checks", "denoisers", "kinds", "noise", "plan"}),
+        ("steps", {"checks", "plan"}),
+        ("asking", {"denoisers", "kinds", "stacking", "update"}),
+        ("algebra", {"asking", "checks", "kinds", "plan", "steps"}),
+        ("reflection", {"algebra", "asking", "checks", "kinds", "plan", "steps", "update"}),
+        (
+            "guidance",
+            {
+                "algebra",
+                "asking",
+                "checks",
+                "kinds",
+                "noise",
+                "plan",
+                "reflection",
+                "steps",
+            },
+        ),
         ("update", {"plan"}),
         ("stacking", {"denoisers", "kinds", "memory"}),
         (
             "guided_step",
-            {"checks", "denoisers", "guidance", "kinds", "memory", "plan", "stacking", "update"},
+            {
+                "algebra",
+                "asking",
+                "checks",
+                "denoisers",
+                "guidance",
+                "plan",
+                "steps",
+                "update",
+            },
         ),
         (
             "driver",
-            {"checks", "denoisers", "guidance", "guided_step", "noise", "plan", "solver", "update"},
+            {
+                "algebra",
+                "asking",
+                "checks",
+                "denoisers",
+                "guidance",
+                "guided_step",
+                "kinds",
+                "memory",
+                "noise",
+                "plan",
+                "reflection",
+                "solver",
+                "update",
+            },
         ),
         ("capturing", {"denoisers", "driver", "memory", "solver"}),
         ("solvers/euler", {"driver", "noise", "plan", "solver"}),
-        ("solvers/singlestep", {"driver", "noise", "plan", "solver"}),
+        ("solvers/singlestep", {"driver", "noise", "plan", "solver", "solvers.multistep"}),
         ("solvers/multistep", {"driver", "noise", "plan", "solver"}),
         (
             "solvers/sde",
@@ -246,8 +283,25 @@ def imports(module):
         ),
         ("models", {"checks", "kinds"}),
         ("memory", {"kinds"}),
-        ("editing", {"checks", "denoisers", "guidance", "kinds", "noise", "plan", "solver"}),
-        ("rollouts", {"checks", "denoisers", "driver", "guidance", "kinds", "noise", "plan"}),
+        (
+            "editing",
+            {"algebra", "checks", "denoisers", "guidance", "kinds", "noise", "plan", "solver"},
+        ),
+        (
+            "rollouts",
+            {
+                "algebra",
+                "asking",
+                "checks",
+                "denoisers",
+                "driver",
+                "guidance",
+                "kinds",
+                "noise",
+                "plan",
+                "update",
+            },
+        ),
         ("checkpoints/networks", {"checks", "denoisers", "kinds", "models", "standin"}),
         (
             "checkpoints/pipelines",
