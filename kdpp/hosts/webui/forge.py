@@ -101,7 +101,7 @@ class Forge(Common):
             classic_engine.last_extra_generation_params = told
 
     def load(self, info: Any) -> Any:
-        """The engine of a checkpoint, beside the active one; the one that is held, if it is that."""
+        """The engine of a checkpoint, beside the active one; that which is held, if it is it."""
         if self.held is None or self.held.filename != info.filename:
             self.release()
             modules = sd_models.model_data.forge_loading_parameters.get("additional_modules", [])
