@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import k_diffusion.external
 import torch
 from modules import (
     prompt_parser,
@@ -214,8 +213,8 @@ def denoiser_of(network: Any) -> Any:
     make = getattr(network, "create_denoiser", None)
     if make is not None:
         return make()
-    v = network.parameterization == "v"
-    kind = k_diffusion.external.CompVisVDenoiser if v else k_diffusion.external.CompVisDenoiser
+    of = kdpp.kdiffusion.external
+    kind = of.CompVisVDenoiser if network.parameterization == "v" else of.CompVisDenoiser
     return kind(network, quantize=shared.opts.enable_quantization)
 
 

@@ -95,7 +95,7 @@ def sampler_data(name: str, function: Any) -> Any:
     return sd_samplers_common.SamplerData(name, construct, [], options)
 
 
-# A run's prompts and mask -------
+# A run's prompts and mask -------------------------------------------------------------------------
 
 
 def checkpoint(name: str) -> Any:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from kdpp.checkpoints.architectures import FAMILIES
 from kdpp.checkpoints.files import CheckpointFacts, inspect
 
 __all__ = ["check_files"]
 
 LATENTS: Mapping[str, str] = {"SD 1.x": "SD", "SD 2.x": "SD", "SDXL refiner": "SDXL"}
 """Architectures over the latents of another's name."""
-FLOW = {family.name: family.flow for family in FAMILIES if family.name}
 
 
 def check_files(student: str | Path, teacher: str | Path) -> None:
@@ -31,13 +29,6 @@ def check_files(student: str | Path, teacher: str | Path) -> None:
         raise ValueError(
             f"kdpp: the student is {own.architecture} and the teacher {theirs.architecture}, whose "
             "latents differ; take a teacher of the student's family"
-        )
-    kinds = [FLOW.get(one.architecture or "", False) for one in (own, theirs)]
-    if kinds[0] != kinds[1]:
-        words = ["a flow model" if one else "not a flow model" for one in kinds]
-        raise ValueError(
-            f"kdpp: the student is {words[0]} and the teacher is {words[1]}; both must be of one "
-            "kind"
         )
 
 

@@ -34,28 +34,45 @@ def guided(host: Convention, p: Any, settings: Settings) -> Sampler:
     # A sampler object serves all batches of image to image: its function may be a guided one.
     stock = getattr(p.sampler.func, "stock", p.sampler.func)
     solver, options = solver_behind(host, p)
+    guidance: dict[str, Any] = {
+        "teacher_steps": settings.teacher_steps,
+        "teacher_scale": settings.teacher_scale,
+        "teacher_cfg_scale": settings.teacher_cfg,
+        "renoise": settings.renoise,
+    }
+    kdpp.TeacherGuidedDenoiser(nothing, nothing, **guidance)  # refuses wrong ones, before any work
     teacher = host.teacher(p, settings) if settings.helped else None
 
     @functools.wraps(stock)
     def sample(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kwargs = {**options, **kwargs}
         try:
             student = host.student(model, solver.cfg_pp)
+            if teacher is None:
+                return run(solver, unguided(student), x, *args, **kwargs)
             both = kdpp.TeacherGuidedDenoiser(
                 student,
-                student if teacher is None else teacher(model),
-                teacher_steps=0 if teacher is None else settings.teacher_steps,
-                teacher_scale=settings.teacher_scale,
-                teacher_cfg_scale=settings.teacher_cfg,
-                renoise=settings.renoise,
+                teacher(model),
                 renoise_noise_sampler=kdpp.SeededNoise(x, host.seeds(model), RENOISE),
+                **guidance,
             )
-            return run(solver, both, x, *args, **{**options, **kwargs})
+            return run(solver, both, x, *args, **kwargs)
         except BaseException:  # the host interrupts by one that is no Exception
             host.release()
             raise
 
     sample.stock = stock  # type: ignore[attr-defined]
     return sample
+
+
+def nothing(x: Tensor, sigma: Tensor) -> Tensor:
+    """Stands for a denoiser where settings are looked at."""
+    raise NotImplementedError
+
+
+def unguided(student: kdpp.HostModel) -> kdpp.TeacherGuidedDenoiser:
+    """A student alone, as kdpp's samplers take it."""
+    return kdpp.TeacherGuidedDenoiser(student, student, teacher_steps=0)
 
 
 def failing(error: Exception, stock: Sampler) -> Sampler:
@@ -111,8 +128,7 @@ def alone(host: Convention, solver: kdpp.Solver) -> Sampler:
 
     def sample(model: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         student = host.student(model, solver.cfg_pp)
-        both = kdpp.TeacherGuidedDenoiser(student, student, teacher_steps=0)
-        return run(solver, both, x, *args, **kwargs)
+        return run(solver, unguided(student), x, *args, **kwargs)
 
     given = {"extra_args": None, "callback": None, "disable": None}
     if solver.noise != "none":
