@@ -6,11 +6,12 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from backend import memory_management
 from backend.loader import forge_loader
+from backend.modules.k_prediction import PredictionFlux
 from backend.patcher.base import set_model_options_post_cfg_function
 from backend.sampling.condition import Condition, compile_conditions, compile_weighted_conditions
 from backend.sampling.sampling_function import sampling_function_inner
@@ -38,6 +39,12 @@ class Forge(Common):
         "DDPM (other formulas and noise than kdpp's).",
     )
 
+    other_formulas: ClassVar[Mapping[str, str]] = {"sample_ipndm": "", "sample_ipndm_v": ""}
+    """The host's own forms of what kdpp has by that name, and kdpp's name of them, if it has them.
+
+    The host's IPNDM goes on with Adams-Bashforth to σ = 0, its IPNDM_V takes four slopes.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.held: Any = None
@@ -45,13 +52,28 @@ class Forge(Common):
     # Samplers -------------------------------------------------------------------------------------
 
     def solver(self, p: Any) -> tuple[kdpp.Solver, Mapping[str, Any]] | None:
+        name = getattr(p.sampler.func, "__name__", "")
+        if not self.is_guidable(p.sampler):
+            return None
+        predictor = p.sd_model.forge_objects.unet.model.predictor
         if is_flow(p.sd_model.forge_objects.unet):
-            found = FLOW.get(name_of(p.sampler))
-            return found and (kdpp.SOLVERS[found[0]], found[1])
-        return None if name_of(p.sampler) in OTHER_FORMULAS else super().solver(p)
+            found = self.over_tau(name, predictor)
+            return None if found is None else (kdpp.SOLVERS[found[0]], found[1])
+        if name in self.other_formulas:
+            other = kdpp.SOLVERS.get(self.other_formulas[name])
+            return None if other is None else (other, {})
+        return super().solver(p)
+
+    def over_tau(self, name: str, predictor: Any) -> tuple[str, Mapping[str, Any]] | None:
+        """The solver behind a host's sampler for a flow model, and its options."""
+        if name in RF:
+            # Other flow models get the formula for σ, which leaves their noise level.
+            return (RF[name], {}) if isinstance(predictor, PredictionFlux) else None
+        solver = name.removeprefix("sample_")
+        return (solver, OVER_TAU[solver]) if solver in OVER_TAU else None
 
     def stock(self) -> set[str]:
-        return super().stock() - OTHER_FORMULAS
+        return super().stock() - self.other_formulas.keys()
 
     # A run ----------------------------------------------------------------------------------------
 
@@ -120,31 +142,21 @@ class Forge(Common):
     def release(self) -> None:
         held, self.held = self.held, None
         if held is not None:
-            for patcher in (held.forge_objects.unet, held.forge_objects.clip.patcher):
-                memory_management.unload_model_clones(patcher)
-            del held
+            unload(held.forge_objects.unet)
+            unload(held.forge_objects.clip.patcher)
             memory_management.soft_empty_cache()
 
 
-OTHER_FORMULAS = {"sample_ipndm", "sample_ipndm_v"}
-"""The host's own forms of what kdpp has by that name: Adams-Bashforth to σ = 0, four slopes."""
-TAU = {"variable": "tau"}
-FLOW: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "sample_euler": ("euler", {}),
-    "sample_euler_ancestral": ("euler_ancestral_rf", {}),
-    "sample_dpm_2_ancestral": ("dpm_2_ancestral_rf", {}),
-    "sample_heun": ("heun", TAU),
-    "sample_dpm_2": ("dpm_2", TAU),
-    "sample_dpmpp_2m": ("dpmpp_2m", TAU),
-    "sample_lms": ("lms", TAU),
-    "sample_deis": ("deis", TAU),
+RF = {
+    "sample_euler_ancestral": "euler_ancestral_rf",
+    "sample_dpm_2_ancestral": "dpm_2_ancestral_rf",
 }
-"""The solvers behind the host's samplers where levels are τ."""
-
-
-def name_of(sampler: Any) -> str:
-    """The name of the host's function in a sampler, which may be a guided one now."""
-    return getattr(sampler.func, "__name__", "")
+"""What the host's functions compute for FLUX."""
+TAU = {"variable": "tau"}
+OVER_TAU: Mapping[str, Mapping[str, Any]] = {
+    "euler": {}, "heun": TAU, "dpm_2": TAU, "dpmpp_2m": TAU, "lms": TAU, "deis": TAU,
+}  # fmt: skip
+"""Solvers whose formula over τ is the host's for any flow model."""
 
 
 def unet_of(model: Any) -> Any:
@@ -190,6 +202,14 @@ def load(unet: Any) -> None:
     """Put a network's weights in place, where the other's may have been: one network may hold both,
     patched for one of them, or there may be room for one at a time."""
     memory_management.load_models_gpu([unet, *unet.extra_model_patchers_during_sampling])
+
+
+def unload(patcher: Any) -> None:
+    """Take a network out of the host's list of those in place."""
+    there = memory_management.current_loaded_models
+    for loaded in [one for one in there if patcher.is_clone(one.model)]:
+        there.remove(loaded)
+        loaded.model_unload()
 
 
 def check_pair(student: Any, teacher: Any) -> None:
