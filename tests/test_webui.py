@@ -20,6 +20,12 @@ ON = Settings(enabled=True, teacher="teacher.safetensors", teacher_steps=2, teac
               teacher_cfg=4.0)  # fmt: skip
 FAST, STYLE = 0.3, -0.2
 LORA_PROMPT = "a cat <lora:fast:1>"
+TOLD_BY_WEIGHTS = (
+    "scaled.safetensors",
+    "flow.safetensors",
+    "edit.safetensors",
+    "broken.safetensors",
+)
 MODULES = ("a1111", "common", "panel")
 
 
@@ -361,6 +367,8 @@ def test_bad_input_ends_as_a_pictures_error(host, script, changes, sampler, mess
     with pytest.raises((ValueError, RuntimeError), match=message):
         p.draw(script, ON._replace(**changes))
     assert host.reported == [] and held(host) == before and convention.here().held is None
+    if changes.get("teacher") not in TOLD_BY_WEIGHTS:
+        assert host.loaded_callbacks == [host.active()]  # nothing was loaded for it
     assert torch.equal(picture(host, None), picture(host, script, ON._replace(enabled=False)))
 
 
@@ -385,7 +393,7 @@ def test_a_file_that_disappeared(host, script):
 
 def test_a_teacher_that_is_no_safetensors_file(host, script):
     (host.folder / "teacher.safetensors").write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(ValueError, match="teacher's checkpoint: .*pickle"):
+    with pytest.raises(ValueError, match=r"teacher's checkpoint: .*pickle"):
         webui.Processing(host, prompts=["a cat"]).draw(script, ON)
 
 
@@ -428,6 +436,13 @@ def test_a_failed_registration_is_seen(host):
     assert "A1111 did not take these samplers: KDPP sa_solver." in panel.said(convention.here())
 
 
+def test_a_name_that_was_asked_for_too_early_is_found(host):
+    """The host remembers what it did not know."""
+    host.sd_samplers.get_sampler_and_scheduler("KDPP er_sde", None)
+    importlib.import_module("kdpp.hosts.webui.panel").begin()
+    assert host.sd_samplers.get_sampler_and_scheduler("KDPP er_sde", None)[0] == "KDPP er_sde"
+
+
 def test_begun_twice_there_is_one_of_each(host, script):
     """The host reads its scripts anew when its page is reloaded."""
     importlib.import_module("kdpp.hosts.webui.panel").begin()
@@ -455,10 +470,11 @@ def test_the_panels_order_is_the_apis(host, script):
     assert len(script.infotext_fields) == len(components)
 
 
-def test_infotext_there_and_back(host, script):
+@pytest.mark.parametrize("hires", [True, False])
+def test_infotext_there_and_back(host, script, hires):
     """What the host writes, pasted as the host does, is what was asked."""
     asked = Settings(True, "teacher.safetensors", "<lora:style:0.5>", 3, 0.25, 2.5, "bad, \"x\"",
-                     "current", True)  # fmt: skip
+                     "current", hires)  # fmt: skip
     p = webui.Processing(host, prompts=["a cat"])
     p.draw(script, asked)
     written = {key: str(value) for key, value in p.extra_generation_params.items()}

@@ -7,6 +7,7 @@ was thrown away is on the device "meta" and fails.
 """
 
 import functools
+import importlib
 import inspect
 import re
 from collections import namedtuple
@@ -16,8 +17,6 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
-
-from kdpp.standin import CompVisDenoiser
 
 CHANNELS, TOKENS = 4, 2
 
@@ -130,7 +129,7 @@ class CFGDenoiser(torch.nn.Module):
 
     @property
     def inner_model(self):
-        return CompVisDenoiser(self.host.shared.sd_model)
+        return self.host.k_diffusion.external.CompVisDenoiser(self.host.shared.sd_model)
 
     def forward(self, x, sigma, uncond, cond, cond_scale, s_min_uncond, image_cond):
         if self.host.shared.state.interrupted:
@@ -217,7 +216,7 @@ def k_diffusion():
     """k-diffusion whose noise is each picture's own, and two of its samplers."""
     sampling = ModuleType("k_diffusion.sampling")
     external = ModuleType("k_diffusion.external")
-    external.CompVisDenoiser = CompVisDenoiser
+    external.__getattr__ = lambda name: getattr(importlib.import_module("kdpp.standin"), name)
     sampling.rng = None
     sampling.default_noise_sampler = lambda x: lambda sigma, sigma_next: sampling.rng()
 

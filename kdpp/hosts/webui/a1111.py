@@ -64,6 +64,7 @@ class A1111(Common):
     def teacher(self, p: Any, settings: Settings) -> Callable[[Any], Denoiser]:
         network = p.sd_model
         try:
+            wanted = find_loras(settings.teacher_lora)
             info = checkpoint(settings.teacher)
             if info is not None and info.filename != network.sd_checkpoint_info.filename:
                 check_files(network.sd_checkpoint_info.filename, info.filename)
@@ -72,7 +73,7 @@ class A1111(Common):
                 self.release()
             check_pair(p.sd_model, network)
             with active(network):
-                loras = Loras(settings.teacher_lora)
+                loras = Loras(wanted)
                 with loras:
                     conditions = conditions_of(p, network, settings.teacher_negative)
         except BaseException:
@@ -232,16 +233,10 @@ class Loras:
     """The teacher's LoRAs. The host has one list, which every layer obeys when it is called next;
     between ``enter`` and ``leave`` it holds these, and none of the prompt's."""
 
-    def __init__(self, text: str) -> None:
-        extension = sys.modules.get("networks")
-        self.list = getattr(extension, "loaded_networks", None)
+    def __init__(self, wanted: Sequence[tuple[Any, str, float]]) -> None:
+        self.list = getattr(extension(), "loaded_networks", None)
         self.before: list[Any] = []
-        wanted = parsed(text)
-        if wanted and self.list is None:
-            raise ValueError(
-                "kdpp: the teacher's LoRAs need the host's extension Lora, which is off"
-            )
-        self.own = [read_lora(extension, *one) for one in wanted]
+        self.own = [read_lora(*one) for one in wanted]
 
     def enter(self) -> None:
         """Put them in the place of the prompt's."""
@@ -260,16 +255,35 @@ class Loras:
         self.leave()
 
 
-def read_lora(extension: Any, name: str, weight: float) -> Any:
+def extension() -> Any:
+    """The host's extension Lora; None where it is off."""
+    found = sys.modules.get("networks")
+    return found if hasattr(found, "loaded_networks") else None
+
+
+def find_loras(text: str) -> list[tuple[Any, str, float]]:
+    """The host's entry of each LoRA that the text names, its name and its weight."""
+    found = []
+    for name, weight in parsed(text):
+        lora = extension()
+        if lora is None:
+            raise ValueError(
+                "kdpp: the teacher's LoRAs need the host's extension Lora, which is off"
+            )
+        if name not in lora.available_network_aliases:
+            lora.list_available_networks()
+        entry = lora.available_network_aliases.get(name)
+        if entry is None or not os.path.isfile(entry.filename):
+            raise ValueError(f"kdpp: there is no LoRA {name!r} for the teacher")
+        if not entry.filename.endswith(".safetensors"):
+            raise ValueError(f"kdpp: the teacher's LoRA {name!r} is not a safetensors file")
+        found.append((entry, name, weight))
+    return found
+
+
+def read_lora(entry: Any, name: str, weight: float) -> Any:
     """A LoRA from its file, as the host's own extension reads it."""
-    if name not in extension.available_network_aliases:
-        extension.list_available_networks()
-    on_disk = extension.available_network_aliases.get(name)
-    if on_disk is None or not os.path.isfile(on_disk.filename):
-        raise ValueError(f"kdpp: there is no LoRA {name!r} for the teacher")
-    if not on_disk.filename.endswith(".safetensors"):
-        raise ValueError(f"kdpp: the teacher's LoRA {name!r} is not a safetensors file")
-    net = extension.load_network(name, on_disk)
+    net = extension().load_network(name, entry)
     net.te_multiplier = net.unet_multiplier = weight
     net.dyn_dim = None
     return net
@@ -296,7 +310,7 @@ def active_model_kept() -> Iterator[None]:
     data, hijack = sd_models.model_data, sd_hijack.model_hijack
     student = data.sd_model
     lists = [data.loaded_sd_models]
-    lists += [getattr(sys.modules.get("networks"), "loaded_networks", [])]
+    lists += [getattr(extension(), "loaded_networks", [])]
     lists += [shared.loaded_hypernetworks]
     contents = [[*one] for one in lists]
     attributes: Sequence[tuple[Any, str]] = [
