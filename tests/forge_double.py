@@ -5,14 +5,12 @@ memory holds the LoRAs of the patcher that was loaded last; asked for another on
 """
 
 import copy
-import inspect
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 
 import webui_double as webui
-from webui_double import CHANNELS, module
+from webui_double import module
 
 
 class SD15:
@@ -223,19 +221,28 @@ class KDiffusionSampler(webui.KDiffusionSampler):
 
 
 def sample_ipndm(model, x, sigmas, extra_args=None, callback=None, disable=None, max_order=4):
-    """The host's own form."""
+    """Another formula than kdpp's."""
+    return x
+
+
+def sample_unipc(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """Another formula than kdpp's."""
     return x
 
 
 class Forge(webui.Host):
     """One active engine; others can be loaded beside it, and the memory management knows all."""
 
-    version, sampler_base = "2.0.1v1.10.1", KDiffusionSampler
+    version = "2.0.1v1.10.1"
+    other = ("IPNDM", sample_ipndm)
 
     def __init__(self, folder):
         super().__init__(folder)
         self.current_loaded_models, self.unloaded, self.swaps = [], [], []
-        self.engine, self.checkpoints, self.told, self.read = None, {}, {}, []
+        self.engine, self.checkpoints, self.read = None, {}, []
+        self.text_engine = module(
+            "backend.text_processing.classic_engine", last_extra_generation_params={}
+        )
         self.opts.CLIP_stop_at_last_layers = 2
         for name in ("load_network", "loaded_networks"):
             delattr(self.loras, name)
@@ -247,14 +254,19 @@ class Forge(webui.Host):
         self.loras.load_lora_for_models = self.load_lora_for_models
         self.data = SimpleNamespace(forge_loading_parameters={"additional_modules": ["vae"]})
 
+    @property
+    def told(self):
+        """What the text encoders have for infotext."""
+        return self.text_engine.last_extra_generation_params
+
     def samplers(self):
-        self.sampler_class = type("Sampler", (self.sampler_base,), {"host": self})
+        self.sampler_class = type("Sampler", (KDiffusionSampler,), {"host": self})
         made = super().samplers()
-        row = ("IPNDM", sample_ipndm, {})
-        made.rows.append(row)
-        data = webui.SamplerData(row[0], lambda model: self.sampler_class(row[1], model), [], {})
+        name, function = self.other
+        made.rows.append((name, function, {}))
+        data = webui.SamplerData(name, lambda model: self.sampler_class(function, model), [], {})
         made.all_samplers.append(data)
-        made.all_samplers_map["IPNDM"] = data
+        made.all_samplers_map[name] = data
         return made
 
     def active(self):
@@ -327,13 +339,10 @@ class Forge(webui.Host):
                 "backend.sampling.sampling_function",
                 sampling_function_inner=sampling_function_inner,
             ),
-            module("backend.text_processing.classic_engine", **self.text_engine()),
+            self.text_engine,
             module("modules_forge", __path__=[]),
             module("modules_forge.forge_version", version=self.version),
         ]  # fmt: skip
-
-    def text_engine(self):
-        return {"last_extra_generation_params": self.told}
 
     def modules(self):
         found = super().modules()
@@ -362,21 +371,17 @@ class DynamicArgs:
     ops = None
 
 
-def sample_euler_cfg_pp(model, x, sigmas, extra_args=None, callback=None, disable=None):
-    """A sampler of the host's own that guides at the unconditional estimate."""
-    return x
-
-
 class Neo(Forge):
     """As Forge; its loader notes what it loaded, and forgets what the run has prepared."""
 
     version = "neo"
+    other = ("UniPC", sample_unipc)
 
     def __init__(self, folder):
         self.dynamic_args = type("dynamic_args", (DynamicArgs,), {})
+        self.dynamic_args.last_extra_generation_params = {}
         super().__init__(folder)
-        self.dynamic_args.ref_latents = ["of the run"]
-        self.dynamic_args.last_extra_generation_params = self.told
+        del self.text_engine.last_extra_generation_params
 
     def forge_loader(self, filename, additional_state_dicts=None):
         if not self.dynamic_args.loading_refiner:
@@ -384,8 +389,9 @@ class Neo(Forge):
         self.dynamic_args.kontext = "kontext" in filename
         return super().forge_loader(filename, additional_state_dicts)
 
-    def text_engine(self):
-        return {}
+    @property
+    def told(self):
+        return self.dynamic_args.last_extra_generation_params
 
     def backend(self):
         alter = [webui.SamplerData("Euler CFG++", None, ["euler_cfg_pp"], {})]
@@ -425,6 +431,3 @@ class Processing(webui.Processing):
                 for _ in range(2 if self.is_hr_pass else 1):
                     self.hook(script.process_before_every_sampling, args, x=x)
             return self.sampler.sample(self, x)
-
-
-assert "noise_sampler" not in inspect.signature(sample_ipndm).parameters

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -89,16 +90,16 @@ class Forge(Common):
         return host_model(ask, unet_of(model))
 
     def teacher(self, p: Any, settings: Settings) -> Callable[[Any], Denoiser]:
-        student = p.sd_model
+        student = engine = p.sd_model
         try:
-            info = checkpoint(settings.teacher)
+            info, loras = checkpoint(settings.teacher), lora_files(settings.teacher_lora)
             if info is None or info.filename == student.sd_checkpoint_info.filename:
                 self.release()
-                engine = with_loras(student, settings.teacher_lora)
             else:
                 check_files(student.sd_checkpoint_info.filename, info.filename)
-                engine = with_loras(self.load(info), settings.teacher_lora)
+                engine = self.load(info)
             check_pair(student, engine)
+            engine = with_loras(engine, loras)
             conditions = self.conditions(p, engine, settings.teacher_negative)
         except BaseException:
             self.release()
@@ -234,34 +235,36 @@ def check_pair(student: Any, teacher: Any) -> None:
         )
 
 
-def with_loras(engine: Any, text: str) -> Any:
-    """An engine's networks with these LoRAs, and none of the prompt's; nothing is moved."""
-    made = copy.copy(engine)
-    made.forge_objects = objects = engine.forge_objects_original.shallow_copy()
+def lora_files(text: str) -> list[tuple[str, float]]:
+    """Files and weights of ``<lora:name:weight>`` tags; ValueError where one is not to be had."""
     wanted = parsed(text)
     extension: Any = sys.modules.get("networks")
     if wanted and extension is None:
         raise ValueError("kdpp: the teacher's LoRAs need the host's extension Lora, which is off")
+    found = []
     for name, weight in wanted:
-        file = lora_file(extension, name)
+        if name not in extension.available_network_aliases:
+            extension.list_available_networks()
+        entry = extension.available_network_aliases.get(name)
+        if entry is None or not os.path.isfile(entry.filename):
+            raise ValueError(f"kdpp: there is no LoRA {name!r} for the teacher")
+        if not entry.filename.endswith(".safetensors"):
+            raise ValueError(f"kdpp: the teacher's LoRA {name!r} is not a safetensors file")
+        found.append((entry.filename, weight))
+    return found
+
+
+def with_loras(engine: Any, loras: Sequence[tuple[str, float]]) -> Any:
+    """An engine's networks with these LoRAs, and none of the prompt's; nothing is moved."""
+    made = copy.copy(engine)
+    made.forge_objects = objects = engine.forge_objects_original.shallow_copy()
+    extension: Any = sys.modules.get("networks")
+    for file, weight in loras:
         objects.unet, objects.clip = extension.load_lora_for_models(
             objects.unet, objects.clip, extension.load_lora_state_dict(file), weight, weight,
             filename=file,
         )  # fmt: skip
     return made
-
-
-def lora_file(extension: Any, name: str) -> str:
-    """A LoRA's file; ValueError where there is none."""
-    if name not in extension.available_network_aliases:
-        extension.list_available_networks()
-    found = extension.available_network_aliases.get(name)
-    if found is None:
-        raise ValueError(f"kdpp: there is no LoRA {name!r} for the teacher")
-    file: str = found.filename
-    if not file.endswith(".safetensors"):
-        raise ValueError(f"kdpp: the teacher's LoRA {name!r} is not a safetensors file")
-    return file
 
 
 def conditions_with_clip_skip(p: Any, engine: Any, negative: str) -> tuple[Any, Any]:
