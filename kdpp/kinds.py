@@ -68,6 +68,8 @@ class OwnCFG(Transparent):
 
     divisible = False
     """Whether a batch may be split over several calls: it sees to the size of its own halves."""
+    halves = 1
+    """How often a call evaluates the network where the CFG scale is not 1."""
 
     def __init__(
         self, model: Denoiser, uncond_denoised: Callable[[], Tensor] | None = None

@@ -196,6 +196,8 @@ class HostModel(OwnCFG):
             model), or one is given alone; in a run of a CFG++ sampler, no unconditional estimate.
     """
 
+    halves = 2
+
     def __init__(
         self,
         ask: Callable[..., Tensor | tuple[Tensor, Tensor | None]],

@@ -15,6 +15,9 @@ class VE:
 
     sigma_min, sigma_max = torch.tensor(0.0292), torch.tensor(14.6146)
 
+    def percent_to_sigma(self, percent):
+        return float(self.sigma_max) ** (1 - percent) * float(self.sigma_min) ** percent
+
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return noise * ((1 + sigma**2).sqrt() if max_denoise else sigma) + latent_image
 
@@ -27,6 +30,9 @@ class CONST:
 
     sigma_min, sigma_max = torch.tensor(0.003), torch.tensor(1.0)
 
+    def percent_to_sigma(self, percent):
+        return 1.0 - percent
+
     def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
         return sigma * noise + (1 - sigma) * latent_image
 
@@ -37,9 +43,22 @@ class CONST:
 class SD15:
     """A latent format."""
 
+    latent_channels = 4
+
 
 class Flux:
     """Another."""
+
+    latent_channels = 16
+
+
+class Wide(SD15):
+    """One of the same name and other channels."""
+
+    latent_channels = 9
+
+
+Wide.__name__ = "SD15"
 
 
 class Base:
@@ -85,6 +104,10 @@ class Patcher:
 
     def get_model_object(self, name):
         return getattr(self.model, name)
+
+    def memory_required(self, input_shape):
+        ASKED_ROOM.append(tuple(input_shape))
+        return 1000
 
     def pre_run(self):
         self.model.current_patcher = self
@@ -170,6 +193,7 @@ class KSamplerX0Inpaint:
         return out
 
 
+ASKED_ROOM = []  # the shapes for whose evaluation room was asked
 LOADED = []  # the names of what was loaded, in order
 
 
@@ -177,6 +201,40 @@ def load_models_gpu(patchers, **_):
     for one in patchers:
         LOADED.append(one.name)
         one.model.patch, one.model.loaded = one.patch, one.name
+
+
+INTERRUPT = []  # what the next look for an interrupt raises
+
+
+def throw_exception_if_processing_interrupted():
+    if INTERRUPT:
+        raise INTERRUPT.pop()
+
+
+SHOWN = []  # of progress bars: (done, of how much)
+
+
+class ProgressBar:
+    """A node's."""
+
+    def __init__(self, total):
+        self.total, self.current = total, 0
+
+    def update(self, value):
+        self.current += value
+        SHOWN.append((self.current, self.total))
+
+
+class Server:
+    """What is told to the browser."""
+
+    last_node_id = "7"
+
+    def __init__(self):
+        self.told = []
+
+    def send_progress_text(self, text, node_id):
+        self.told.append((text, node_id))
 
 
 def set_post_cfg(model_options, function, disable_cfg1_optimization=False):
@@ -232,7 +290,7 @@ def modules(v3):
     """The modules by their names, for ``sys.modules``."""
     io = SimpleNamespace(
         **{name: v3_type(name) for name in (
-            "Combo", "Conditioning", "Float", "Guider", "Int", "Latent", "Model", "Noise",
+            "Combo", "Conditioning", "Float", "Guider", "Image", "Int", "Latent", "Model", "Noise",
             "Sampler", "Sigmas", "String")},
         Schema=Schema, ComfyNode=object, NodeOutput=lambda *made: made,
     )  # fmt: skip
@@ -240,7 +298,12 @@ def modules(v3):
         "comfy": {},
         "comfy.samplers": {"CFGGuider": CFGGuider, "Sampler": Sampler,
                            "KSamplerX0Inpaint": KSamplerX0Inpaint},
-        "comfy.model_management": {"load_models_gpu": load_models_gpu},
+        "comfy.model_management": {
+            "load_models_gpu": load_models_gpu,
+            "throw_exception_if_processing_interrupted": throw_exception_if_processing_interrupted,
+        },
+        "comfy.utils": {"ProgressBar": ProgressBar},
+        "server": {"PromptServer": SimpleNamespace(instance=Server())},
         "comfy.model_patcher": {"create_model_options_clone": dict,
                                 "set_model_options_post_cfg_function": set_post_cfg},
         "comfy.model_sampling": {"CONST": CONST},

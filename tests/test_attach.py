@@ -294,10 +294,10 @@ def test_inpainting(family):
 
 
 def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
-    """Its two examples, on folders of those names."""
+    """Its examples, on folders of those names."""
     page = Path(__file__).parents[1] / "docs" / "diffusers.md"
     codes = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
-    assert len(codes) == 2
+    assert len(codes) == 3
     monkeypatch.chdir(tmp_path)
     tiny.sdxl().save_pretrained("sdxl-lightning")
     other(tiny.sdxl).save_pretrained("sdxl")

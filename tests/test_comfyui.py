@@ -2,9 +2,12 @@
 
 import asyncio
 import importlib
+import itertools
 import json
 import logging
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,9 @@ import comfy_double as comfy
 import kdpp
 from kdpp.checkpoints.presets import PRESETS
 from kdpp.hosts.comfyui import nodes
-from problems import SHAPE, conditions, karras, mixture, relative, seeded
+from kdpp.hosts.comfyui.forms import form_of
+from kdpp.lab import tuning as kdpp_tuning
+from problems import SHAPE, Gaussian, conditions, karras, mixture, relative, seeded
 
 BATCH, SEED = 3, 42
 COND, UNCOND = conditions(BATCH)
@@ -30,10 +35,12 @@ def host(monkeypatch):
     """The double in the place of ComfyUI; afterwards nothing of it is left."""
     for name, module in comfy.modules(v3=True).items():
         monkeypatch.setitem(sys.modules, name, module)
-    comfy.LOADED.clear()
+    for told in (comfy.LOADED, comfy.SHOWN, comfy.ASKED_ROOM, comfy.INTERRUPT):
+        told.clear()
     yield
-    sys.modules.pop("kdpp.hosts.comfyui.sampling", None)
-    vars(sys.modules["kdpp.hosts.comfyui"]).pop("sampling", None)
+    for name in ("sampling", "tuning"):
+        sys.modules.pop(f"kdpp.hosts.comfyui.{name}", None)
+        vars(sys.modules["kdpp.hosts.comfyui"]).pop(name, None)
 
 
 def network(seed, kind="ve"):
@@ -140,6 +147,12 @@ def test_weights_change_places_in_guided_steps_alone():
     student, teacher = pair(shared=True)
     picture(guider(student, teacher))
     assert " ".join(comfy.LOADED) == "student teacher student" + 2 * " teacher student"
+
+
+def test_room_for_an_evaluation_is_left_beside_the_weights():
+    """Of both halves of CFG, for all rows, as the host does for its own samplers."""
+    picture(guider(*pair(shared=True)))
+    assert set(comfy.ASKED_ROOM) == {(2 * BATCH, *SHAPE)}
 
 
 @pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_sde", "lcm"])
@@ -270,7 +283,11 @@ def test_the_hosts_noise_is_looked_up_when_it_is_needed(solver, monkeypatch):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ({"latents": comfy.Flux}, "student's latents are SD15 and the teacher's Flux"),
+        (
+            {"latents": comfy.Flux},
+            r"are SD15 \(4 channels\) and the teacher's Flux \(16 channels\)",
+        ),
+        ({"latents": comfy.Wide}, r"are SD15 \(4 channels\) and the teacher's SD15 \(9 channels\)"),
         ({"levels": comfy.CONST}, "student is not a flow model and the teacher is a flow model"),
     ],
 )
@@ -337,6 +354,173 @@ def test_compare_takes_its_own_guider_and_sampler():
     assert comfy.LOADED == []
 
 
+# ------------------------------------------------------------------------------- Tune
+
+
+def tuned(made, kind="ve", noise=None, **settings):
+    """The verdict of Tune and its picture, with 20 samples and a teacher's run of 8 steps."""
+    (sampler,) = nodes.make_sampler(**{**SETTINGS, **settings})
+    noise = noise or SimpleNamespace(seed=SEED, generate_noise=many)
+    latent = {"samples": EMPTY}
+    for one in (made, made.teacher):  # those of one picture, as prompts are
+        one.set_conds(COND[:1], UNCOND[:1])
+    return nodes.make_tuning(noise, made, sampler, SIGMAS[kind], latent, 20, 8, 8)
+
+
+ROWS = torch.empty(20, *SHAPE)
+
+
+def many(latent):
+    """Noise for all rows of a latent."""
+    return seeded(*latent["samples"].shape, seed=9)
+
+
+def by_the_lab(kind, solver, teacher, cfg):
+    """The answer of `kdpp.lab.tune.tune` in VE form, with the pair's own CFG, on the same noise."""
+
+    def host(denoiser):
+        def ask(x, sigma, cfg_scale):
+            cond, uncond = (denoiser(x, sigma, cond=one[:1]) for one in (COND, UNCOND))
+            return uncond + (cond - uncond) * cfg_scale, uncond
+
+        return kdpp.HostModel(ask, flow=False, sigma_min=comfy.VE.sigma_min, sigma_max=1e4)
+
+    levels, first = SIGMAS[kind].tolist(), (1 + SIGMAS[kind][0] ** 2).sqrt()
+    if kind == "flow":
+        levels = kdpp_tuning.levels_in_ve(levels)
+        first = levels[0]
+    if (kind, solver) == ("flow", "heun"):
+        solver = partial(kdpp.sample_heun_tg, variable="tau")
+    return kdpp_tuning.tune(
+        host(plus_lora(mixture(0))), host(teacher), many({"samples": ROWS}) * first, levels,
+        {"cond_scale": cfg}, sampler=solver, teacher_cfg_scale=4.0, detail=8, batch=4, seed=SEED,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver", "cfg", "shared"),
+    [
+        ("ve", "euler", 2.0, False),
+        ("ve", "euler_ancestral", 1.0, True),
+        ("ve", "euler_cfg_pp", 1.0, False),
+        ("flow", "heun", 2.0, True),  # ComfyUI's form of it
+        ("flow", "euler_cfg_pp", 1.0, False),
+    ],
+)
+def test_tune_says_what_kdpp_tune_says(kind, solver, cfg, shared):
+    """The same answer, price and table, with what to set in the nodes."""
+    said, image = tuned(guider(*pair(kind, shared), cfg=cfg), kind, solver=solver)
+    found = by_the_lab(kind, solver, mixture(0 if shared else 1), cfg)
+    assert said.startswith(found.advice) and said.endswith(found.table)
+    assert found.by == "teacher"
+    (step,), level = found.settings["teacher_steps"], found.settings["renoise"]
+    level = level / (1 + level) if kind == "flow" else level
+    assert (
+        f"KDPP Sampler: first_step {step}, teacher_steps 1, teacher_scale "
+        f"{found.settings['teacher_scale']:g}, renoise level, level {level:.6g}, "
+        f"renoise_eta {found.settings['renoise_eta']:g}.\nTeacher Guider: teacher_cfg "
+        f"{found.settings['teacher_cfg_scale']:g}."
+    ) in said
+    assert ("that of the setting is τ" in said) == (kind == "flow")
+    assert image.shape[0] == 1 and image.shape[3] == 3 and 0.0 <= image.min() < image.max() <= 1.0
+
+
+def test_the_price_is_said_before_the_work():
+    """In the log and on the node; the bar runs to what was announced, or less."""
+    server = sys.modules["server"].PromptServer.instance
+    tuned(guider(*pair()))
+    ((price, node),) = server.told
+    total = sum(
+        int(n.replace(",", "")) for n in re.findall(r"([\d,]+)\s+(?:evaluations|of)", price)
+    )
+    assert node == server.last_node_id and re.match("20 samples, .* seconds$", price)
+    done, all_of_it = zip(*comfy.SHOWN)
+    assert set(all_of_it) == {total} and 0 < done[0] < done[-1] <= total
+    assert list(done) == sorted(done)
+
+
+@pytest.mark.parametrize("at", [1, 40])
+def test_tune_can_be_interrupted(at, monkeypatch):
+    """Within one call of a model; the host is usable afterwards, and the answer the same."""
+    made = guider(*pair(shared=True))
+    said, _ = tuned(made)
+    before = picture(made)
+    asked = []
+
+    def look():
+        asked.append(None)
+        if len(asked) == at:
+            raise KeyboardInterrupt
+
+    name = "throw_exception_if_processing_interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["comfy.model_management"], name, look)
+        with pytest.raises(KeyboardInterrupt):
+            tuned(made)
+    assert len(asked) == at and comfy.LOADED[-1] == "student"
+    assert torch.equal(picture(made), before)
+    assert tuned(made)[0] == said
+
+
+def test_tune_leaves_the_guider_as_it_was():
+    """Its looks have CFG scales of their own; the next picture has the user's."""
+    made = guider(*pair(), cfg=2.0)
+    before = picture(made)
+    tuned(made)
+    assert made.cfg == 2.0 and torch.equal(picture(made), before)
+
+
+def test_weights_change_places_where_another_is_asked():
+    """Not round each of the teacher's many calls."""
+    made = guider(*pair(shared=True))
+    tuned(made)
+    assert len(comfy.LOADED) < len(comfy.SHOWN)
+    assert all(one != other for one, other in itertools.pairwise(comfy.LOADED))
+
+
+def exact(x, sigma, cond=None):
+    """A consistency model of `GAUSSIAN`: where its ODE ends."""
+    mean, variance = (one.to(x) for one in (GAUSSIAN.mean, GAUSSIAN.variance))
+    return mean + (x - mean) * (variance / (variance + sigma.view(-1, 1, 1, 1) ** 2)).sqrt()
+
+
+GAUSSIAN = Gaussian(torch.full(SHAPE, 0.3), torch.full(SHAPE, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("student", "solver", "said"),
+    [
+        (exact, "lcm", "KDPP Sampler: teacher_steps 0."),
+        (GAUSSIAN, "euler", "Teacher Guider: connect the student's MODEL to teacher as well."),
+    ],
+)
+def test_what_tune_says_where_the_teacher_is_not_needed(student, solver, said):
+    """A student that misses nothing, and one whose own second look gains as much."""
+    bases = [comfy.Base(lambda x, sigma, cond, of=of: of(x, sigma)) for of in (student, GAUSSIAN)]
+    patchers = [comfy.Patcher(base, name=name) for base, name in zip(bases, ("student", "teacher"))]
+    made = guider(*patchers, cfg=1.0, teacher_cfg=1.0)
+    verdict, _ = tuned(made, solver=solver)
+    assert said in verdict
+
+
+@pytest.mark.parametrize(
+    ("mask", "sampler", "message"),
+    [
+        (EMPTY, True, "Tune takes no mask"),
+        (None, False, "the guider of Teacher Guider and the sampler of KDPP"),
+    ],
+)
+def test_what_tune_refuses_it_refuses_before_any_work(mask, sampler, message):
+    (own,) = nodes.make_sampler(**SETTINGS)
+    noise = SimpleNamespace(seed=SEED, generate_noise=many)
+    latent = {"samples": EMPTY, "noise_mask": mask}
+    with pytest.raises(ValueError, match=message):
+        nodes.make_tuning(
+            noise, guider(*pair()), own if sampler else object(), SIGMAS["ve"], latent, 20, 8, 8
+        )
+    assert comfy.LOADED == []
+
+
 # ------------------------------------------------------------------------------- the nodes
 
 
@@ -397,15 +581,84 @@ def test_a_preset_is_its_levels_and_settings(name):
     sigmas, sampler, cfg, teacher_cfg = nodes.make_preset(name, 0, 1024, 768)
     assert sigmas.tolist() == pytest.approx(preset.sigmas(None, (768, 1024)))
     assert (cfg, teacher_cfg) == (preset.cond_scale, preset.teacher_cfg_scale)
-    assert sampler.solver is kdpp.SOLVERS[preset.sampler]
+    assert sampler.name == preset.sampler and not sampler.comfyui
     assert sampler.guidance["teacher_scale"] == preset.teacher_scale
 
 
-def test_settings_that_a_solver_does_not_have_are_left_out():
-    (sampler,) = nodes.make_sampler(**SETTINGS)
-    assert sampler.options.keys() <= kdpp.SOLVERS["euler"].options.keys()
-    (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": "euler_ancestral", "eta": 0.5})
-    assert sampler.options == {"eta": 0.5, "s_noise": 1.0}
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        ("euler", {"s_noise": 1.0}),
+        ("dpmpp_2m", {}),
+        ("euler_ancestral", {"eta": 0.5, "s_noise": 1.0}),
+        ("dpm_fast", {"s_noise": 1.0}),
+    ],
+)
+def test_settings_that_a_solver_does_not_have_are_left_out(solver, options):
+    """So is eta where noise is not added unless it is asked for."""
+    (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": solver, "eta": 0.5})
+    assert sampler.form(comfy.VE(), SIGMAS["ve"]).options == options
+
+
+def test_the_forms_are_those_of_the_page():
+    """docs/solvers.md says what to run for ComfyUI's sampler; every name but those without twin."""
+    page = Path(__file__).parents[1].joinpath("docs/solvers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
+    assert len(rows) > 25
+    sigmas = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.0])
+    for name, *cells in rows:
+        for flow, cell in enumerate(cells):
+            if not cell.startswith("`"):
+                continue
+            form = form_of(name, sigmas, comfy.CONST(), bool(flow), True)
+            told = {"order": 3} if "order=3" in cell else {}
+            fixed = {k: v for k, v in form.options.items() if k not in ("s_tmin", "s_tmax")}
+            said = re.match(r"`(\w+)(?:\((.*)\))?`", cell)
+            expected = dict(part.split("=") for part in (said[2] or "").split(", ") if part)
+            expected = {k: int(v) if k == "order" else v for k, v in expected.items()}
+            if "variant" not in expected and form.solver.name == "unipc":
+                fixed.pop("variant", None)
+            assert form.solver.name == said[1] and fixed == expected | told, name
+            stars = cell.replace("\\", "").split("` ")[-1].split()
+            assert (form.sigmas[0] < 1.0) == (bool(flow) and "*" in stars), name
+            assert (form.sigmas[-1] > 0.0) == ("unipc" in cell)
+
+
+def test_comfyuis_form_or_kdpps():
+    """kdpp's own formula is there, too; a name that kdpp does not have is ComfyUI's always."""
+    for form, rule in ((nodes.COMFYUI, {"variable": "tau"}), (nodes.KDPP, {})):
+        (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": "dpmpp_2m", "form": form})
+        assert sampler.form(comfy.CONST(), SIGMAS["flow"]).options == rule
+        (sampler,) = nodes.make_sampler(**{**SETTINGS, "solver": "uni_pc", "form": form})
+        assert sampler.form(comfy.CONST(), SIGMAS["flow"]).solver.name == "unipc"
+
+
+def test_dpm_fast_has_the_schedules_ends():
+    """Its own levels between them, and a bar that comes to its end."""
+    heard = []
+    found = picture(
+        guider(*pair()), solver="dpm_fast", teacher_scale=0.0,
+        callback=lambda *told: heard.append(told),
+    )  # fmt: skip
+    assert [(i, total) for i, _, _, total in heard] == [(i, len(heard)) for i in range(len(heard))]
+    x = NOISE * (1 + SIGMAS["ve"][0] ** 2).sqrt()
+    model = kdpp.TeacherGuidedDenoiser(plus_lora(mixture(0)), mixture(1), teacher_steps=0)
+    extra_args = {"cond": COND, "uncond": UNCOND, "cond_scale": 2.0}
+    ends = [float(level) for level in (SIGMAS["ve"][-2], SIGMAS["ve"][0])]
+    expected = kdpp.sample_dpm_fast_tg(model, x, *ends, 4, extra_args, disable=True) / 0.5
+    assert relative(found, expected) < 1e-12
+
+
+def test_a_model_with_louder_noise():
+    """Some flow models' noise is not of unit variance: the noise that is added is as loud."""
+    made = guider(*pair("flow"))
+    plain = picture(made, kind="flow", solver="lcm")
+    comfy.CONST.noise_scale = 8.0
+    try:
+        loud = picture(made, kind="flow", solver="lcm")
+    finally:
+        del comfy.CONST.noise_scale
+    assert relative(loud, plain) > 1e-3
 
 
 def test_renoise_may_be_a_level():
@@ -420,10 +673,10 @@ WORKFLOWS = sorted(PACK.glob("example_workflows/*.json"))
 
 
 def test_there_are_examples():
-    """Of a separate teacher, a LoRA with its base, a preset, and Compare."""
+    """Of a separate teacher, a LoRA with its base, a preset, Compare and Tune."""
     used = [one["type"] for path in WORKFLOWS for one in json.loads(path.read_text())["nodes"]]
     ours = {one for one in used if one.startswith("KDPP")}
-    assert len(WORKFLOWS) == 4 and ours == {node.id for node in nodes.NODES}
+    assert len(WORKFLOWS) == 5 and ours == {node.id for node in nodes.NODES}
     assert "LoraLoaderModelOnly" in used
 
 

@@ -497,8 +497,10 @@ def test_axes_of_the_xyz_plot(host, script):
 
     plot = SimpleNamespace(AxisOption=AxisOption, axis_options=[AxisOption("Seed", int, None)])
     sys.modules["modules.scripts"].scripts_data += [SimpleNamespace(module=plot), object()]
-    for _ in range(2):
-        (add,) = host.callbacks["before_ui"]
+    panel = importlib.import_module("kdpp.hosts.webui.panel")
+    panel.begin()  # a host without a page does no more
+    assert len(plot.axis_options) == 1 + len(FIELDS)
+    for add in host.callbacks["before_ui"]:
         add()
     axes = {one.label: one for one in plot.axis_options}
     assert len(axes) == len(plot.axis_options) == 1 + len(FIELDS)

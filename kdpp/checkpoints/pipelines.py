@@ -11,8 +11,11 @@ width), and for Wan (batch, channels, frames, height, width).
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -305,18 +308,36 @@ FAMILIES = {
 
 
 def family_of(pipe: Any) -> Family:
-    """The pipeline's entry in `FAMILIES`, also of its forms for image to image and inpainting.
+    """The pipeline's entry in `FAMILIES`, also of its forms: for image to image, modular, ….
 
     Raises TypeError for a class that is not there.
     """
+    return FAMILIES[family_name(pipe)]
+
+
+def family_name(pipe: Any) -> str:
+    """The name of that entry."""
     for kind in type(pipe).__mro__:
-        name = kind.__name__.replace("Img2Img", "").replace("Inpaint", "")
+        name = re.sub("Img2Img|Inpaint|Modular", "", kind.__name__)
         if name in FAMILIES:
-            return FAMILIES[name]
+            return name
     raise TypeError(
         f"{type(pipe).__name__} is not a pipeline that kdpp knows; it knows diffusers' "
-        f"{', '.join(FAMILIES)}, and their Img2Img and Inpaint"
+        f"{', '.join(FAMILIES)}, and their Img2Img, Inpaint and Modular"
     )
+
+
+def ordinary(pipe: Any) -> Any:
+    """A modular pipeline's parts as an ordinary one, which encodes prompts; others as they are."""
+    if "Modular" not in type(pipe).__name__:
+        return pipe
+    kind = getattr(importlib.import_module("diffusers"), family_name(pipe))
+    known = {**pipe.config, **pipe.components}
+    parts = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in known or parameter.default is parameter.empty:
+            parts[name] = known.get(name)
+    return kind(**parts)
 
 
 def network_of(pipe: Any) -> Any:
@@ -393,6 +414,7 @@ def encode(
             prompt holds what the web UIs read and kdpp does not (`kdpp.checkpoints.prompts`); or
             there is no such layer.
     """
+    pipe = ordinary(pipe)
     family, network = family_of(pipe), network_of(pipe)
     if prompt is None and options.get("prompt_embeds") is None:
         raise ValueError("give a prompt, or prompt_embeds")

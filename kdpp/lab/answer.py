@@ -58,9 +58,14 @@ class Tuning:
         return f"model = kdpp.TeacherGuidedDenoiser(student, {helper}, {settings})"
 
     @property
+    def advice(self) -> str:
+        """The verdict in words, and its price."""
+        return "\n".join(_advice(self))
+
+    @property
     def verdict(self) -> str:
         """The verdict in words, its price, and the code."""
-        return "\n".join(_verdict(self))
+        return self.advice if self.by is None else f"{self.advice}\n\n{self.code}"
 
     @property
     def table(self) -> str:
@@ -86,7 +91,7 @@ def _noise(eta: float) -> str:
     return "fresh noise" if eta else "the student's noise"
 
 
-def _verdict(tuning: Tuning) -> list[str]:
+def _advice(tuning: Tuning) -> list[str]:
     check, cost = tuning.check, tuning.cost
     if check is None or cost is None:
         return [
@@ -113,7 +118,7 @@ def _verdict(tuning: Tuning) -> list[str]:
         ]
     price = f"{cost.student} evaluations of the student and {cost.teacher} of the teacher"
     compute = f", {cost.compute:.2f} times the student's compute alone" if cost.compute else ""
-    return [*lines, f"An image takes {price}{compute}.", "", tuning.code]
+    return [*lines, f"An image takes {price}{compute}."]
 
 
 def _table(tuning: Tuning) -> list[str]:

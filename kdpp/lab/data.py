@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdpp.lab.idx import read_pair
 from kdpp.solver import unknown
 
 __all__ = ["Data", "load_data"]
@@ -30,12 +31,14 @@ class Data:
         labels: int64 ``(N,)``, 0 … classes - 1.
         classes: how many classes there are; as a label, "no label".
         source: where they came from, as it was given.
+        test: others of the same kind, that nothing was trained on; None: the source has none.
     """
 
     images: Tensor
     labels: Tensor
     classes: int
     source: str = "digits"
+    test: Data | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -49,17 +52,24 @@ class Data:
 
     def to(self, device: torch.device) -> Data:
         """The same on another device."""
-        return Data(self.images.to(device), self.labels.to(device), self.classes, self.source)
+        return replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            test=self.test and self.test.to(device),
+        )
 
 
 def load_data(source: str | Path) -> Data:
-    """Load "digits", a folder of images, or an array file.
+    """Load "digits", a folder of images, an array file, or MNIST's four files.
 
     - ``digits``: scikit-learn's, all 1,797, ``(1, 8, 8)``.
     - A folder: every image in it that Pillow reads, all of one size; sub-folders, by name, are
       the classes, with whatever folders they hold. Images are turned as their EXIF data say. Grey
       ones give one channel, others three (transparency is dropped); pixels 0..255 become -1..1.
       Hidden files are passed over.
+    - ``idx:FOLDER``: the four files of MNIST, or of a set in its form such as Fashion-MNIST
+      (`kdpp.lab.idx`); ``(1, H, W)``, the 10,000 of the test part as ``test``.
     - ``.npy``: one array ``(N, …)``; ``NAME.labels.npy`` beside ``NAME.npy`` holds its labels.
     - ``.safetensors``: a tensor ``images`` or ``latents``, and ``labels`` if there are any.
 
@@ -79,6 +89,8 @@ def load_data(source: str | Path) -> Data:
         from kdpp.digits.data import load_data as load_digits
 
         return Data(*load_digits(), CLASSES)
+    if str(source).startswith("idx:"):
+        return _idx(str(source))
     path = Path(source)
     if path.is_dir():
         return _folder(path, str(source))
@@ -125,6 +137,27 @@ def _folder(folder: Path, source: str) -> Data:
     sizes = torch.tensor([len(files) for files in groups])
     labels = torch.arange(len(groups)).repeat_interleave(sizes)
     return Data(_unit(images), labels, len(groups), source)
+
+
+def _idx(source: str) -> Data:
+    folder = Path(source.removeprefix("idx:"))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}; idx:FOLDER holds MNIST's four files")
+    (images, labels), (others, beside) = (read_pair(folder, part) for part in ("train", "test"))
+    classes = int(labels.max()) + 1
+    if others.shape[1:] != images.shape[1:] or int(beside.max()) >= classes:
+        raise ValueError(
+            f"the two parts in {folder} differ: images "
+            f"{list(images.shape[1:])} of {classes} classes "
+            f"and {list(others.shape[1:])} of {int(beside.max()) + 1}; take both from one set"
+        )
+    test = Data(_tensor(others), torch.from_numpy(beside).long(), classes, source)
+    return Data(_tensor(images), torch.from_numpy(labels).long(), classes, source, test)
+
+
+def _tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Grey pixels (N, H, W), 0..255, as (N, 1, H, W), -1..1."""
+    return _unit(torch.from_numpy(images).unsqueeze(1))
 
 
 def load_pictures(folder: str | Path) -> Iterator[Tensor]:

@@ -214,9 +214,10 @@ class Pair:
         if any(step.churn is not None for step in self.plan):
             raise ValueError("tune does not follow churn; leave s_churn 0")
         self.moves = [Move.of(step) for step in self.plan]
-        asks_both = self.solver.cfg_pp and not isinstance(student, kdpp.OwnCFG)
-        halves = 2 if asks_both else self.evaluations_of("student", self.own_scale)
-        self.evaluations = halves * sum(len(step.stages) for step in self.plan)
+        each = self.evaluations_of("student", self.own_scale)
+        if self.solver.cfg_pp:
+            each = halves_of(student)
+        self.evaluations = each * sum(len(step.stages) for step in self.plan)
         self.spent: dict[By, int] = {"student": 0, "teacher": 0}
         self.progress: Callable[[int], object] = lambda count: None
 
@@ -254,7 +255,7 @@ class Pair:
 
     def evaluations_of(self, by: By, scale: float) -> int:
         """Evaluations of one call."""
-        return 1 if scale == 1.0 or isinstance(self.denoiser(by), kdpp.OwnCFG) else 2
+        return 1 if scale == 1.0 else halves_of(self.denoiser(by))
 
     def expense(self, looks: Sequence[Look], fit: int, check: int) -> tuple[int, int]:
         """Evaluations of student and teacher, at most, for a tuning with so many samples."""
@@ -513,6 +514,11 @@ def jackknife(above: Tensor, below: Tensor, sure: float) -> tuple[Tensor, Tensor
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products, sample by sample."""
     return (a.double() * b.double()).flatten(1).sum(1)
+
+
+def halves_of(denoiser: Denoiser) -> int:
+    """How often a call evaluates a network where the CFG scale is not 1."""
+    return denoiser.halves if isinstance(denoiser, kdpp.OwnCFG) else 2
 
 
 def _parameters(denoiser: Denoiser) -> int | None:

@@ -111,6 +111,14 @@ class VNetwork(nn.Module):
         """Return sigma at the fractional timesteps `t`, log-linear between the whole ones."""
         return schedules.interpolate(self.log_sigmas, t).exp()
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """The fractional timestep of σ > 0, linear in log σ; 0 or 999 outside the range."""
+        table = self.log_sigmas
+        wanted = sigma.to(table.dtype).log().clamp(table[0], table[-1])
+        high = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
+        low = high - 1
+        return low + (wanted - table[low]) / (table[high] - table[low])
+
     def _embedded(self, table: nn.Embedding, cond: Tensor) -> Tensor:
         """The labels' rows of the table; ValueError for a label that there is not."""
         try:
@@ -168,7 +176,7 @@ class ResMLP(VNetwork):
             h = block(h, condition)
         scale, shift = self.modulation(condition).chunk(2, dim=1)
         v: Tensor = self.leave(F.layer_norm(h, h.shape[1:]) * (1 + scale) + shift)
-        return v.view_as(x)
+        return v.view_as(x).to(x.dtype)  # autocast leaves it in 16 bits
 
 
 class UNet(VNetwork):
@@ -211,7 +219,7 @@ class UNet(VNetwork):
         """Predict v at x_vp = `x`; arguments and errors as in `ResMLP.forward`."""
         embedded = self.scalars(self._embedded(self.label, cond), conditions)
         v: Tensor = self.unet(x, t.to(x.dtype), class_labels=embedded, return_dict=False)[0]
-        return v
+        return v.to(x.dtype)
 
 
 def _library(module: Any) -> Any:
@@ -264,12 +272,8 @@ class VEDenoiser(nn.Module):
         return self.sigmas[-1]
 
     def sigma_to_t(self, sigma: Tensor) -> Tensor:
-        """The fractional timestep of σ > 0, linear in log σ; 0 or 999 outside the range."""
-        table = self.inner_model.log_sigmas
-        wanted = sigma.to(table.dtype).log().clamp(table[0], table[-1])
-        high = torch.searchsorted(table, wanted).clamp(1, len(table) - 1)
-        low = high - 1
-        return low + (wanted - table[low]) / (table[high] - table[low])
+        """The network's `timestep`."""
+        return self.inner_model.timestep(sigma)
 
     def t_to_sigma(self, t: Tensor) -> Tensor:
         """σ at fractional timesteps."""

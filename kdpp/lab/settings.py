@@ -129,7 +129,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def to_toml(values: Mapping[str, Any]) -> str:
-    """The values as TOML, a line for each; None is left out, tables are written inline."""
+    """The values as TOML, a line for each; None is left out, tables are written inline.
+
+    `fill` reads the text "none" as None, for a setting whose default is another.
+    """
     return "".join(f"{name} = {_written(v)}\n" for name, v in values.items() if v is not None)
 
 
@@ -173,6 +176,8 @@ def _options(hint: Any) -> tuple[Any, ...]:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
+    if value == "none" and type(None) in _options(hint):  # as TOML, which has no null, writes it
+        return None
     for option in _options(hint):
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return from_json(option, value, f"{name}.")  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kdpp.lab.arithmetic import Arithmetic
 from kdpp.lab.console import say
 from kdpp.lab.settings import fill, read_toml, read_value, setting, to_flag
 from kdpp.solver import unknown
@@ -25,7 +26,9 @@ class Common:
     """What every run is told, beside its method's settings."""
 
     seed: int = setting(0, "of everything random", low=0, high=2**32 - 1)
-    data: str = setting("digits", "digits, a folder of images, or a .npy or .safetensors file")
+    data: str = setting(
+        "digits", "digits, a folder of images, idx:FOLDER, or a .npy or .safetensors file"
+    )
     teacher: str = setting("digits:teacher", "a checkpoint, a run's folder, or a shipped model")
 
 
@@ -69,7 +72,15 @@ def run(arguments: argparse.Namespace) -> None:
     parser = _method_parser(chosen)
     found, others = parser.parse_known_args(arguments.rest, arguments)
     if others:
-        names = (*_names(Common), "out", "config", "save_every", "device", *_names(chosen.Settings))
+        names = (
+            *_names(Common),
+            *_names(Arithmetic),
+            "out",
+            "config",
+            "save_every",
+            "device",
+            *_names(chosen.Settings),
+        )
         flags = [f"--{name.replace('_', '-')}" for name in names]
         raise ValueError(unknown("argument", others[0], flags))
     if found.out is None:
@@ -103,7 +114,7 @@ def _train(chosen: Any, arguments: argparse.Namespace) -> None:
     from kdpp.lab.models import FILE, load_model
     from kdpp.lab.trainer import train
 
-    common, settings = _settings(chosen, arguments)
+    common, arithmetic, settings = _settings(chosen, arguments)
     device = processes.device(arguments.device)
     with processes.single_thread(), processes.joined(device):
         name = common.teacher if chosen.needs_teacher else None
@@ -111,7 +122,7 @@ def _train(chosen: Any, arguments: argparse.Namespace) -> None:
         data = load_data(common.data).to(device)
         if processes.rank() == 0 and (hint := _hint(settings, data.shape, name)):
             print(f"kdpp: {hint}", file=sys.stderr)
-        training = Training(chosen, settings, data, teacher, name, common.seed)
+        training = Training(chosen, settings, data, teacher, name, common.seed, arithmetic)
         trained = train(training, arguments.out, save_every=arguments.save_every)
         if processes.rank() == 0:
             say(f"{'wrote' if trained else 'finished before:'} {arguments.out / FILE}")
@@ -133,22 +144,26 @@ def _hint(settings: Any, shape: tuple[int, ...], teacher: str | None) -> str:
     )
 
 
-def _settings(chosen: Any, arguments: argparse.Namespace) -> tuple[Common, Any]:
+def _settings(chosen: Any, arguments: argparse.Namespace) -> tuple[Common, Arithmetic, Any]:
     """What the file says, and what the flags say, whose word is the last."""
     given: dict[str, Any] = {}
     if arguments.config is not None:
         given = read_toml(arguments.config)
         if given.pop("method", chosen.name) != chosen.name:
             raise ValueError(f"{arguments.config} is for another method than {chosen.name}")
-    for kind in (Common, chosen.Settings):
+    for kind in (Common, Arithmetic, chosen.Settings):
         for name in _names(kind):
             text = getattr(arguments, name, None)
             if text is not None:
                 given[name] = read_value(kind, name, text)
-    common = {name: given.pop(name) for name in _names(Common) if name in given}
+    common, arithmetic = (
+        {name: given.pop(name) for name in _names(kind) if name in given}
+        for kind in (Common, Arithmetic)
+    )
     if "teacher" in common and not chosen.needs_teacher:
         raise ValueError(f"{chosen.name} has no teacher; leave --teacher out")
-    return fill(Common, common), fill(chosen.Settings, given, f"of {chosen.name}")
+    own = fill(chosen.Settings, given, f"of {chosen.name}")
+    return fill(Common, common), fill(Arithmetic, arithmetic), own
 
 
 def _method_parser(chosen: Any) -> argparse.ArgumentParser:
@@ -166,6 +181,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run; a killed one goes on there")
     parser.add_argument("--config", type=Path, help="TOML file of settings; flags override it")
     _add_settings(parser, Common)
+    _add_settings(parser, Arithmetic)
     parser.add_argument(
         "--save-every", type=int, default=200, help="iterations between saved states (default: 200)"
     )

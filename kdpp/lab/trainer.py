@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 from kdpp import _version
 from kdpp.checks import check_count
 from kdpp.lab import processes
+from kdpp.lab.arithmetic import clip, compiled, products_in
 from kdpp.lab.files import locked, make_folder, remove_leftovers, write_atomically
 from kdpp.lab.methods import Draws, Method, Training
 from kdpp.lab.models import FILE, DataOrigin, ModelCard, TeacherOrigin, load_model, save_model
 from kdpp.lab.networks import VNetwork
-from kdpp.lab.settings import as_dict, from_json, to_toml
+from kdpp.lab.settings import from_json, to_toml
 
 __all__ = ["train"]
 
@@ -107,7 +108,7 @@ class Loop:
         self.names: tuple[str, ...] = ()
         self.rows: list[str] = []
         self.saved = 0
-        self.evaluated = 0  # images, by the networks of this process
+        self.evaluated = self.before = 0  # images, by the networks of this process; at the start
 
     def go(self, disable: bool | None) -> None:
         """Every iteration that is left, and the finished model."""
@@ -115,8 +116,7 @@ class Loop:
         total = self.method.iterations
         if self.main:
             self._begin(start)
-        for optimiser in self.method.optimisers.values():
-            optimiser.register_step_pre_hook(_average_gradients)
+        self._hook_optimisers()
         bar = tqdm(
             total=total,
             initial=start,
@@ -124,10 +124,17 @@ class Loop:
             unit="it",
             disable=True if not self.main else disable,
         )
-        with bar, torch.random.fork_rng(devices=[]), self._counting(), _interrupts() as asked:
+        compiling = compiled(self._networks() if self.training.arithmetic.compile else ())
+        with (
+            bar,
+            torch.random.fork_rng(devices=[]),
+            self._counting(),
+            compiling,
+            _interrupts() as asked,
+        ):
             for i in range(start, total):
                 losses, stop = self._step(i, asked)
-                bar.set_postfix_str(_said(losses), refresh=False)
+                bar.set_postfix_str(f"{_said(losses)}, {self._speed(bar)}", refresh=False)
                 bar.update()
                 done = i + 1
                 if (done % self.save_every == 0 or stop) and done < total:
@@ -141,7 +148,8 @@ class Loop:
     def _step(self, i: int, asked: Sequence[int]) -> tuple[dict[str, float], bool]:
         """The losses of iteration i, and whether by its end any process was asked to stop."""
         self._seed_layers(i)
-        with _memory(f"iteration {i}"):
+        precision = self.training.arithmetic.precision
+        with _memory(f"iteration {i}"), products_in(precision, self.training.device):
             found = self.method.step(i, Draws(self.training.data, self.training.seed, i))
         if not found:
             raise ValueError(f"{self.training.method.name} has no loss at iteration {i}")
@@ -167,18 +175,33 @@ class Loop:
         if self.training.device.type == "cuda":
             torch.cuda.manual_seed(int(words[0]))
 
-    @contextmanager
-    def _counting(self) -> Iterator[None]:
-        """Count the images that the method's networks and its teacher evaluate."""
+    def _hook_optimisers(self) -> None:
+        """What is done to gradients before an optimiser's step: averaged, then clipped."""
+        norm = self.training.arithmetic.clip
+        for optimiser in self.method.optimisers.values():
+            optimiser.register_step_pre_hook(_average_gradients)
+            if norm is not None:
+                optimiser.register_step_pre_hook(lambda o, *_: clip(o, norm))
+
+    def _networks(self) -> set[VNetwork]:
+        """The method's networks and its teacher's."""
         found = {part for module in self.method.modules.values() for part in module.modules()}
         networks = {part for part in found if isinstance(part, VNetwork)}
         if self.training.teacher is not None:
             networks.add(self.training.teacher.network)
+        return networks
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count the images that the method's networks and its teacher evaluate."""
 
         def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.evaluated += len(args[0] if args else kwargs["x"])
 
-        hooks = [network.register_forward_pre_hook(count, with_kwargs=True) for network in networks]
+        hooks = [
+            network.register_forward_pre_hook(count, with_kwargs=True)
+            for network in self._networks()
+        ]
         try:
             yield
         finally:
@@ -190,6 +213,11 @@ class Loop:
         mean = torch.tensor([self.evaluated], dtype=torch.float64, device=self.training.device)
         processes.average([mean])
         return round(mean.item() * processes.size())
+
+    def _speed(self, bar: tqdm[Any]) -> str:
+        """How many images the networks of this process evaluated in a second."""
+        seconds = bar.format_dict["elapsed"]
+        return f"{(self.evaluated - self.before) / max(seconds, 1e-3):,.0f} images/s"
 
     def _check_weights(self, done: int) -> None:
         for name, module in self.method.modules.items():
@@ -216,7 +244,8 @@ class Loop:
         training = self.training
         about = {"method": training.method.name, "seed": training.seed}
         about |= {"data": training.data.source, "teacher": training.teacher_name}
-        write_atomically(self.out / SETTINGS, to_toml(about | as_dict(training.settings)).encode())
+        every = {k: "none" if v is None else v for k, v in training.all_settings.items()}
+        write_atomically(self.out / SETTINGS, to_toml(about | every).encode())
         log = self.out / LOG
         lines = log.read_text("utf-8").splitlines()[: start + 1] if start and log.exists() else []
         if lines:
@@ -277,7 +306,7 @@ class Loop:
             ) from error
         _check_same(self.training, progress.training, self.out)
         _restore(self.method, tensors, progress.numbers)
-        self.evaluated = progress.evaluations if self.main else 0
+        self.evaluated = self.before = progress.evaluations if self.main else 0
         return progress.iteration
 
     def _finish(self) -> None:
@@ -299,7 +328,7 @@ class Loop:
                 digest=training.data_digest,
             ),
             method=training.method.name,
-            settings=as_dict(training.settings),
+            settings=training.all_settings,
             seed=training.seed,
             teacher=TeacherOrigin(name=training.teacher_name, digest=digest) if digest else None,
             evaluations=evaluations,

@@ -15,10 +15,9 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 import kdpp
 from kdpp.checkpoints.flags import (
@@ -30,7 +29,7 @@ from kdpp.checkpoints.flags import (
 )
 from kdpp.checkpoints.models import PipelineModel, open_models
 from kdpp.checkpoints.requests import Request
-from kdpp.kinds import Denoiser, is_flow
+from kdpp.kinds import is_flow
 from kdpp.lab import processes
 from kdpp.lab.answer import Tuning, draw, need_matplotlib
 from kdpp.lab.console import say
@@ -38,7 +37,17 @@ from kdpp.lab.files import digest, locked, make_folder, write_atomically
 from kdpp.lab.looks import Pair, Sampler
 from kdpp.lab.pieces import Pieces
 from kdpp.lab.sampling import IMAGES, INITIAL, Recipe, attempt, fingerprint, image_seeds
-from kdpp.lab.tuning import DETAIL, LEAST, LEVELS, Work, tune
+from kdpp.lab.tuning import (
+    LAB,
+    LEAST,
+    LEVELS,
+    PIPELINES,
+    Affordable,
+    Work,
+    in_ve,
+    levels_in_ve,
+    tune,
+)
 from kdpp.noise import SeededNoise
 
 __all__ = ["add_arguments", "run", "tune"]
@@ -48,21 +57,6 @@ SETTINGS = (
     "sampler", "steps", "sigmas", "cond_scale", "teacher_cfg_scale",
 )  # fmt: skip
 """Those of a `Request` that have a flag here, beside student, teacher and LoRAs."""
-PURE = 0.999
-"""τ in the place of 1, where the VE form of a flow model has infinite noise."""
-
-
-class Affordable(NamedTuple):
-    """What a sample costs by default, and how many there are."""
-
-    samples: int
-    detail: int
-    batch: int | None
-    max_batch: int | None
-
-
-LAB = Affordable(100, DETAIL, None, None)
-PIPELINES = Affordable(50, 20, 4, 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -220,13 +214,11 @@ class Asked:
         if recipe.options and recipe.solver.sample:
             sampler = partial(recipe.solver.sample, **recipe.options)
         seeds = torch.tensor(image_seeds(self.seed, self.each.samples))
-        levels = recipe.levels
-        if self.flow:
-            levels = tuple(tau / (1.0 - tau) for tau in (min(tau, PURE) for tau in levels))
+        levels = levels_in_ve(recipe.levels) if self.flow else recipe.levels
         like = torch.empty(len(seeds), *student.shape, device=student.device)
         pair = Pair(
-            _in_ve(model.student),
-            _in_ve(model.teachers[0].denoiser),
+            in_ve(model.student),
+            in_ve(model.teachers[0].denoiser),
             sampler,
             levels,
             {**student.conditions(seeds % student.classes), "cond_scale": recipe.cond_scale},
@@ -273,28 +265,3 @@ def _flags(settings: Mapping[str, Any]) -> list[str]:
         text = value if isinstance(value, str) else json.dumps(value)
         words += [f"--{name.replace('_', '-')}", text]
     return words
-
-
-class _Unmarked(nn.Module):
-    """A flow model that does its own CFG, without the mark."""
-
-    flow = True
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.inner_model = denoiser
-
-    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        denoised: Tensor = self.inner_model(x, sigma, **extra_args)
-        return denoised
-
-
-def _in_ve(denoiser: Denoiser) -> Denoiser:
-    """The denoiser in VE form, and marked as it was."""
-    if not is_flow(denoiser):
-        return denoiser
-    if not isinstance(denoiser, kdpp.OwnCFG):
-        return kdpp.as_ve(denoiser)
-    marked = kdpp.OwnCFG(kdpp.as_ve(_Unmarked(denoiser)))
-    marked.divisible = denoiser.divisible
-    return marked

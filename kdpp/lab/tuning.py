@@ -13,15 +13,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import kdpp
 from kdpp.checks import check_count, check_latent
-from kdpp.kinds import Denoiser
+from kdpp.kinds import Denoiser, is_flow
 from kdpp.lab.answer import Tuning, in_words
 from kdpp.lab.console import say
 from kdpp.lab.looks import (
@@ -44,7 +44,20 @@ from kdpp.lab.looks import (
 from kdpp.lab.pieces import Pieces, Tensors
 from kdpp.lab.sampling import image_seeds
 
-__all__ = ["Change", "Look", "Price", "Trial", "Tuning", "Work", "tune"]
+__all__ = [
+    "LAB",
+    "PIPELINES",
+    "Affordable",
+    "Change",
+    "Look",
+    "Price",
+    "Trial",
+    "Tuning",
+    "Work",
+    "in_ve",
+    "levels_in_ve",
+    "tune",
+]
 
 LEVELS = (0.3, 0.2)
 """Levels of late looks, beside each step's own level and the next one."""
@@ -54,6 +67,23 @@ ROWS = 64
 """The most that an evaluation is timed on."""
 LEAST = 20
 """Samples, below which no interval is worth its name."""
+PURE = 0.999
+"""τ in the place of 1, where the VE form of a flow model has infinite noise."""
+
+
+class Affordable(NamedTuple):
+    """How many samples, and how each is worked on; the last three as in `tune`."""
+
+    samples: int
+    detail: int
+    batch: int | None
+    max_batch: int | None
+
+
+LAB = Affordable(100, DETAIL, None, None)
+"""What models of the lab can afford."""
+PIPELINES = Affordable(50, 20, 4, 8)
+"""What published models can afford."""
 
 
 @torch.no_grad()
@@ -222,11 +252,24 @@ class Work:
         return f"{said}; {each} about {_duration(total)}"
 
     @torch.no_grad()
-    def run(self, pieces: Pieces, progress: bool = False) -> Tuning | None:
-        """The answer; None on other processes than the main one."""
+    def run(
+        self,
+        pieces: Pieces,
+        progress: bool = False,
+        report: Callable[[int], object] = lambda count: None,
+    ) -> Tuning | None:
+        """The answer; None on other processes than the main one.
+
+        ``report`` hears of evaluations as they are made, `expense` in all at most.
+        """
         total = sum(self.expense)
         with tqdm(total=total, desc="tuning", unit="eval", disable=not progress) as bar:
-            self.pair.progress = lambda count: bar.update(count * pieces.size)
+
+            def made(count: int) -> None:
+                bar.update(count * pieces.size)
+                report(count)
+
+            self.pair.progress = made
             return self._run(pieces, bar)
 
     def _run(self, pieces: Pieces, bar: Any) -> Tuning | None:
@@ -326,6 +369,36 @@ class Work:
             seed=self.seed,
             evaluations=evaluations,
         )
+
+
+def levels_in_ve(taus: Sequence[float]) -> tuple[float, ...]:
+    """A flow model's levels as those of its VE form, σ = τ/(1-τ), from `PURE` down."""
+    return tuple(tau / (1.0 - tau) for tau in (min(tau, PURE) for tau in taus))
+
+
+def in_ve(denoiser: Denoiser) -> Denoiser:
+    """The denoiser in VE form, and marked as it was."""
+    if not is_flow(denoiser):
+        return denoiser
+    if not isinstance(denoiser, kdpp.OwnCFG):
+        return kdpp.as_ve(denoiser)
+    marked = kdpp.OwnCFG(kdpp.as_ve(_Unmarked(denoiser)), denoiser.uncond_denoised)
+    marked.divisible, marked.halves = denoiser.divisible, denoiser.halves
+    return marked
+
+
+class _Unmarked(nn.Module):
+    """A flow model that does its own CFG, without the mark."""
+
+    flow = True
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.inner_model = denoiser
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        denoised: Tensor = self.inner_model(x, sigma, **extra_args)
+        return denoised
 
 
 def _go_on(bar: Any, done: int) -> None:

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-import kdpp
 from kdpp.checkpoints.presets import PRESETS
+from kdpp.hosts.comfyui.forms import NAMES
+from kdpp.lab.tuning import LEAST, PIPELINES
 
 __all__ = ["NODES", "Field", "Node", "classic", "extension"]
 
 CATEGORY = "sampling/kdpp"
 LEVEL = "level"
 BY_ROW, HOST = "by row", "host"
+COMFYUI, KDPP = "ComfyUI's", "kdpp's"
 
 
 class Field(NamedTuple):
@@ -91,19 +93,24 @@ def make_sampler(
     eta: float,
     s_noise: float,
     noise: str,
+    first_step: int = 0,
+    renoise_eta: float = 1.0,
+    form: str = COMFYUI,
 ) -> tuple[Any]:
     """The sampler; options that the solver does not have are left out."""
     from kdpp.hosts.comfyui import sampling
 
-    options = {"eta": eta, "s_noise": s_noise}
-    chosen = kdpp.SOLVERS[solver]
+    later = tuple(range(first_step, first_step + teacher_steps))
     made = sampling.GuidedSampler(
-        chosen,
-        {name: value for name, value in options.items() if name in chosen.options},
-        teacher_steps=teacher_steps,
-        teacher_scale=teacher_scale,
-        renoise=level if renoise == LEVEL else renoise,
+        solver,
+        {"eta": eta, "s_noise": s_noise},
+        comfyui=form == COMFYUI,
         by_row=noise == BY_ROW,
+        teacher_steps=later if first_step else teacher_steps,
+        teacher_scale=teacher_scale,
+        extrapolate=not 0.0 <= teacher_scale <= 1.0,
+        renoise=level if renoise == LEVEL else renoise,
+        renoise_eta=renoise_eta,
     )
     return (made,)
 
@@ -115,9 +122,26 @@ def make_preset(
     chosen = PRESETS[preset]
     sigmas = torch.tensor(chosen.sigmas(steps or None, (height, width)))
     (sampler,) = make_sampler(
-        chosen.sampler, chosen.teacher_steps, chosen.teacher_scale, "next", 1.0, 1.0, 1.0, BY_ROW
-    )
+        chosen.sampler, chosen.teacher_steps, chosen.teacher_scale, "next", 1.0, 1.0, 1.0, BY_ROW,
+        form=KDPP,
+    )  # fmt: skip
     return sigmas, sampler, chosen.cond_scale, chosen.teacher_cfg_scale
+
+
+def make_tuning(
+    noise: Any,
+    guider: Any,
+    sampler: Any,
+    sigmas: torch.Tensor,
+    latent_image: dict[str, Any],
+    samples: int,
+    detail: int,
+    rows: int,
+) -> tuple[str, torch.Tensor]:
+    """What `kdpp tune` says of the pair, and its picture."""
+    from kdpp.hosts.comfyui import tuning
+
+    return tuning.tune(noise, guider, sampler, sigmas, latent_image, samples, detail, rows)
 
 
 def make_comparison(
@@ -162,22 +186,32 @@ SAMPLER = Node(
     "student's estimate is noised again, the teacher denoises it, and a mix of both goes on.",
     fields=(
         Field("solver", "COMBO", "The method that makes the steps.", "euler",
-              choices=tuple(name for name, one in kdpp.SOLVERS.items() if one.own_levels is None)),
-        Field("teacher_steps", "INT", "How many of the first steps are guided. 0 is the student "
-              "alone.", 1, 0, 100),
+              choices=NAMES),
+        Field("teacher_steps", "INT", "How many steps are guided, from first_step on. 0 is the "
+              "student alone.", 1, 0, 100),
         Field("teacher_scale", "FLOAT", "λ, the teacher's share of the mix. 0 is the student "
-              "alone.", 0.1, 0.0, 1.0, 0.01),
+              "alone; below 0 and above 1 the mix goes beyond either (Tune may advise it).",
+              0.1, -10.0, 10.0, 0.001),
         Field("renoise", "COMBO", "The noise level at which the teacher is asked: that of the next "
               "step, of this step, a random one, or the one below.", "next",
               choices=("next", "current", "random", LEVEL)),
         Field("level", "FLOAT", 'The noise level for renoise = "level" (τ for a flow model).',
-              1.0, 0.001, 1000.0, 0.01),
+              1.0, 0.0001, 1000.0, 0.0001),
         Field("eta", "FLOAT", "How much noise ancestral and SDE solvers add; others leave it out.",
               1.0, 0.0, 100.0, 0.01),
         Field("s_noise", "FLOAT", "A factor on the added noise.", 1.0, 0.0, 100.0, 0.01),
         Field("noise", "COMBO", "Noise for each row from the row alone, so that a picture is the "
               "same in any batch; or the host's, as its own samplers draw it.", BY_ROW,
               choices=(BY_ROW, HOST)),
+        Field("first_step", "INT", "The first guided step; the sampler's first one is 0.",
+              0, 0, 100, optional=True),
+        Field("renoise_eta", "FLOAT", "How much of the renoising is fresh noise; at 0 it is all "
+              "the noise that the student's estimate leaves in the picture.",
+              1.0, 0.0, 1.0, 0.01, optional=True),
+        Field("form", "COMBO", "Where ComfyUI runs another formula under the solver's name, as it "
+              "does for flow models: that one, so that λ = 0 is the picture that its own sampler "
+              "gives (kdpp's where there is no such one); or kdpp's.",
+              COMFYUI, choices=(COMFYUI, KDPP), optional=True),
     ),
     outputs=(("sampler", "SAMPLER"),),
     make=make_sampler,
@@ -203,25 +237,51 @@ PRESET = Node(
     aliases=("lightning", "turbo", "lcm", "dmd2", "schedule"),
 )  # fmt: skip
 
+RUN = (
+    Field("noise", "NOISE", "The noise that all of them start from."),
+    Field("guider", "GUIDER", "Of Teacher Guider."),
+    Field("sampler", "SAMPLER", "Of KDPP Sampler."),
+    Field("sigmas", "SIGMAS", "The levels."),
+    Field("latent_image", "LATENT", "The latent that they start from."),
+)
+"""What SamplerCustomAdvanced takes, in its order."""
+
 COMPARE = Node(
     id="KDPPCompare",
     title="Compare (KDPP)",
     description="What the teacher's help does to a picture, in the place of SamplerCustomAdvanced: "
     "one batch of the student alone, with its teacher, and with itself in the teacher's place. If "
     "the last two are alike, the second look helps, and not the teacher.",
-    fields=(
-        Field("noise", "NOISE", "The noise that all three start from."),
-        Field("guider", "GUIDER", "Of Teacher Guider."),
-        Field("sampler", "SAMPLER", "Of KDPP Sampler."),
-        Field("sigmas", "SIGMAS", "The levels."),
-        Field("latent_image", "LATENT", "The latent that they start from."),
-    ),
+    fields=RUN,
     outputs=(("samples", "LATENT"), ("evaluations", "STRING")),
     make=make_comparison,
     aliases=("distillation++", "with and without", "self control", "ablation"),
 )
 
-NODES = (GUIDER, SAMPLER, PRESET, COMPARE)
+TUNE = Node(
+    id="KDPPTune",
+    title="Tune (KDPP)",
+    description="Whether the teacher's help is worth it for this student, prompt, solver and "
+    "levels: at which step, with which λ, noise level and CFG scale; or not at all. It takes as "
+    f"long as some hundred pictures: with {PIPELINES.samples} samples of a student of 4 steps, "
+    "2,000 to 3,000 evaluations of the student and 7,000 to 11,000 of the teacher. The exact "
+    "figures and the time are shown on the node and in the log before the work begins; cancel, if "
+    "that is too long.",
+    fields=(
+        *RUN,
+        Field("samples", "INT", "How many samples are drawn; half of them choose, the other half "
+              "checks. The price goes with it.", PIPELINES.samples, LEAST, 1000),
+        Field("detail", "INT", "Steps of the teacher's own run, to which the student is compared. "
+              "Most of the price goes with it.", PIPELINES.detail, 8, 1000),
+        Field("rows", "INT", "How many samples a model is asked for at once. Fewer take less "
+              "memory.", PIPELINES.max_batch, 1, 1000),
+    ),
+    outputs=(("verdict", "STRING"), ("plot", "IMAGE")),
+    make=make_tuning,
+    aliases=("distillation++", "is it worth it", "find settings", "teacher", "calibrate"),
+)  # fmt: skip
+
+NODES = (GUIDER, SAMPLER, PRESET, COMPARE, TUNE)
 
 
 # The classic schema -------------------------------------------------------------------------------
@@ -312,6 +372,7 @@ TYPES = {
     "CONDITIONING": "Conditioning",
     "FLOAT": "Float",
     "GUIDER": "Guider",
+    "IMAGE": "Image",
     "INT": "Int",
     "LATENT": "Latent",
     "MODEL": "Model",

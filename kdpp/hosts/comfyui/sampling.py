@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.k_diffusion.sampling
 import comfy.model_management
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 import kdpp
+from kdpp.hosts.comfyui.forms import Form, form_of
 from kdpp.noise import NoiseSampler
 
 __all__ = ["GuidedSampler", "TeacherGuider", "compare"]
 
+Made = TypeVar("Made")
 RENOISE = 1  # the stream of a row's seed that the teacher's renoising takes; the solver's is 0
 
 
@@ -51,10 +53,11 @@ class TeacherGuider(comfy.samplers.CFGGuider):  # type: ignore[misc]
 
 def check_pair(student: Any, teacher: Any) -> None:
     """ValueError unless the two models can guide each other."""
-    formats = [type(one.model.latent_format).__name__ for one in (student, teacher)]
-    if formats[0] != formats[1]:
+    formats = [one.model.latent_format for one in (student, teacher)]
+    latents = [f"{type(one).__name__} ({one.latent_channels} channels)" for one in formats]
+    if latents[0] != latents[1]:
         raise ValueError(
-            f"the student's latents are {formats[0]} and the teacher's {formats[1]}; take a "
+            f"the student's latents are {latents[0]} and the teacher's {latents[1]}; take a "
             "teacher of the student's family"
         )
     flow = [is_flow(one.get_model_object("model_sampling")) for one in (student, teacher)]
@@ -75,21 +78,26 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
 
     def __init__(
         self,
-        solver: kdpp.Solver,
+        name: str,
         options: Mapping[str, Any],
         *,
-        teacher_steps: int,
-        teacher_scale: float,
-        renoise: str | float,
+        comfyui: bool,
         by_row: bool,
+        **guidance: Any,
     ) -> None:
-        self.solver, self.options, self.by_row = solver, options, by_row
-        self.guidance = {
-            "teacher_steps": teacher_steps,
-            "teacher_scale": teacher_scale,
-            "renoise": renoise,
-        }
+        self.name, self.comfyui, self.by_row = name, comfyui, by_row
+        self.options = options  # a solver takes those that it has
+        self.guidance = guidance  # keywords of kdpp.TeacherGuidedDenoiser
         self.evaluations: dict[str, int] = {}  # of student and teacher in the last run, a picture
+
+    def form(self, model_sampling: Any, sigmas: Tensor) -> Form:
+        """What is run on a model: ComfyUI's form of the solver, or kdpp's, with all its options."""
+        form = form_of(self.name, sigmas, model_sampling, is_flow(model_sampling), self.comfyui)
+        known = form.solver.options
+        given = {name: value for name, value in self.options.items() if name in known}
+        if not form.solver.stochastic:  # one that adds noise where eta is asked for
+            given.pop("eta", None)
+        return form._replace(options={**given, **form.options})
 
     def alone(self) -> GuidedSampler:
         """The same sampler without the teacher's help."""
@@ -110,47 +118,42 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
     ) -> Tensor:
         """What the guider calls, inside its own preparations."""
         shown = (sigmas, noise, latent_image, denoise_mask)
-        student = Asked(guider, extra_args, *shown, needs_uncond=self.solver.cfg_pp)
-        x = student.model_sampling.noise_scaling(
-            sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas)
-        )
+        scaling = guider.inner_model.model_sampling
+        form = self.form(scaling, sigmas)
+        student = Asked(guider, extra_args, shown, needs_uncond=form.solver.cfg_pp)
+        x = scaling.noise_scaling(sigmas[0], noise, latent_image, self.max_denoise(guider, sigmas))
         seed = extra_args["seed"]
         seeds = kdpp.row_seeds(seed, noise if noise.count_nonzero() else latent_image)
-
-        source = self.noise(x, sigmas, seeds, seed)
+        loudness = getattr(scaling, "noise_scale", 1.0)  # of some models' noise
+        source = scaled(self.noise(form.solver, x, sigmas, seeds, seed), loudness)
 
         def run(teacher: torch.nn.Module, **guidance: Any) -> Tensor:
+            renoise = scaled(kdpp.SeededNoise(x, seeds, RENOISE), loudness)
             model = kdpp.TeacherGuidedDenoiser(
-                student.denoiser(),
-                teacher,
-                renoise_noise_sampler=kdpp.SeededNoise(x, seeds, RENOISE),
-                **guidance,
+                student.denoiser(), teacher, renoise_noise_sampler=renoise, **guidance
             )
-            report = None if callback is None else reporting(callback, len(sigmas) - 1)
-            return kdpp.sample(
-                self.solver, model, x, sigmas, None, report, disable_pbar, source, **self.options
-            )
+            return sampled(form, model, x, callback, disable_pbar, source)
 
         helped = self.guidance["teacher_steps"] and self.guidance["teacher_scale"]
         if helped and not hasattr(guider, "teacher"):
             logging.warning("KDPP Sampler: the guider holds no teacher; the student samples alone")
         if helped and hasattr(guider, "teacher"):
             guidance = {**self.guidance, "teacher_cfg_scale": guider.teacher_cfg}
-            image, asked = beside_teacher(
-                guider, shown, seed, lambda teacher: run(teacher, **guidance)
-            )
+            image, asked = beside_teacher(student, lambda teacher: run(teacher, **guidance))
         else:
             image, asked = run(student.denoiser(), teacher_steps=0), 0
         self.evaluations = {"student": student.evaluations, "teacher": asked}
-        made: Tensor = student.model_sampling.inverse_noise_scaling(sigmas[-1], image)
+        made: Tensor = scaling.inverse_noise_scaling(sigmas[-1], image)
         return made
 
-    def noise(self, x: Tensor, sigmas: Tensor, seeds: list[int], seed: int) -> NoiseSampler | None:
+    def noise(
+        self, solver: kdpp.Solver, x: Tensor, sigmas: Tensor, seeds: list[int], seed: int
+    ) -> NoiseSampler | None:
         """The solver's source of noise: by rows, or the one that ComfyUI's own samplers take."""
-        if self.solver.noise == "none":
+        if solver.noise == "none":
             return None
         low, high = sigmas[sigmas > 0].min(), sigmas.max()
-        brownian = self.solver.noise == "brownian"
+        brownian = solver.noise == "brownian"
         if self.by_row:
             if brownian:
                 return kdpp.BrownianNoise(x, low, high, seed=seeds)
@@ -164,30 +167,62 @@ class GuidedSampler(comfy.samplers.Sampler):  # type: ignore[misc]
         return sampler
 
 
+def scaled(noise: Any, factor: float) -> Any:
+    """The noise times the factor."""
+    if noise is None or factor == 1.0:
+        return noise
+    return lambda sigma, sigma_next: noise(sigma, sigma_next) * factor
+
+
+def sampled(
+    form: Form,
+    model: kdpp.TeacherGuidedDenoiser,
+    x: Tensor,
+    callback: Callable[..., Any] | None,
+    disable: bool,
+    source: NoiseSampler | None,
+) -> Tensor:
+    """A run of the form's solver, also of one that makes its own levels between the two ends."""
+    solver, options, sigmas = form
+    steps = len(sigmas) - 1
+    if solver.own_levels is None:
+        report = None if callback is None else reporting(callback, steps)
+        return kdpp.sample(solver, model, x, sigmas, None, report, disable, source, **options)
+    low, high = (float(level) for level in (sigmas[sigmas > 0.0][-1], sigmas[0]))
+    assert solver.sample is not None
+    report = (
+        None if callback is None else reporting(callback, len(solver.levels(0.1, 1.0, steps)) - 1)
+    )
+    made: Tensor = solver.sample(
+        model, x, low, high, steps, None, report, disable, noise_sampler=source, **options
+    )
+    return made
+
+
 def reporting(callback: Callable[..., Any], steps: int) -> Callable[[dict[str, Any]], Any]:
     """A callback of k-diffusion's form for ComfyUI's: previews, progress and interrupts."""
     return lambda info: callback(info["i"], info["denoised"], info["x"], steps)
+
+
+Shown = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""What a sampler is shown: sigmas, noise, latent_image, denoise_mask."""
 
 
 class Asked:
     """A guider as it is asked in a run: inside its mask, with its options and seed."""
 
     def __init__(
-        self,
-        guider: Any,
-        extra_args: Mapping[str, Any],
-        sigmas: Tensor,
-        noise: Tensor,
-        latent_image: Tensor,
-        denoise_mask: Tensor | None,
-        needs_uncond: bool = False,
+        self, guider: Any, extra_args: Mapping[str, Any], shown: Shown, needs_uncond: bool = False
     ) -> None:
-        self.guider = guider
+        self.guider, self.shown = guider, shown
+        self.patcher = guider.model_patcher
         self.model_sampling = guider.inner_model.model_sampling
+        sigmas, noise, latent_image, denoise_mask = shown
         self.model = comfy.samplers.KSamplerX0Inpaint(guider, sigmas)
         self.model.noise, self.model.latent_image = noise, latent_image
         self.uncond: Tensor | None = None
         self.needs_uncond, self.evaluations = needs_uncond, 0
+        self.turns: Turns | None = None  # None: its weights are in place
         options = extra_args["model_options"]
         if needs_uncond:
             options = comfy.model_patcher.set_model_options_post_cfg_function(
@@ -208,6 +243,9 @@ class Asked:
     def __call__(
         self, x: Tensor, sigma: Tensor, cfg_scale: float | None
     ) -> tuple[Tensor, Tensor | None]:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if self.turns is not None:
+            self.turns.give(self.patcher)
         if cfg_scale is not None:
             self.guider.set_cfg(cfg_scale)
         # At a scale of 1 the host leaves the negative out.
@@ -237,39 +275,64 @@ class Within(comfy.samplers.Sampler):  # type: ignore[misc]
         return torch.zeros_like(noise)
 
 
-def beside_teacher(
-    guider: Any,
-    shown: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    seed: int,
-    run: Callable[[torch.nn.Module], Tensor],
-) -> tuple[Tensor, int]:
+def beside_teacher(student: Asked, run: Callable[[torch.nn.Module], Made]) -> tuple[Made, int]:
     """``run(teacher)`` with the guider's teacher prepared, and the teacher's evaluations.
 
-    The student's weights are in place.
+    The weights of whoever is asked are in place; before and after the run the student's are.
     """
-    sigmas, noise, latent_image, denoise_mask = shown
-    student, teacher = guider.model_patcher, guider.teacher.model_patcher
-    made: list[tuple[Tensor, int]] = []
+    guider = student.guider
+    sigmas, noise, latent_image, denoise_mask = student.shown
+    made: list[tuple[Made, int]] = []
 
     def body(inner: Any, extra_args: dict[str, Any]) -> None:
-        load(student)
-        asked = Asked(inner, extra_args, *shown)
-        moved = kdpp.swapped(asked.denoiser(), lambda: load(teacher), lambda: load(student))
-        made.append((run(moved), asked.evaluations))
+        teacher = Asked(inner, extra_args, student.shown)
+        student.turns = teacher.turns = turns = Turns(noise.shape)
+        try:
+            turns.give(student.patcher)
+            made.append((run(teacher.denoiser()), teacher.evaluations))
+        finally:
+            turns.give(student.patcher)
 
     # The teacher's guider maps the latent into model space once more.
     outside = latent_image
     if latent_image.count_nonzero():
         outside = guider.inner_model.process_latent_out(latent_image)
+    seed = student.extra_args["seed"]
     guider.teacher.sample(noise, outside, Within(body), sigmas, denoise_mask, None, True, seed)
     return made[0]
 
 
-def load(patcher: Any) -> None:
-    """Put a model's weights in place, where the other's may have been: one network may hold both,
-    patched for one of them, or there may be room for one at a time."""
-    comfy.model_management.load_models_gpu([patcher])
-    patcher.pre_run()
+class Turns:
+    """Whose weights are in place, where one network may hold both models', patched for one of them,
+    or there may be room for one at a time."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = [2 * shape[0], *shape[1:]]  # both halves of CFG
+        self.there: Any = None
+
+    def give(self, patcher: Any) -> None:
+        """Put a model's weights in place, if they are not."""
+        if patcher is not self.there:
+            self.there = None
+            room = patcher.memory_required(self.shape)  # for the call, beside the weights
+            comfy.model_management.load_models_gpu([patcher], memory_required=room)
+            patcher.pre_run()
+            self.there = patcher
+
+
+def sample(
+    noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent_image: dict[str, Any]
+) -> Tensor:
+    """What the host's SamplerCustomAdvanced makes of them."""
+    # Here, as the host's nodes are not there yet when packs are imported.
+    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
+
+    run = getattr(SamplerCustomAdvanced(), SamplerCustomAdvanced.FUNCTION)
+    output = run(
+        noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent_image
+    )
+    made: Tensor = output[0]["samples"]
+    return made
 
 
 def compare(
@@ -284,10 +347,6 @@ def compare(
         raise ValueError(
             "Compare takes the guider of Teacher Guider and the sampler of KDPP Sampler"
         )
-    # Here, as the host's nodes are not there yet when packs are imported.
-    from comfy_extras.nodes_custom_sampler import SamplerCustomAdvanced
-
-    sample = getattr(SamplerCustomAdvanced(), SamplerCustomAdvanced.FUNCTION)
     runs = (
         ("student alone", guider, sampler.alone()),
         ("with its teacher", guider, sampler),
@@ -296,10 +355,7 @@ def compare(
     pictures: list[Tensor] = []
     told: list[str] = []
     for what, asked, how in runs:
-        output = sample(
-            noise=noise, guider=asked, sampler=how, sigmas=sigmas, latent_image=latent_image
-        )
-        made = output[0]["samples"]
+        made = sample(noise, asked, how, sigmas, latent_image)
         above = len(pictures) * len(made)
         rows = f"{above + 1}" if len(made) == 1 else f"{above + 1} to {above + len(made)}"
         counts = f"{how.evaluations['student']} evaluations of the student"

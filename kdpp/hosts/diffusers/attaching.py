@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kdpp.solvers  # noqa: F401 (enters kdpp's own by their names)
 from kdpp.checkpoints.networks import estimator, levels_of
 from kdpp.checkpoints.pipelines import denoiser_of, encode, network_of, teacher_of
 from kdpp.denoisers import bind, map_tensors

@@ -104,10 +104,10 @@ def said(host: Convention) -> list[str]:
 
 
 def begin() -> None:
-    """Register what is registered once: samplers, and the axes when there is an XYZ plot."""
-    host = here()
-    register(host)
-    script_callbacks.on_before_ui(add_axes)
+    """Register what is registered once: samplers, and the XYZ plot's axes."""
+    register(here())
+    add_axes()  # the plot without a page asks no later
+    script_callbacks.on_before_ui(add_axes)  # a plot that was not there yet
     script_callbacks.on_script_unloaded(end)
 
 

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpp.lab import plugins, processes
+from kdpp.lab.arithmetic import PLAIN, Arithmetic
 from kdpp.lab.data import Data
 from kdpp.lab.models import Model, Usage
 from kdpp.lab.networks import VNetwork, build
@@ -72,6 +73,7 @@ class Training:
         data: on the device that the training runs on.
         teacher: on the same device; None for a method that needs none.
         teacher_name: as it was given.
+        arithmetic: how it is computed.
     """
 
     method: type[Method]
@@ -80,6 +82,7 @@ class Training:
     teacher: Model | None = None
     teacher_name: str | None = None
     seed: int = 0
+    arithmetic: Arithmetic = PLAIN
 
     @property
     def device(self) -> torch.device:
@@ -97,6 +100,11 @@ class Training:
         return _digest(self.teacher.network.state_dict()) if self.teacher else None
 
     @property
+    def all_settings(self) -> dict[str, Any]:
+        """The method's, and how it is computed where that is not the default: as JSON has them."""
+        return as_dict(self.settings) | self.arithmetic.given
+
+    @property
     def identity(self) -> dict[str, Any]:
         """All that decides the outcome, as JSON; data and teacher by digests of their contents."""
         return {
@@ -104,7 +112,7 @@ class Training:
             "seed": self.seed,
             "data": self.data_digest,
             "teacher": self.teacher_digest,
-            **as_dict(self.settings),
+            **self.all_settings,
         }
 
 
