@@ -128,6 +128,21 @@ def test_the_picture_is_kdpps_own(host, script, sampler, prompt, changes, studen
     assert relative(found, by_hand(p, asked, student, teacher, solver)) < 1e-6
 
 
+def test_the_teacher_is_asked_with_the_prompt_of_the_students_step(host, script, monkeypatch):
+    """The student has been asked before it, and its step is counted."""
+    parser = sys.modules["modules.prompt_parser"]
+    asked = []
+
+    def hear(conds, step, of=parser.reconstruct_multicond_batch):
+        asked.append(step)
+        return of(conds, step)
+
+    monkeypatch.setattr(parser, "reconstruct_multicond_batch", hear)
+    first = picture(host, script, prompts=["a cat"])
+    assert asked == [0, 1]  # the student's own calls go elsewhere
+    assert not torch.equal(picture(host, script, prompts=["a cat|a dog AND red:0.5"]), first)
+
+
 def test_hires_guides_once_though_its_hook_is_called_twice(host, script):
     p = double.Processing(host)
     p.is_hr_pass, p.hr_prompts, p.hr_negative_prompts = True, ["a cat"], ["bad"]
@@ -167,10 +182,10 @@ def test_without_help_it_is_the_hosts_picture(host, script, sampler, masked):
     assert relative(drawn(ON._replace(teacher_scale=0.0)), stock) < 1e-6
     assert torch.equal(drawn(Settings()), stock)
     assert host.read == []
-    helped = drawn(ON)
+    helped = drawn(ON._replace(teacher_steps=4, renoise="current"))
     assert relative(helped, stock) > 1e-3
-    if masked:
-        assert torch.equal(helped[..., :2], torch.ones(1, 4, 4, 2, dtype=torch.float64))
+    if masked:  # the teacher stays inside, in the last step, too
+        assert relative(helped[..., :2], torch.ones(1, 4, 4, 2, dtype=torch.float64)) < 1e-12
 
 
 def test_at_cfg_1_the_teacher_has_its_own_negative(host, script):
