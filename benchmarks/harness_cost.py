@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import kdpp
 from kdpp.lab.data import load_data
-from kdpp.lab.metrics import Points, load_features, measure
+from kdpp.lab.features import load_features
+from kdpp.lab.metrics import Points, measure
 from kdpp.lab.models import load_model
 from kdpp.lab.processes import single_thread
 from kdpp.lab.sampling import Batches, Recipe, draw, image_seeds

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import kdpp
 from kdpp.digits import NULL_CLASS, schedule
-from kdpp.digits.networks import digits_mlp
+from kdpp.lab.networks import ResMLP
 from kdpp.memory import Borrowed, without_adapters
 from measure import about, heading, median_ratio, time_pairs, write
 
@@ -50,7 +50,8 @@ def make() -> nn.Module:
 
 
 def denoiser(sizes: tuple[int, int, int]) -> nn.Module:
-    network = digits_mlp(*sizes).requires_grad_(False)
+    names = ("width", "hidden", "blocks")
+    network = ResMLP((1, 8, 8), NULL_CLASS, **dict(zip(names, sizes))).requires_grad_(False)
     return kdpp.kdiffusion.external.CompVisDenoiser(network).to(DEVICE)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import os
 import sys
@@ -17,7 +18,7 @@ from kdpp.lab.console import say
 from kdpp.lab.plugins import import_file, load_entry_points, place_of
 from kdpp.solver import SOLVERS, solver_of, unknown
 
-LAB = ("train", "evaluate", "compare", "tune")
+LAB = ("train", "evaluate", "compare", "statistics", "tune")
 MODULES = {name: f"kdpp.lab.{name}" for name in LAB}
 MODULES["generate"] = "kdpp.checkpoints.generate"
 MODULES["install"] = MODULES["uninstall"] = "kdpp.hosts.install"
@@ -30,11 +31,12 @@ COMMANDS = {
     "train": "train a teacher or a student, by the methods of the papers",
     "evaluate": "measure a model's images",
     "compare": "run a grid of students, samplers and settings, and report it on one page",
+    "statistics": "keep the features of real images, which others' images are compared with",
     "tune": "say whether a teacher is worth its calls for a student, and where",
     "install": "put kdpp into a host as its extension; no package of the host changes",
     "uninstall": "take kdpp out of a host again",
 }
-TAKES_NO_FILES = {"demo", "inspect", "install", "uninstall"}
+TAKES_NO_FILES = {"demo", "inspect", "install", "statistics", "uninstall"}
 """The commands that need no solvers or methods of one's own."""
 KEEPS = {"generate", "train", "evaluate", "compare", "tune"}
 """The commands that keep what is finished, so that the same one goes on."""
@@ -45,6 +47,8 @@ EXPECTED = (ImportError, OSError, ValueError, ArithmeticError, MemoryError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what a user can mend is said in one sentence, with exit status 1."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:  # this process is the command: a full collection, which looks through
+        gc.set_threshold(*gc.get_threshold()[:2], 1000)  # all that was imported, is rarely worth it
     with suppress(AttributeError, ValueError):  # a terminal without Greek shows "?" for λ
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
@@ -139,7 +143,7 @@ def _solvers() -> str:
     """All solvers as a table."""
     lines = [("", "order", "evaluations a step", "", "noise", "options")]
     for solver in SOLVERS.values():
-        first = f" (+{solver.extra} once)" if solver.extra else ""
+        first = f" ({solver.extra:+d} once)" if solver.extra else ""
         lines.append((
             solver.name,
             "-" if solver.order is None else str(solver.order),

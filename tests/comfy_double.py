@@ -5,6 +5,7 @@ patchers on the same one (a LoRA and its base) patch its weights for whichever w
 network that is called without a patcher fails, as there.
 """
 
+import math
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -106,8 +107,7 @@ class Patcher:
         return getattr(self.model, name)
 
     def memory_required(self, input_shape):
-        ASKED_ROOM.append(tuple(input_shape))
-        return 1000
+        return math.prod(input_shape)
 
     def pre_run(self):
         self.model.current_patcher = self
@@ -193,11 +193,12 @@ class KSamplerX0Inpaint:
         return out
 
 
-ASKED_ROOM = []  # the shapes for whose evaluation room was asked
+ROOM = []  # what was to be left free beside weights
 LOADED = []  # the names of what was loaded, in order
 
 
-def load_models_gpu(patchers, **_):
+def load_models_gpu(patchers, memory_required=0):
+    ROOM.append(memory_required)
     for one in patchers:
         LOADED.append(one.name)
         one.model.patch, one.model.loaded = one.patch, one.name

@@ -289,10 +289,11 @@ def test_other_kinds(key, kind, tmp_path):
 
 def test_models_of_the_lab():
     """kdpp's own, by the card in their metadata."""
-    from kdpp.digits.checkpoints import WEIGHTS
+    from kdpp.lab.models import WEIGHTS
 
     facts = inspect(WEIGHTS / "teacher.safetensors")
     assert facts.kind == facts.architecture + " model" == "kdpp model" and facts.prediction is None
+    assert facts.variant == "teacher" and facts.notes == ("made for the sampler euler",)
 
 
 # Prediction ---------------------------------------------------------------------------------------

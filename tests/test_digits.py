@@ -1,29 +1,41 @@
-"""The embedded lab: data, networks, checkpoints, metrics, training and the shipped weights."""
+"""The embedded lab: data, networks, metrics and the shipped weights."""
 
+import dataclasses
+import hashlib
+import json
 import os
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
-pytest.importorskip("sklearn")
-
-from kdpp.digits import checkpoints, metrics, training
+import digits_data
+import digits_weights
+from kdpp.digits import checkpoints, metrics
 from kdpp.digits import data as digits
-from kdpp.digits.networks import Classifier, digits_mlp
 from kdpp.kdiffusion import external
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.metrics import frechet_distance, inception_score
-from kdpp.lab.networks import ResMLP
+from kdpp.lab.models import (
+    WEIGHTS,
+    load_classifier,
+    load_model,
+    read_checkpoint,
+    save_model,
+)
+from kdpp.lab.networks import SMALL, TEACHER, Classifier, ResMLP
+from kdpp.lab.sampling import Recipe, draw
 from kdpp.lab.schedules import SCHEDULE, alphas_cumprod, log_sigmas, schedule, trailing
+
+SHAPE = digits.IMAGE_SHAPE
 
 
 def small_net(seed: int = 0) -> ResMLP:
     """A ResMLP whose zero-initialised layers are filled, so that every input matters."""
     torch.manual_seed(seed)
-    net = digits_mlp(width=16, hidden=24, blocks=2)
+    net = ResMLP(SHAPE, 10, width=16, hidden=24, blocks=2)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return net.requires_grad_(False)
@@ -37,33 +49,58 @@ def batch(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
 # Data
 
 
-def test_data_are_the_digits_in_range():
-    images, labels = digits.load_data()
-    assert images.shape == (1797, 1, 8, 8) and images.dtype == torch.float32
+@pytest.mark.parametrize(("part", "count"), [("train", 3823), ("test", 1797)])
+def test_data_are_the_digits_in_range(part, count):
+    images, labels = digits.load_data(part)
+    assert images.shape == (count, 1, 8, 8) and images.dtype == torch.float32
     assert labels.dtype == torch.int64 and labels.unique().tolist() == list(range(10))
     assert images.min() == -1 and images.max() == 1
 
 
-def test_the_split_is_fixed_stratified_and_complete():
-    everything, labels = digits.load_data()
-    (train, train_labels), (held, held_labels) = map(digits.load_data, ("train", "held_out"))
-    assert len(train) + len(held) == len(everything) and len(held) == 445
-    assert torch.equal(digits.load_data("held_out")[0], held)
-    rows = {image.numpy().tobytes() for image in held}
-    assert len(rows & {image.numpy().tobytes() for image in train}) == 0
-    assert torch.equal(held_labels.bincount(), labels.bincount() // 4)
-    assert torch.equal(held_labels.bincount() + train_labels.bincount(), labels.bincount())
+def test_the_test_part_is_scikit_learns():
+    """Image by image, and no image of the training part is among them; by default one trains."""
+    theirs = pytest.importorskip("sklearn.datasets").load_digits()
+    images, labels = digits.load_data("test")
+    assert torch.equal(images[:, 0], torch.from_numpy(theirs.images / 8 - 1).float())
+    assert torch.equal(labels, torch.from_numpy(theirs.target).long())
+    train = {image.numpy().tobytes() for image in digits.load_data("train")[0]}
+    assert len(train) == 3823 and not train & {image.numpy().tobytes() for image in images}
+    assert torch.equal(digits.load_data()[0], digits.load_data("train")[0])
 
 
-def test_an_unknown_split_is_refused():
-    with pytest.raises(ValueError, match=r"split must be .*'test'"):
-        digits.load_data("test")
+def test_the_training_part_has_ucis_classes():
+    """As UCI's own description counts them (optdigits.names)."""
+    counts = digits.load_data("train")[1].bincount().tolist()
+    assert counts == [376, 389, 380, 389, 387, 376, 377, 387, 380, 382]
 
 
-def test_without_scikit_learn_one_sentence_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r'^the digits need .*pip install "kdpp\[lab\]"$'):
-        digits.load_data()
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match=r"part must be .*'held_out'"):
+        digits.load_data("held_out")
+
+
+def test_the_data_s_card_says_what_the_file_is():
+    """Its digest, its size; the file itself says its source and licence."""
+    card = (digits.FILE.parent / "DATA_CARD.md").read_text(encoding="utf-8")
+    content = digits.FILE.read_bytes()
+    assert hashlib.sha256(content).hexdigest() in card and f"{len(content):,}" in card
+    with safe_open(digits.FILE, framework="pt") as file:
+        about = json.loads(file.metadata()["kdpp.digits.data"])
+    assert about["licence"] == "CC BY 4.0" and about["source"].split(";")[0] in card
+
+
+def test_the_file_of_digits_can_be_made_again(tmp_path, monkeypatch):
+    """From one table with all rows in any order, byte for byte but for the order of the rows."""
+    pytest.importorskip("sklearn")
+    parts = [digits.load_data(part) for part in ("test", "train")]
+    rows = [torch.cat([(i.flatten(1) + 1) * 8, n[:, None]], 1).long().numpy() for i, n in parts]
+    np.savetxt(tmp_path / "table", np.concatenate(rows), fmt="%d", delimiter=",")
+    out = tmp_path / "again.safetensors"
+    monkeypatch.setattr("sys.argv", ["digits_data", str(tmp_path / "table"), str(out)])
+    digits_data.main()
+    assert out.read_bytes() == digits.FILE.read_bytes()
+    with pytest.raises(ValueError, match="3822 of 5619 rows are new; they must be 3823 of 5620"):
+        digits_data.split(np.concatenate(rows)[:-1])
 
 
 # Schedules
@@ -163,71 +200,59 @@ def test_networks_refuse_what_they_cannot_take():
     with pytest.raises(ValueError, match="from 11 to 16; the network knows 0 to 9, and 10 for no"):
         net.apply_model(x, torch.zeros(6), cond + 11)
     with pytest.raises(ValueError, match="width must be a whole number"):
-        digits_mlp(width=10**9, hidden=8, blocks=1)
+        ResMLP(SHAPE, 10, width=10**9, hidden=8, blocks=1)
     with pytest.raises(ValueError, match="features must be a whole number"):
-        Classifier(channels=4, features=0)
+        Classifier(SHAPE, 10, channels=4, features=0)
+    with pytest.raises(ValueError, match=r"images \(channels, height, width\), not \(8,\)"):
+        Classifier((8,), 10, channels=4, features=4)
 
 
 # Checkpoints
 
 
-@pytest.mark.parametrize("kind", [ResMLP, Classifier])
-def test_a_checkpoint_comes_back_as_saved(tmp_path, kind):
+def test_a_checkpoint_in_float16_comes_back_rounded(tmp_path):
+    """In float32, and torch's global stream stays where it was."""
     torch.manual_seed(0)
-    net = digits_mlp(16, 24, 2) if kind is ResMLP else Classifier(4, 8)
-    checkpoints.save(tmp_path / "net.safetensors", net)
+    net = Classifier((3, 4, 6), 5, channels=4, features=8)
+    card = read_checkpoint("digits:classifier")[1]
+    save_model(tmp_path / "net.safetensors", net, card_of(net, card), torch.float16)
     state = torch.get_rng_state()
-    loaded = checkpoints.load(tmp_path / "net.safetensors", kind)
+    loaded = load_classifier(tmp_path / "net.safetensors")
     assert torch.equal(torch.get_rng_state(), state)
     assert loaded.config == net.config and not loaded.training
+    assert loaded(torch.zeros(2, 3, 4, 6)).shape == (2, 5)
     assert os.listdir(tmp_path) == ["net.safetensors"]
     for a, b in zip(loaded.parameters(), net.parameters(), strict=True):
         assert a.dtype == torch.float32 and not a.requires_grad
         assert torch.equal(a, b.half().float())
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "net.safetensors"
-    checkpoints.save(path, small_net(0))
-    before = path.read_bytes()
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoints.save(path, small_net(1))
-    assert path.read_bytes() == before and os.listdir(tmp_path) == [path.name]
+def card_of(network, card):
+    """The card, of this network."""
+    data = dataclasses.replace(card.data, shape=network.shape, classes=network.classes)
+    return dataclasses.replace(card, network=network.config, data=data)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
 def test_weights_that_float16_cannot_hold_are_not_saved(tmp_path, value):
     net = small_net()
     net.leave.bias[3] = value
+    card = card_of(net, load_model("digits:teacher").card)
     with pytest.raises(ValueError, match=r"leave\.bias is not finite in float16"):
-        checkpoints.save(tmp_path / "net.safetensors", net)
+        save_model(tmp_path / "net.safetensors", net, card, torch.float16)
     assert os.listdir(tmp_path) == []
 
 
-def test_damaged_and_foreign_files_are_refused_in_a_sentence(tmp_path):
-    path = tmp_path / "net.safetensors"
-    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
-        checkpoints.load_teacher(path)
-    checkpoints.save(path, small_net())
-    whole = path.read_bytes()
-    refused = r"net\.safetensors is not a checkpoint of a ResMLP"
-    for damaged in (whole[:-10], whole[:4], b"", b"\x80\x04" + whole, whole.replace(b"24", b"25")):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=refused):
-            checkpoints.load_teacher(path)
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=refused):
-        checkpoints.load_teacher(path)
-    checkpoints.save(path, Classifier(4, 8))
-    with pytest.raises(ValueError, match=refused + ": it holds a Classifier"):
-        checkpoints.load_teacher(path)
+def test_a_classifier_makes_no_images_and_a_teacher_classifies_nothing(tmp_path):
+    with pytest.raises(ValueError, match="digits:classifier is a classifier, which makes no image"):
+        load_model("digits:classifier")
+    with pytest.raises(ValueError, match="digits:teacher is no classifier: its method is 'tea"):
+        load_classifier("digits:teacher")
+    network, card = read_checkpoint("digits:classifier")
+    del card.network["features"]
+    save_model(tmp_path / "m.safetensors", network, card)
+    with pytest.raises(ValueError, match=r"m\.safetensors is not a checkpoint of .*features"):
+        load_classifier(tmp_path / "m.safetensors")
 
 
 # Metrics
@@ -293,7 +318,7 @@ def test_metrics_refuse_what_has_no_figure(call, sentence):
 
 def test_images_are_measured_as_a_viewer_sees_them():
     classifier = checkpoints.load_classifier()
-    images, labels = digits.load_data("held_out")
+    images, labels = digits.load_data("test")
     reference = metrics.features_of(images, classifier)
     loud = images + 3 * (images == 1) - 3 * (images == -1)
     assert loud.abs().max() == 4
@@ -308,117 +333,97 @@ def test_images_are_measured_as_a_viewer_sees_them():
         metrics.features_of(loud, classifier)
 
 
-# Training
-
-
-def tiny_run(iterations: int = 25):
-    torch.set_num_threads(1)
-    classifier, classifier_losses = training.train_classifier(3, iterations)
-    teacher, teacher_losses = training.train_teacher(3, iterations)
-    student, student_losses = training.train_student(checkpoints.load_teacher(), 3, iterations)
-    return (classifier, teacher, student), (classifier_losses, teacher_losses, student_losses)
-
-
-def test_a_short_run_learns_is_reproducible_and_leaves_the_global_stream_alone():
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    try:
-        networks, losses = tiny_run()
-        again, losses_again = tiny_run()
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert losses == losses_again
-    for curve in losses:
-        assert sum(curve[-3:]) < 0.9 * sum(curve[:3])
-    for a, b in zip(networks, again, strict=True):
-        for p, q in zip(a.parameters(), b.parameters(), strict=True):
-            assert torch.equal(p, q) and not p.requires_grad
-
-
-def test_another_seed_is_another_network():
-    a, b = (training.train_teacher(seed, 1)[0] for seed in (0, 1))
-    assert not torch.equal(a.enter.weight, b.enter.weight)
-
-
-def test_label_dropout_drops_its_share_to_the_null_label():
-    draws = training.Batches(*digits.load_data(), seed=0)
-    labels = torch.arange(20_000) % 10
-    dropped = draws.dropped(labels)
-    share = (dropped == digits.NULL_CLASS).double().mean().item()
-    assert share == pytest.approx(training.LABEL_DROPOUT, abs=0.01)
-    assert torch.equal(dropped[dropped != digits.NULL_CLASS], labels[dropped != digits.NULL_CLASS])
-
-
-def test_the_classifier_is_trained_without_the_held_out_images(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        training, "load_data", lambda *split: asked.append(split) or digits.load_data(*split)
-    )
-    training.train_classifier(iterations=1)
-    assert asked == [("train",)]
-
-
-def test_a_loss_that_is_not_finite_stops_training():
-    net = torch.nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="teacher: the loss of iteration 0 is nan"):
-        training._fit("teacher", net, lambda: net.weight.sum() * torch.nan, 5, 1e-3, False)
-
-
-def test_the_command_writes_three_checkpoints_and_prints_its_figures(tmp_path, monkeypatch, capsys):
-    for name in ("classifier", "teacher", "student"):
-        train = getattr(training, f"train_{name}")
-        monkeypatch.setattr(
-            training, f"train_{name}", lambda *a, train=train, **k: train(*a, iterations=1)
-        )
-    monkeypatch.setattr(training, "REPORTED", 20)
-    threads = torch.get_num_threads()
-    try:
-        training.main(["--out", str(tmp_path / "new"), "--seed", "5"])
-    finally:
-        torch.set_num_threads(threads)
-    checkpoints.load_teacher(tmp_path / "new" / "teacher.safetensors")
-    checkpoints.load_student(tmp_path / "new" / "student.safetensors")
-    checkpoints.load_classifier(tmp_path / "new" / "classifier.safetensors")
-    printed = capsys.readouterr().out
-    assert "trained in" in printed and "teacher, 50 steps: Frechet distance" in printed
-
-
 # The shipped weights
 
 
 def test_the_shipped_weights_are_small_and_described():
-    files = {file.name: file.stat().st_size for file in checkpoints.WEIGHTS.iterdir()}
+    files = {file.name: file.stat().st_size for file in WEIGHTS.iterdir()}
     names = {f"{name}.safetensors" for name in ("teacher", "student", "classifier")}
     assert set(files) == {*names, "MODEL_CARD.md"}
-    assert sum(files.values()) < 5e6
+    assert sum(files.values()) < 2.5e6
+    card = (WEIGHTS / "MODEL_CARD.md").read_text(encoding="utf-8")
+    for name in names:
+        assert f"{files[name]:,}" in card
+        assert hashlib.sha256((WEIGHTS / name).read_bytes()).hexdigest()[:16] in card
+
+
+def test_the_shipped_weights_are_what_kdpp_train_made():
+    """By the settings of digits_weights.toml, seed 0, on the training part, from each other."""
+    from kdpp.lab.data import load_data
+    from kdpp.lab.methods import Training, load_methods
+    from kdpp.lab.settings import fill, read_toml
+
+    spec = read_toml(digits_weights.SPEC)
+    assert list(spec) == ["classifier", "teacher", "student"]
+    for name, settings in spec.items():
+        network, card = read_checkpoint(f"digits:{name}")
+        method, teacher = load_methods()[settings.pop("method")], settings.pop("teacher", None)
+        filled = fill(method.Settings, settings)
+        model = load_model(f"digits:{teacher}") if teacher else None
+        training = Training(method, filled, load_data("digits"), model, teacher)
+        assert (card.method, card.seed) == (method.name, 0)
+        assert fill(method.Settings, card.settings) == filled  # later settings at their defaults
+        assert (card.data.source, card.data.digest) == ("digits", training.data_digest)
+        assert (card.teacher and card.teacher.digest) == training.teacher_digest
+        assert card.evaluations and card.network == network.config
+    assert read_checkpoint("digits:teacher")[1].network["width"] == TEACHER["width"]
+    assert read_checkpoint("digits:student")[1].network["width"] == SMALL["width"]
+
+
+def test_the_command_that_makes_the_weights(tmp_path, monkeypatch, capsys):
+    """In small: three runs, three files in float16; the student names its teacher as it ships."""
+    spec = tmp_path / "spec.toml"
+    small = "iterations = 1\nbatch = 8\n"
+    text = digits_weights.SPEC.read_text(encoding="utf-8").replace("iterations = 800\n", "")
+    spec.write_text("".join(f"{line}\n{small * line.startswith('method')}"
+                            for line in text.splitlines()))  # fmt: skip
+    monkeypatch.setattr(digits_weights, "SPEC", spec)
+    out, weights = str(tmp_path / "runs"), str(tmp_path / "weights")
+    monkeypatch.setattr("sys.argv", ["digits_weights", "--out", out, "--weights", weights])
+    digits_weights.main()
+    assert "student: 0 CPU s" in capsys.readouterr().out
+    load_classifier(tmp_path / "weights" / "classifier.safetensors")
+    student = load_model(tmp_path / "weights" / "student.safetensors").card
+    assert student.teacher.name == "digits:teacher" and student.iterations == 1
+    half = (tmp_path / "weights" / "teacher.safetensors").stat().st_size
+    assert half < 0.6 * (tmp_path / "runs" / "teacher" / "model.safetensors").stat().st_size
 
 
 def test_the_shipped_classifier_knows_digits_it_has_not_seen():
-    images, labels = digits.load_data("held_out")
+    images, labels = digits.load_data("test")
     guesses = checkpoints.load_classifier()(images).argmax(1)
-    assert (guesses == labels).double().mean() >= 0.985
+    assert (guesses == labels).double().mean() >= 0.98
+
+
+def sampled(name: str, sampler: str, cfg_scale: float = 1.0) -> torch.Tensor:
+    """1,000 digits in turn, 4 steps."""
+    return draw(
+        Recipe(load_model(name), None, sampler, SCHEDULE, cond_scale=cfg_scale), range(1000)
+    ).x
 
 
 def test_the_shipped_student_leaves_a_gap_to_the_shipped_teacher():
+    """And both are further from digits that neither has seen than real ones are."""
     classifier = checkpoints.load_classifier()
-    reference = metrics.features_of(digits.load_data()[0], classifier)
+    reference = metrics.features_of(digits.load_data("test")[0], classifier)
     labels = torch.arange(1000) % 10
     made = {
-        "student": training.sample(checkpoints.load_student(), labels, SCHEDULE, renew=True),
-        "teacher": training.sample(checkpoints.load_teacher(), labels, SCHEDULE, guidance=2.0),
+        "student": (sampled("digits:student", "lcm"), labels),
+        "teacher": (sampled("digits:teacher", "unipc", 2.0), labels),
+        "real": tuple(part[:1000] for part in digits.load_data("train")),
     }
     scores = {
-        name: metrics.measure(images, labels, classifier, reference)
-        for name, images in made.items()
+        name: metrics.measure(images, asked, classifier, reference)
+        for name, (images, asked) in made.items()
     }
     assert scores["teacher"].accuracy > 0.99
     assert 0.9 < scores["student"].accuracy < 0.985
-    student, teacher = (scores[name].frechet_distance for name in ("student", "teacher"))
-    assert student > 2 * teacher
+    student, teacher, real = (scores[name].frechet_distance for name in made)
+    assert student > 2 * teacher and teacher > real
 
 
 def test_the_teacher_with_guidance_works_behind_compvis_denoiser():
-    """Euler by hand through k-diffusion's denoiser gives what `training.sample` gives."""
+    """Euler by hand through k-diffusion's denoiser draws the digits that are asked for."""
     teacher, labels = checkpoints.load_teacher(), torch.arange(10)
     denoiser = external.CompVisDenoiser(teacher)
     x = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(4)) * SCHEDULE[0]
@@ -427,7 +432,5 @@ def test_the_teacher_with_guidance_works_behind_compvis_denoiser():
         null = denoiser(x, levels, cond=torch.full_like(labels, digits.NULL_CLASS))
         denoised = null + 2.0 * (denoiser(x, levels, cond=labels) - null)
         x = denoised + (x - denoised) / sigma * below
-    made = training.sample(teacher, labels, SCHEDULE, guidance=2.0, seed=4)
-    torch.testing.assert_close(x, made, rtol=0, atol=2e-3)
     guesses = checkpoints.load_classifier()(metrics.as_viewed(x)).argmax(1)
     assert (guesses == labels).sum() >= 9

@@ -564,7 +564,6 @@ def test_image_to_image_refuses():
 
 
 def test_the_examples_of_the_page_run():
-    pytest.importorskip("sklearn")
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(examples) == 2
     variables = {}

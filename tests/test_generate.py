@@ -14,8 +14,6 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("sklearn")
-
 from kdpp.checkpoints import drawing, flags, pairs, places
 from kdpp.checkpoints.pairs import load_pipeline
 from kdpp.checkpoints.pipelines import latent_shape, network_of

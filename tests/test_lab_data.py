@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("sklearn")
 pytest.importorskip("PIL")
 
 from PIL import Image
@@ -37,6 +36,14 @@ def test_the_digits_are_the_digits():
     images, labels = load_digits()
     assert torch.equal(data.images, images) and torch.equal(data.labels, labels)
     assert (data.classes, data.shape, data.source, data.bounded) == (10, (1, 8, 8), "digits", True)
+
+
+def test_the_digits_have_a_test_part():
+    """Beside them, of the same kind."""
+    test = load_data("digits").test
+    images, labels = load_digits("test")
+    assert torch.equal(test.images, images) and torch.equal(test.labels, labels)
+    assert (test.classes, test.source, test.test) == (10, "digits", None)
 
 
 def test_a_folder_of_grey_images_in_classes(folder):

@@ -24,12 +24,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-
-from kdpp.lab import evaluate, files, judges, pictures, sampling
+from kdpp.lab import evaluate, files, judges, pictures, sampling, statistics
 from kdpp.lab.compare import compare
 from kdpp.lab.data import Data, load_data
-from kdpp.lab.metrics import METRICS, Points, load_features, measure
+from kdpp.lab.features import load_features
+from kdpp.lab.metrics import METRICS, Points, measure
 from kdpp.lab.models import load_model, save_model
 from kdpp.lab.sampling import Recipe, draw, image_seeds
 
@@ -93,12 +92,12 @@ def sampled(monkeypatch):
 def test_figures_are_those_of_the_metrics(finished):
     """Every cell's scores of the second seed, measured here from images drawn here."""
     student, teacher = load_model("digits:student"), load_model("digits:teacher")
-    images, _ = load_data("digits").images, load_data("digits").labels
-    features = load_features("digits", images, 10)
+    data = load_data("digits")
+    features = load_features("digits", data.images, 10)
+    against = statistics.of_data(data, features)
     own = Recipe(teacher, None, "euler", teacher.levels_for(50), 2.0)
-    references = (
-        Points(features(images)), Points(features(draw(own, image_seeds(10**9, 40)).x)),
-    )  # fmt: skip
+    reference = Points(features(draw(own, image_seeds(10**9, 40)).x))
+    references = (against.points, reference, against.training)
     levels = student.levels_for(4)
     guidance = {"teacher_scale": 0.5, "teacher_cfg_scale": 2.0}
     recipes = {
@@ -134,12 +133,11 @@ def test_the_table_and_the_files(finished, again, capsys):
     run(*PAIR, *SMALL, "--out", again)
     said = capsys.readouterr().out
     found, cells = results(finished), by_guide(finished)
-    lines = {line.split("  ")[0]: line for line in said.splitlines()}
-    for metric in METRICS.values():
-        assert metric.title in lines
+    lines = {line.split("  ")[0].split(", N")[0]: line for line in said.splitlines()}
     fd = cells["teacher"]["metrics"]["fd"]
     assert evaluate._shown(fd) in lines["FD"]
-    for name, metric in METRICS.items():
+    for name in fd_and_others(cells):
+        metric = METRICS[name]
         changes = [
             cells[guide]["metrics"][name][kind]
             for guide, kind in (("teacher", "change"), ("teacher", "own_share"), ("self", "change"))
@@ -157,6 +155,13 @@ def test_the_table_and_the_files(finished, again, capsys):
     assert found["data"]["accuracy"] > 0.99 and found["settings"]["seeds"] == [0, 1]
     wrote = [line.split("/")[-1] for line in said.splitlines() if line.startswith("wrote")]
     assert wrote == ["results.json", "results.csv", "grid.png"]
+
+
+def fd_and_others(cells):
+    """The metrics there are; those of test images are there where the digits have some."""
+    names = set(METRICS) - set(cells["none"]["metrics"])
+    assert names <= {"memorised"}
+    return list(cells["none"]["metrics"])
 
 
 @pytest.mark.parametrize(
@@ -229,7 +234,9 @@ def test_what_is_finished_is_not_sampled_again(finished, again, sampled):
     assert sampled() == 3
     old, new = figures(finished)["cells"], figures(again)["cells"]
     for a, b in zip(old, new):
-        assert all(b["metrics"][m]["values"][:2] == a["metrics"][m]["values"] for m in METRICS)
+        assert list(b["metrics"]) == list(a["metrics"])
+        for name, found in a["metrics"].items():
+            assert b["metrics"][name]["values"][:2] == found["values"]
 
 
 @pytest.mark.parametrize(
@@ -523,9 +530,10 @@ def test_few_images_and_pixels_are_remarked_on(tmp_path, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdpp:")]
     assert [f"kdpp: {remark}" for remark in results(tmp_path / "one")["remarks"]] == said
     assert "pixel by pixel" in said[0]
-    assert "20 images to 40 in 64 dimensions" in said[1] and "Take 128 or more" in said[1]
+    assert "no test images" in said[1]
+    assert "20 images to 40 in 64 dimensions" in said[2] and "Take 128 or more" in said[2]
     run("digits:student", *given, "--features", "pixels", "--out", tmp_path / "two")
-    assert len(results(tmp_path / "two")["remarks"]) == 1
+    assert len(results(tmp_path / "two")["remarks"]) == 2
 
 
 if __name__ == "__main__":

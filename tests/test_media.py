@@ -6,8 +6,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-pytest.importorskip("sklearn", reason="needs scikit-learn, whose digits the lab's models draw")
-
 import kdpp
 from kdpp.checkpoints import drawing, media, pairs
 from kdpp.checkpoints.requests import Picture, Request, read_png, read_texts

@@ -170,14 +170,13 @@ def test_encode_refuses_other_bad_input():
 
 @cache
 def digits():
-    """The embedded teacher as a denoiser, 40 held-out images, their labels, the classifier."""
-    pytest.importorskip("sklearn")
+    """The embedded teacher as a denoiser, 40 images new to it, their labels, the classifier."""
     from kdpp.digits import load_classifier, load_data, load_teacher
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compvis = kdpp.kdiffusion.external.CompVisDenoiser
-    images, labels = load_data("held_out")
+    images, labels = load_data("test")
     return compvis(load_teacher()), images[:40], labels[:40], load_classifier()
 
 
@@ -595,7 +594,6 @@ def test_coins_inpainting_and_cfg():
 
 
 def test_the_examples_of_the_page_run():
-    pytest.importorskip("sklearn")
     page = Path(__file__).parents[1] / "docs" / "rollouts.md"
     examples = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert len(examples) == 2

@@ -20,7 +20,7 @@ from typing import Any
 
 from kdpp.cli import main as kdpp_command
 from kdpp.lab.compare import compare
-from kdpp.lab.metrics import estimate, paired, verdict
+from kdpp.lab.intervals import estimate, paired, verdict
 from kdpp.lab.models import load_model
 from kdpp.lab.settings import read_toml
 from pictures import PICTURES, png

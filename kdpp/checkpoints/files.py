@@ -36,10 +36,18 @@ from kdpp.checkpoints.architectures import (
 )
 from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, Header, read_header
 
-__all__ = ["CheckpointFacts", "LoraFacts", "inspect", "part_numbers"]
+__all__ = [
+    "EXPERTS",
+    "NOT_READ",
+    "CheckpointFacts",
+    "LoraFacts",
+    "inspect",
+    "noises_of",
+    "part_numbers",
+]
 
 Prediction = Literal["epsilon", "v", "x0", "flow", "edm"]
-KDPP_KEYS = ("kdpp.lab", "kdpp.digits")
+KDPP_KEY = "kdpp.lab"
 """Under which kdpp's own models have their card in the metadata."""
 JSON_CAP = 10_000_000
 """The longest of a folder's own JSON files that is read, in bytes."""
@@ -58,6 +66,12 @@ OTHER_KINDS = {
     "embedding": r"^(emb_params|clip_[lg])$",
 }
 """What else a file may hold, by a pattern found in one of its keys; of several, the first."""
+
+NOT_READ = {
+    "unknown": "not a model that kdpp knows",
+    "embedding": "a textual inversion embedding, which kdpp does not read",
+}
+"""What a sentence that refuses a file of this kind calls it."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +208,16 @@ def part_numbers(path: str | Path) -> dict[str, int]:
     return {part: numbers for part, numbers in sums.items() if numbers}
 
 
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+"""Wan 2.2's networks by the noise that they are for, as diffusers names them."""
+
+
+def noises_of(path: Path) -> list[str]:
+    """For which of `EXPERTS` a file is, by its name: "high", "low", both or none."""
+    words = r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)"
+    return list(dict.fromkeys(re.findall(words, path.stem.lower())))
+
+
 # A file ------------------------------------------------------------------------------------------
 
 
@@ -219,9 +243,8 @@ def _told(path: Path, header: Header, size: int) -> CheckpointFacts:
         parameters=_numbers(entries),
         bytes=size,
     )
-    for key in KDPP_KEYS:
-        if key in header.metadata:
-            return _kdpp_model(facts, header.metadata[key])
+    if KDPP_KEY in header.metadata:
+        return _kdpp_model(facts, header.metadata[KDPP_KEY])
     layers = lora_layers(entries)
     if 2 * sum(map(len, layers.values())) > len(entries):
         return _lora(facts, header, layers)
@@ -236,7 +259,7 @@ def _told(path: Path, header: Header, size: int) -> CheckpointFacts:
 
 
 def _kdpp_model(facts: CheckpointFacts, card: str) -> CheckpointFacts:
-    """A network that kdpp's lab trained, or one of the digits'."""
+    """A network that kdpp's lab trained."""
     try:
         about = json.loads(card)
         method, sampler = str(about.get("method", "")), str(about.get("sampler", ""))

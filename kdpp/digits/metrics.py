@@ -8,8 +8,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from kdpp.digits.networks import Classifier
-from kdpp.lab.metrics import Floats, frechet_distance, inception_score
+from kdpp.lab.features import Floats
+from kdpp.lab.metrics import frechet_distance, inception_score
+from kdpp.lab.networks import Classifier
 
 
 class Scores(NamedTuple):

@@ -18,7 +18,7 @@ from kdpp.lab.schedules import schedule
 
 TEACHER_CFG = 2.0
 """This data's CFG scale; the paper's 7.5 is Stable Diffusion's and overshoots here."""
-WEAK, STRONG, LATE = 0.1, 0.5, 0.98
+WEAK, STRONG, LATE = 0.1, 0.5, 1.17
 """λ of the paper for students that follow a trajectory, a stronger one, `kdpp tune`'s."""
 
 
@@ -79,14 +79,16 @@ def build_ways(student: Counted, teacher: Counted) -> dict[str, Way]:
         step = "last" if look else "first"
         return Way(f"  + {name}, {step} step, λ = {scale}", kdpp.sample_lcm_tg, model, schedule(4))
 
-    def alone(steps: int) -> Way:
+    def alone(steps: int) -> Way:  # by the solver that is best in 4 steps, not by Euler
         model = kdpp.TeacherGuidedDenoiser(teacher, teacher, teacher_steps=0)
         name = f"teacher, {steps} steps"
-        return Way(name, kdpp.sample_euler_tg, model, schedule(steps), TEACHER_CFG)
+        return Way(name, kdpp.sample_unipc_tg, model, schedule(steps), TEACHER_CFG)
 
-    # What `kdpp tune digits:student digits:teacher` names: the last step, at its own level, with
-    # the student's own noise. The student itself would answer there what it has just answered.
-    last: dict[str, Any] = {"teacher_steps": [3], "renoise": "current", "renoise_eta": 0.0}
+    # What `kdpp tune digits:student digits:teacher` names: the last step, noised again to a level
+    # of its own with the student's noise, and beyond the teacher's estimate.
+    last: dict[str, Any] = {
+        "teacher_steps": [3], "renoise": 0.2, "renoise_eta": 0.0, "extrapolate": True,
+    }  # fmt: skip
     return {
         "student": plain(4),
         "weak": helped("teacher", teacher, WEAK, TEACHER_CFG),
@@ -94,6 +96,7 @@ def build_ways(student: Counted, teacher: Counted) -> dict[str, Way]:
         "late": helped("teacher", teacher, LATE, 1.0, **last),
         "self_weak": helped("itself", student, WEAK, 1.0),
         "self_strong": helped("itself", student, STRONG, 1.0),
+        "self_late": helped("itself", student, LATE, 1.0, **last),
         "five": plain(5),
         "six": plain(6),
         "teacher": alone(4),

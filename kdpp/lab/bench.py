@@ -38,8 +38,9 @@ from kdpp.checkpoints.models import Shelf, open_models, student_request
 from kdpp.checkpoints.requests import Request
 from kdpp.lab import processes
 from kdpp.lab.files import digest, locked, make_folder, remove_leftovers, write_atomically
+from kdpp.lab.intervals import differences, estimate, together, verdict
 from kdpp.lab.judges import DataJudge, Judge, PictureJudge
-from kdpp.lab.metrics import Points, estimate, paired, verdict
+from kdpp.lab.metrics import Points
 from kdpp.lab.models import GenerativeModel, Model
 from kdpp.lab.sampling import (
     Batches,
@@ -49,12 +50,14 @@ from kdpp.lab.sampling import (
     fingerprint,
     image_seeds,
 )
+from kdpp.lab.search import SEARCH_SEED, SEARCHED_LEVELS, candidates, front
 from kdpp.lab.settings import fill, to_toml
-from kdpp.lab.spec import REFERENCE_SEED, Cell, Guidance, Spec, cells_of
+from kdpp.lab.spec import REFERENCE_SEED, BestTeacher, Cell, Guidance, Spec, cells_of
 
 __all__ = ["Bench", "Report", "run"]
 
 RESULTS = "results.json"
+SIGNS = {"lower": 1.0, "higher": -1.0, None: 0.0}
 PAUSE = 0.1
 """Seconds between two looks for what another process is to finish."""
 
@@ -94,15 +97,16 @@ def run(
     with processes.single_thread():
         bench = Bench(spec, device, out / "cells")
         _check_folder(out, bench)
-        jobs = bench.jobs()
-        untried = {job.cell: job for job in jobs if not job.done}
+        jobs = [*bench.searches(), *bench.jobs()]
+        untried = {id(job.recipe): job for job in jobs if not job.done}
         for job in untried.values():
             bench.judge.attempt(job.recipe.student, attempt(job.recipe, job.cell or job))
         make_folder(out / "cells")
         with locked(out) if rank == 0 else nullcontext():
             for remark in bench.judge.remarks if rank == 0 else ():
                 print(f"kdpp: {remark}", file=sys.stderr)
-            bench.carry_out(jobs, rank, size)
+            bench.settle(rank, size)
+            bench.carry_out(bench.jobs(), rank, size)
             if rank > 0:
                 return None
             for folder in (out, out / "cells"):
@@ -118,11 +122,12 @@ def _check_folder(out: Path, bench: Bench) -> None:
     """ValueError where the folder holds results of other students alone."""
     try:
         models = json.loads((out / RESULTS).read_bytes())["models"].values()
-        checkpoints = {str(model["checkpoint"]) for model in models}
-        theirs = checkpoints | {str(model.get("weights")) for model in models}
+        checkpoints = {one for model in models for one in _listed(model["checkpoint"])}
+        theirs = checkpoints | {one for model in models for one in _listed(model["weights"])}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return  # nothing, or nothing that was written by this
-    ours = {*map(str, bench.spec.students.values()), *bench.weights.values()}
+    ours = {one for name in bench.places for one in _listed(bench.places[name])}
+    ours |= {one for digests in bench.weights.values() for one in digests}
     if theirs and not ours & theirs:
         raise ValueError(
             f"{out} holds results of {', '.join(sorted(checkpoints))}; name another folder"
@@ -195,23 +200,28 @@ class Bench:
         self.spec, self.device, self.folder = spec, processes.device(device), folder
         prompts = read_prompts(Path(spec.prompts)) if spec.prompts else ()
         self.shelf = Shelf(self.device, prompts)
-        self.models: dict[str, GenerativeModel] = {}
+        self.models: dict[str, list[GenerativeModel]] = {}
         self.helpers: dict[str, GenerativeModel | None] = {}
         self.teacher: GenerativeModel | None = None
         self._open()
-        first = next(iter(self.models.values()))
-        self.weights = {name: model.digest() for name, model in self.models.items()}
+        self.places = dict(spec.students)
+        firsts = {name: models[0] for name, models in self.models.items()}
+        first = next(iter(firsts.values()))
         self.judge: Judge = (
             DataJudge(spec, first)
             if isinstance(first, Model)
             else PictureJudge(spec, prompts, folder)
         )
-        for name, model in {**self.models, "the teacher": self.teacher}.items():
-            if model is not None:
+        if self.teacher is not None:
+            self.judge.check("the teacher", self.teacher)
+        for name, models in self.models.items():
+            for model in models:
                 self.judge.check(name, model)
-        self.cells, self.notes = cells_of(spec, self.models)
-        by_student = sorted(self.cells, key=lambda cell: list(self.models).index(cell.student))
-        self.recipes = {cell: self._recipe(cell) for cell in by_student}
+        grid = cells_of(spec, firsts)
+        self.cells, self.longer, self.notes = grid.cells, grid.longer, grid.notes
+        self.candidates = self._candidates(grid.teachers)
+        self.weights = {name: [m.digest() for m in models] for name, models in self.models.items()}
+        self.recipes = {cell: self._recipes(cell) for cell in [*self.cells, *self._searched]}
         self.judge.load()
 
     def _open(self) -> None:
@@ -220,21 +230,47 @@ class Bench:
         if spec.prompts:
             for name, about in spec.students.items():
                 request = student_request({**spec.pipelines, **_table(about)}, spec.teacher)
-                self.models[name], self.helpers[name] = self.shelf.models(request)
+                model, self.helpers[name] = self.shelf.models(request)
+                self.models[name] = [model]
             if spec.teacher is not None and spec.own_samples is not None:
                 steps = {"model": spec.teacher, "steps": spec.own_samples.steps}
                 alone = student_request({**spec.pipelines, **steps}, None)
                 self.teacher, _ = self.shelf.models(alone)
             return
-        for name, place in spec.students.items():
-            self.models[name], _ = open_models(Request(student=place), self.device)
+        for name, places in spec.students.items():
+            requests = [Request(student=place) for place in _listed(places)]
+            self.models[name] = [open_models(one, self.device)[0] for one in requests]
+            kinds = {(one.sampler, one.levels, one.guidance_range) for one in self.models[name]}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"the checkpoints of {name} are made for other samplers or levels; those of "
+                    "one student differ in their training seed alone"
+                )
         if spec.teacher is not None:
             self.teacher, _ = open_models(Request(student=spec.teacher), self.device)
         self.helpers = dict.fromkeys(self.models, self.teacher)
 
-    def _recipe(self, cell: Cell) -> Recipe:
-        student = self.models[cell.student]
-        guides = {"none": None, "teacher": self.helpers[cell.student], "self": student}
+    def _candidates(self, teachers: Sequence[BestTeacher]) -> dict[BestTeacher, list[Cell]]:
+        """The cells among which each of these is searched."""
+        if not teachers or self.teacher is None:
+            return {}
+        teacher, place = self.teacher, self.spec.teacher
+        name = next((name for name, one in self.places.items() if one == place), None)
+        if name is None:
+            name = "the teacher" if "teacher" in self.places else "teacher"
+            self.places[name], self.models[name] = place, [teacher]
+        return {wanted: list(candidates(name, teacher, wanted)) for wanted in teachers}
+
+    @property
+    def _searched(self) -> list[Cell]:
+        return list(dict.fromkeys(cell for cells in self.candidates.values() for cell in cells))
+
+    def _recipes(self, cell: Cell) -> list[Recipe]:
+        """One for each of the student's trainings."""
+        return [self._recipe(cell, student) for student in self.models[cell.student]]
+
+    def _recipe(self, cell: Cell, student: GenerativeModel) -> Recipe:
+        guides = {"none": None, "teacher": self.helpers.get(cell.student), "self": student}
         if cell.guide == "teacher" and guides["teacher"] is None:
             raise ValueError(f"{cell}: no teacher is named; name one")
         try:
@@ -262,16 +298,48 @@ class Bench:
         return self.judge.given()
 
     @cached_property
-    def _names(self) -> dict[Cell, str]:
-        """A digest of all that determines a cell's results but the seed."""
+    def _names(self) -> dict[Cell, list[str]]:
+        """Digests of all that determines a cell's results but the seed, one for each training."""
         own = self.own and self.own.path.name
         return {
-            cell: digest([self._given, own, fingerprint(recipe)])
-            for cell, recipe in self.recipes.items()
+            cell: [digest([self._given, own, fingerprint(recipe)]) for recipe in recipes]
+            for cell, recipes in self.recipes.items()
         }
 
-    def path(self, cell: Cell, seed: int) -> Path:
-        return self.folder / f"{digest([self._names[cell], seed])}.json"
+    def path(self, cell: Cell, training: int, seed: int) -> Path:
+        return self.folder / f"{digest([self._names[cell][training], seed])}.json"
+
+    def searches(self) -> list[Job]:
+        """What is to be sampled to find the best solver for the teacher, as `jobs`."""
+        found = self._jobs(self._searched, [SEARCH_SEED])
+        return [*([self.own] if self.own else []), *found] if found else []
+
+    def settle(self, rank: int = 0, size: int = 1) -> None:
+        """Search the best solver for the teacher, and add what was found to the cells."""
+        jobs = self.searches()
+        self.carry_out(jobs, rank, size)
+        while not all(job.done for job in jobs):
+            time.sleep(PAUSE)
+        for wanted, cells in self.candidates.items():
+            scores = {}
+            for cell in cells:
+                found = Result.read(self.path(cell, 0, SEARCH_SEED))
+                if found is not None:
+                    scores[cell] = found.scores["fd"]
+            if not scores:
+                continue
+            best = min(scores, key=lambda cell: scores[cell])
+            if best not in self.cells:
+                self.cells.append(best)
+            solvers = ", ".join(dict.fromkeys(cell.sampler for cell in cells))
+            note = (
+                f"the teacher alone with at most {wanted.evaluations} evaluations, CFG scale "
+                f"{wanted.cond_scale:g}: {best.sampler}, {best.steps} steps on "
+                f"[{', '.join(f'{level:.3g}' for level in best.levels)}], the lowest FD of "
+                f"{len(cells)} ({solvers}; levels its own, {', '.join(SEARCHED_LEVELS)}) on a seed "
+                "of the search's own"
+            )
+            self.notes.append(note)
 
     def jobs(self) -> list[Job]:
         """All that is to be computed, each once: one checkpoint may have two names.
@@ -280,15 +348,19 @@ class Bench:
         order of their students, and then of their digests, so that no pattern of the grid makes
         uneven shares.
         """
+        found = self._jobs(self.cells, self.spec.seed_list)
+        return [*([self.own] if self.own else []), *found]
+
+    def _jobs(self, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Job]:
         jobs = {
             path: Job(cell, recipe, seed, path)
-            for cell, recipe in self.recipes.items()
-            for seed in self.spec.seed_list
-            for path in [self.path(cell, seed)]
+            for cell in cells
+            for training, recipe in enumerate(self.recipes[cell])
+            for seed in seeds
+            for path in [self.path(cell, training, seed)]
         }
         names = list(self.models)
-        others = sorted(jobs.values(), key=lambda job: (names.index(job.student), job.path))
-        return [*([self.own] if self.own else []), *others]
+        return sorted(jobs.values(), key=lambda job: (names.index(job.student), job.path))
 
     def carry_out(self, jobs: Sequence[Job], rank: int = 0, size: int = 1) -> None:
         """Compute what is missing of this process's share; the main one then waits for the rest.
@@ -362,12 +434,10 @@ class Bench:
     def report(self, text: str) -> Report:
         """All results, which must be there; ``text`` is the spec as it was written."""
         found = {cell: self._stored(cell) for cell in self.cells}
-        records = [record for records in found.values() for record in records]
+        records = [one for several in found.values() for each in several for one in each]
         names = [name for name in self.judge.metrics if all(name in one.scores for one in records)]
-        values = {
-            cell: {name: [one.scores[name] for one in records] for name in names}
-            for cell, records in found.items()
-        }
+        figures = {name: self._figures(name, found) for name in names}
+        costs = {cell: _costs(stored, self.spec.images) for cell, stored in found.items()}
         numbers = {cell: number for number, cell in enumerate(self.cells, 1)}
         results = {
             "title": self.spec.title,
@@ -384,31 +454,100 @@ class Bench:
             "notes": self.notes,
             "metrics": [{"name": name, **self.judge.metrics[name]._asdict()} for name in names],
             "data": self.judge.described,
+            "data_images": self.judge.described_images,
             "cells": [
                 {
                     "cell": numbers[cell],
                     "plain": numbers[cell.plain] if cell.guide != "none" else None,
                     "self": numbers.get(cell.control) if cell.control else None,
+                    "longer": numbers.get(self.longer[cell]) if cell in self.longer else None,
                     **_settings(cell),
-                    "costs": _costs(found[cell], self.spec.images),
-                    "metrics": {name: _metric(cell, name, values) for name in names},
+                    "costs": costs[cell],
+                    "metrics": {name: figures[name][cell] for name in names},
                 }
                 for cell in self.cells
             ],
+            "fronts": {
+                name: {
+                    cost: [
+                        numbers[cell]
+                        for cell in front(
+                            {c: costs[c][cost] for c in costs},
+                            {c: figures[name][c]["mean"] * sign for c in costs},
+                        )
+                    ]
+                    for cost in ("evaluations", "compute", "milliseconds")
+                }
+                for name in names
+                if (sign := SIGNS[self.judge.metrics[name].better])
+            },
             "spec": text,
         }
-        shown = [self.judge.real, *(found[cell][0].picture for cell in self.cells)]
+        shown = [self.judge.real, *(found[cell][0][0].picture for cell in self.cells)]
         return Report(results, [picture for picture in shown if picture])
 
-    def _stored(self, cell: Cell) -> list[Result]:
-        """The cell's results, a seed after the other."""
-        read = (Result.read(self.path(cell, seed)) for seed in self.spec.seed_list)
-        return [result for result in read if result is not None]
+    def _stored(self, cell: Cell) -> list[list[Result]]:
+        """The cell's results, training by training, a seed after the other."""
+        return [
+            [
+                result
+                for seed in self.spec.seed_list
+                if (result := Result.read(self.path(cell, training, seed))) is not None
+            ]
+            for training in range(len(self.recipes[cell]))
+        ]
+
+    def _figures(
+        self, name: str, found: Mapping[Cell, Sequence[Sequence[Result]]]
+    ) -> dict[Cell, dict[str, Any]]:
+        """A metric of every cell: over the seeds, or over the trainings' means; and its changes.
+
+        ``change`` is against the plain student, ``self_change`` what the self control changes,
+        ``own_share`` the change against the self control, what is the teacher's own, and
+        ``over_steps`` the change against as many evaluations as steps of the student's own. The
+        intervals of all of them are read together (`kdpp.lab.intervals.together`).
+        """
+        seeds = {
+            cell: [[one.scores[name] for one in results] for results in several]
+            for cell, several in found.items()
+        }
+        units = {
+            cell: each[0] if len(each) == 1 else [fmean(values) for values in each]
+            for cell, each in seeds.items()
+        }
+        pairs = {
+            (cell, kind): differences(units[cell], units[base])
+            for cell in found
+            for kind, base in (
+                ("change", cell.plain if cell.guide != "none" else None),
+                ("own_share", cell.control),
+                ("over_steps", self.longer.get(cell)),
+            )
+            if base in units
+        }
+        changes = {
+            key: asdict(one) | {"verdict": verdict(one)}
+            for key, one in zip(pairs, together(list(pairs.values())))
+        }
+        return {
+            cell: {
+                **asdict(estimate(units[cell])),
+                "values": units[cell],
+                "trainings": seeds[cell] if len(seeds[cell]) > 1 else None,
+                **{
+                    kind: changes.get((cell, kind))
+                    for kind in ("change", "own_share", "over_steps")
+                },
+                "self_change": changes.get((cell.control, "change")) if cell.control else None,
+            }
+            for cell in found
+        }
 
     def _settings(self) -> dict[str, Any]:
         spec = self.spec
         return {
             "data": self.judge.source,
+            "compared_with": self.judge.against and self.judge.against.about,
             "features": self.judge.features,
             "images": spec.images,
             "seeds": list(spec.seed_list),
@@ -422,13 +561,14 @@ class Bench:
         return {
             name: {
                 "checkpoint": place,
-                "weights": self.weights[name],
-                "method": self.models[name].method,
-                "parameters": self.models[name].parameters,
-                "sampler": self.models[name].sampler,
-                "levels": self.models[name].levels,
+                "weights": self.weights[name] if len(models) > 1 else self.weights[name][0],
+                "method": models[0].method,
+                "parameters": models[0].parameters,
+                "sampler": models[0].sampler,
+                "levels": models[0].levels,
             }
-            for name, place in self.spec.students.items()
+            for name, place in self.places.items()
+            for models in [self.models[name]]
         }
 
 
@@ -437,33 +577,12 @@ def _batches(job: Job) -> Path:
     return job.path.with_suffix(".batches")
 
 
+def _listed(value: Any) -> list[str]:
+    return list(map(str, value)) if isinstance(value, list) else [str(value)]
+
+
 def _table(about: str | Mapping[str, Any]) -> Mapping[str, Any]:
     return {"model": about} if isinstance(about, str) else about
-
-
-def _metric(
-    cell: Cell, name: str, values: Mapping[Cell, Mapping[str, Sequence[float]]]
-) -> dict[str, Any]:
-    """A figure of a cell: over the seeds, and its changes.
-
-    ``change`` is against the plain student, ``self_change`` what the self control changes, and
-    ``own_share`` the change against the self control: what is the teacher's own.
-    """
-
-    def change(first: Cell | None, base: Cell | None) -> dict[str, Any] | None:
-        if first is None or base is None or first not in values:
-            return None
-        found = paired(values[first][name], values[base][name])
-        return asdict(found) | {"verdict": verdict(found)}
-
-    control = cell.control if cell.control in values else None
-    return {
-        **asdict(estimate(values[cell][name])),
-        "values": values[cell][name],
-        "change": change(cell, cell.plain) if cell.guide != "none" else None,
-        "self_change": change(control, cell.plain),
-        "own_share": change(cell, control),
-    }
 
 
 def _settings(cell: Cell) -> dict[str, Any]:
@@ -480,8 +599,9 @@ def _settings(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _costs(results: Sequence[Result], images: int) -> dict[str, float]:
+def _costs(stored: Sequence[Sequence[Result]], images: int) -> dict[str, float]:
     """What one image costs; the time is the mean over the seeds, memory the most of any."""
+    results = [result for each in stored for result in each]
     student, teacher = results[0].evaluations
     return {
         "student_evaluations": student,

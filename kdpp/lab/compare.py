@@ -7,9 +7,7 @@ from contextlib import nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from kdpp.lab import bench, report
 from kdpp.lab.console import say
-from kdpp.lab.spec import read_spec
 
 __all__ = ["add_arguments", "compare", "run"]
 
@@ -40,6 +38,9 @@ def compare(path: Path, out: Path, device: str = "cpu") -> None:
 
     Raises as `kdpp.lab.bench.run` does, and as `kdpp.lab.spec.read_spec` for the file.
     """
+    from kdpp.lab import bench, report  # torch, for which --help need not wait
+    from kdpp.lab.spec import read_spec
+
     spec = read_spec(path)
     written = {"results.csv": report.table, "report.html": report.page}
     found = bench.run(

@@ -63,7 +63,8 @@ class Data:
 def load_data(source: str | Path) -> Data:
     """Load "digits", a folder of images, an array file, or MNIST's four files.
 
-    - ``digits``: scikit-learn's, all 1,797, ``(1, 8, 8)``.
+    - ``digits``: UCI's handwritten digits, ``(1, 8, 8)``: the 3,823 of the training part, and as
+      ``test`` the 1,797 of the other, by other writers.
     - A folder: every image in it that Pillow reads, all of one size; sub-folders, by name, are
       the classes, with whatever folders they hold. Images are turned as their EXIF data say. Grey
       ones give one channel, others three (transparency is dropped); pixels 0..255 become -1..1.
@@ -77,7 +78,7 @@ def load_data(source: str | Path) -> Data:
     Without labels there is one class.
 
     Raises:
-        ImportError: scikit-learn or Pillow is missing.
+        ImportError: Pillow is missing.
         OSError: there is nothing at ``source``, or it cannot be read.
         ValueError: an unknown name; an empty folder or class; a file that is no whole image, has
             several frames or more pixels than Pillow takes for an image (89 million), or is of
@@ -88,7 +89,7 @@ def load_data(source: str | Path) -> Data:
         from kdpp.digits.data import CLASSES
         from kdpp.digits.data import load_data as load_digits
 
-        return Data(*load_digits(), CLASSES)
+        return Data(*load_digits(), CLASSES, test=Data(*load_digits("test"), CLASSES))
     if str(source).startswith("idx:"):
         return _idx(str(source))
     path = Path(source)

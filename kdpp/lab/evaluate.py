@@ -9,22 +9,35 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdpp.lab import bench, pictures, report
 from kdpp.lab.console import say
-from kdpp.lab.models import load_model
 from kdpp.lab.settings import fill, read_option, read_value
-from kdpp.lab.spec import Combination, Guidance, Spec, check_spec
+
+if TYPE_CHECKING:  # this file is read for `kdpp evaluate --help`, which need not wait for torch
+    from kdpp.lab.bench import Report
+    from kdpp.lab.spec import Spec
 
 __all__ = ["add_arguments", "run"]
 
 NAMES = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
 """How the cells are called, by their guide."""
-HELP = {field.name for field in fields(Guidance)}
-"""The settings of the teacher's help; the others are the model's own."""
+SAMPLING = {
+    "sampler": "a solver, see `kdpp solvers` (default: the one that the model is made for)",
+    "steps": "how many (default: what the model is made for)",
+    "levels": "the levels themselves, falling to 0, in place of steps",
+    "cond_scale": "the model's CFG scale (default: 1)",
+}
+HELP = {
+    "teacher_scale": "λ, the share of the teacher's estimate (default: 0.1)",
+    "teacher_steps": "k: the first k steps; or a list of steps (default: 1)",
+    "renoise": "σ_s: next, current, random, or a level (default: next)",
+    "renoise_eta": "ρ, the share of fresh noise (default: 1.0)",
+    "teacher_cfg_scale": "the teacher's CFG scale (default: 2; 1 if guidance is built in)",
+    "extrapolate": "true allows λ outside [0, 1] (default: false)",
+}
+"""The settings of a `kdpp.lab.spec.Combination` that have a flag of their name."""
 RENAMED = {
     "--scale": "--teacher-scale",
     "--guided-steps": "--teacher-steps",
@@ -46,35 +59,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="the model that helps, and is compared with")
     sampling = parser.add_argument_group("sampling")
     guidance = parser.add_argument_group("the teacher's help")
-    for field in fields(Combination):
-        if field.name in ("student", "options"):
-            continue
-        group = guidance if field.name in HELP else sampling
-        about = ABOUT.get(field.name, f"{field.metadata['help']} (default: {field.default})")
-        group.add_argument(f"--{field.name.replace('_', '-')}", metavar="VALUE", help=about)
+    for group, settings in ((sampling, SAMPLING), (guidance, HELP)):
+        for name, about in settings.items():
+            group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=about)
     sampling.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE",
         help="of the sampler, such as eta=0.5; `kdpp solvers NAME` names them",
     )  # fmt: skip
     add = parser.add_argument_group("measuring").add_argument
     add("--data", default="", help="what to compare with (default: the model's training data)")
-    add("--features", default="", help="digits, pixels, inception:FILE or clip:FOLDER (default: "
-        "digits for the digits, else pixels)")  # fmt: skip
+    add(
+        "--test", default="", help="images that no network was trained on (default: the data's own)"
+    )
+    add("--statistics", default="", help="a file of kdpp statistics, in place of data")
+    add("--features", default="", help="digits, classifier:RUN, pixels, inception:FILE, "
+        "clip:FOLDER or timm:FOLDER (default: digits for the digits, else pixels)")  # fmt: skip
     add("--images", metavar="N", default="5000", help="of each seed (default: 5000)")
     add("--seeds", default="5", help="how many, from 0, or a list such as [7,8] (default: 5)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-
-
-ABOUT = {
-    "cond_scale": "the model's CFG scale (default: 1)",
-    "levels": "the levels themselves, falling to 0, in place of steps",
-    "sampler": "a solver, see `kdpp solvers` (default: the one that the model is made for)",
-    "steps": "how many (default: what the model is made for)",
-    "teacher_scale": "λ, the share of the teacher's estimate (default: 0.1)",
-    "teacher_cfg_scale": "the teacher's CFG scale (default: 2; 1 if guidance is built in)",
-    "extrapolate": "true allows λ outside [0, 1] (default: false)",
-}
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -82,9 +85,11 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises as `kdpp.lab.bench.run` does.
     """
+    from kdpp.lab import bench, pictures, report
+
     out = arguments.out
 
-    def files(found: bench.Report) -> dict[str, bytes]:
+    def files(found: Report) -> dict[str, bytes]:
         written = {"results.csv": report.table(found).encode()}
         if found.pictures:
             titles = ["real images", *(NAMES[cell["guide"]] for cell in found.results["cells"])]
@@ -100,15 +105,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 def spec_of(arguments: argparse.Namespace) -> Spec:
     """The arguments as a spec; ValueError for what it cannot be."""
+    from kdpp.lab.models import load_model
+    from kdpp.lab.spec import Combination, Spec, check_spec
+
     given = {
-        field.name: read_value(Combination, field.name, text)
-        for field in fields(Combination)
-        if (text := getattr(arguments, field.name, None)) is not None
+        name: read_value(Combination, name, text)
+        for name in (*SAMPLING, *HELP)
+        if (text := getattr(arguments, name)) is not None
     }
     given["options"] = dict(map(read_option, arguments.option))
     reference = {}
     if arguments.teacher is None:
-        for name in given.keys() & HELP:
+        for name in given.keys() & HELP.keys():
             raise ValueError(f"--{name.replace('_', '-')} needs a teacher: --teacher MODEL")
     else:
         given.setdefault("teacher_scale", 0.1)
@@ -119,11 +127,14 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
     spec = fill(Spec, {
         "title": f"{arguments.model}",
         "data": arguments.data,
+        "test": arguments.test,
+        "statistics": arguments.statistics,
         "features": arguments.features,
         "images": read_value(Spec, "images", arguments.images),
         "seeds": read_value(Spec, "seeds", arguments.seeds),
         "teacher": arguments.teacher,
-        "self_control": arguments.teacher is not None,
+        "more_steps": False,
+        "best_teacher": False,
         "students": {"model": arguments.model},
         "reference": reference,
         "grid": [{"student": "model", **{name: [value] for name, value in given.items()}}],
@@ -138,7 +149,8 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
 def table(results: Mapping[str, Any]) -> str:
     """The results as text: a line for each metric, a column for each cell and change."""
     cells, metrics = results["cells"], results["metrics"]
-    columns = [["", *(metric["title"] for metric in metrics), *COSTS]]
+    titles = [f"{one['title']}, {report.sizes(results, one)}" for one in metrics]
+    columns = [["", *titles, *COSTS]]
     for cell in cells:
         found = [cell["metrics"][metric["name"]] for metric in metrics]
         costs = [shown(cell["costs"]) for shown in COSTS.values()]
@@ -149,20 +161,21 @@ def table(results: Mapping[str, Any]) -> str:
                 columns.append([title, *changes, *[""] * len(COSTS)])
     own = results["data"]
     figures = [f"{own[m['name']]:.4g}" if m["name"] in own else "" for m in metrics]
-    columns.append(["the data", *figures, *[""] * len(COSTS)])
+    columns.append([f"real, N = {results['data_images']:,}", *figures, *[""] * len(COSTS)])
     widths = [max(map(len, column)) for column in columns]
     lines = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
         for line in zip(*columns)
     ]
     settings, first = results["settings"], cells[0]
+    against = settings["compared_with"]
     seeds = len(settings["seeds"])
     head = [
         f"{results['title']}: {first['sampler']}, {first['steps']} step{'s' * (first['steps'] > 1)}"
-        f"; {seeds} seed{'s' * (seeds > 1)} of {settings['images']} images; features: "
-        f"{settings['features']}",
+        f"; {seeds} seed{'s' * (seeds > 1)} of {settings['images']} images; compared with "
+        f"{against['images']} {against['part']} images; features: {settings['features']}",
         "±: half the 95 % confidence interval over seeds; changes are paired; "
-        '"none seen": the interval holds 0',
+        '"none seen": the interval, read with the others of its line (Holm), holds 0',
         "",
     ]
     return "\n".join(head + lines)

@@ -14,30 +14,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from kdpp.lab import pictures
-from kdpp.lab.data import load_data, load_pictures
-from kdpp.lab.files import digest, make_folder, write_atomically
-from kdpp.lab.metrics import (
-    METRICS,
-    NETWORKS,
-    Floats,
-    Metric,
-    Points,
-    compared,
-    describe,
-    load_features,
-    load_picture_features,
-    measure,
-    remarks,
-)
+from kdpp.lab import pictures, statistics
+from kdpp.lab.data import load_pictures
+from kdpp.lab.features import Floats, load_features, load_picture_features
+from kdpp.lab.files import digest, make_folder
+from kdpp.lab.metrics import METRICS, Metric, Points, compared, describe, measure, remarks
 from kdpp.lab.models import GenerativeModel, Model
 from kdpp.lab.plugins import load_function
 from kdpp.lab.sampling import CHUNK, Images
 from kdpp.lab.spec import Spec
+from kdpp.lab.statistics import Against
 
 __all__ = ["DataJudge", "Judge", "PictureJudge"]
 
@@ -53,7 +41,7 @@ class Judge(Protocol):
         batch: samples in a run.
         real: a grid of real images, as a PNG file in base64; None without.
         remarks: what a reader must know.
-        described: the figures of the data themselves.
+        described, described_images: the figures of so many real images themselves.
         metrics: every figure of `scores`, in the order of tables.
     """
 
@@ -63,7 +51,12 @@ class Judge(Protocol):
     real: str | None
     remarks: list[str]
     described: dict[str, float]
+    described_images: int
     metrics: dict[str, Metric]
+
+    @property
+    def against(self) -> Against | None:
+        """What is compared with; None where nothing is."""
 
     def given(self) -> object:
         """All that figures depend on but the samples."""
@@ -93,20 +86,31 @@ class Judge(Protocol):
 
 
 class DataJudge:
-    """Images or latents of the lab, compared with data."""
+    """Images or latents of the lab, compared with data or with a file of `kdpp statistics`."""
 
     def __init__(self, spec: Spec, first: Model) -> None:
-        self.images = spec.images
-        self.batch = CHUNK
-        self.data = load_data(spec.data or first.card.data.source)
-        self.source = self.data.source
-        self.metrics = METRICS
-        self._default = "digits" if self.source == "digits" else "pixels"
-        self._named = spec.features
+        self.images, self.batch, self.metrics = spec.images, CHUNK, METRICS
+        self.kept = Path(spec.statistics) if spec.statistics else None
+        self.data = None
+        if self.kept is not None:
+            said = statistics.about(self.kept)
+            self.shape, self.classes, self.source = said["shape"], said["classes"], said["source"]
+            looks_like = statistics.images_of(said["shape"], said["limits"])
+            default = said["features"]
+        else:
+            self.data = statistics.load_both(spec.data or first.card.data.source, spec.test)
+            self.shape, self.classes, self.source = (
+                self.data.shape, self.data.classes, self.data.source
+            )  # fmt: skip
+            looks_like = self.data.images
+            default = "digits" if self.source == "digits" else "pixels"
+        self._default = None if spec.features else default
+        self.space = load_features(spec.features or default, looks_like, self.classes)
+        self.features = self.space.name
 
     def check(self, name: str, model: GenerativeModel) -> None:
         """It must make such images as the data are."""
-        made, wanted = (model.shape, model.classes), (self.data.shape, self.data.classes)
+        made, wanted = (model.shape, model.classes), (self.shape, self.classes)
         if made != wanted:
             raise ValueError(
                 f"{name} makes images of shape {list(made[0])} and {made[1]} classes; the data "
@@ -114,22 +118,25 @@ class DataJudge:
             )
 
     def load(self) -> None:
-        """The features, and those of the data."""
-        name = self._named or self._default
-        self.space = load_features(name, self.data.images, self.data.classes)
-        self.features = self.space.name
-        self.points = Points(self.space(self.data.images))
-        self.remarks = remarks(self.points, self.images, None if self._named else self._default)
-        drawn = pictures.drawable(self.data)
-        self.real = self._grid(pictures.real_images(self.data)) if drawn else None
-        self.described = describe(self.points, self.data.labels, self.space)
+        """The features of the data."""
+        if self.kept is not None:
+            self.against: Against = statistics.read(self.kept, self.space)
+        else:
+            assert self.data is not None
+            self.against = statistics.of_data(self.data, self.space)
+        points = self.against.points
+        self.remarks = remarks(points, self.images, self._default, self.against.part)
+        self.described, self.described_images = self.against.real(self.space, self.images)
+        shown = self.data and (self.data.test or self.data)
+        drawn = shown is not None and pictures.drawable(shown)
+        self.real = self._grid(pictures.real_images(shown)) if shown and drawn else None
 
     def given(self) -> object:
-        """A digest of the data, the features, and how many images there are."""
-        name = self.features
+        """A digest of what is compared with, the features, and how many images there are."""
+        rows = (self.against.points, self.against.training)
         return digest([
-            self.images, self.data.images.numpy().tobytes(), self.data.classes,
-            name, file_content(name),
+            self.images, self.classes, sorted(self.space.about.items()),
+            *(one and one.rows.tobytes() for one in rows),
         ])  # fmt: skip
 
     def attempt(self, model: GenerativeModel, samples: Images) -> None:
@@ -147,14 +154,17 @@ class DataJudge:
         self, model: GenerativeModel, samples: Images, teacher: Points | None
     ) -> dict[str, float]:
         """See `kdpp.lab.metrics.measure`."""
-        return measure(samples.x, samples.labels, self.space, self.points, teacher)
+        against = self.against
+        return measure(
+            samples.x, samples.labels, self.space, against.points, teacher, against.training
+        )
 
     def picture(self, model: GenerativeModel, samples: Images) -> str | None:
         """A column shows a class."""
         return self._grid(samples.x) if self.real else None
 
     def _grid(self, images: Tensor) -> str:
-        return pictures.grid(images, self.data.classes)
+        return pictures.grid(images, self.classes)
 
 
 class Scorer(NamedTuple):
@@ -194,17 +204,18 @@ class PictureJudge:
 
     def __init__(self, spec: Spec, prompts: Sequence[str], folder: Path) -> None:
         self.images, self.batch, self.prompts = spec.images, spec.batch, tuple(prompts)
+        self.kept = Path(spec.statistics) if spec.statistics else None
         self.source, self.features, self.folder = spec.data, spec.features, folder
         self.scorers = [Scorer(name, load_function(name)) for name in spec.metrics]
         names = [scorer.name for scorer in self.scorers]
         if len(set(names)) < len(names) or set(names) & METRICS.keys():
             raise ValueError(f"the metrics are called {', '.join(names)}; give each its own name")
-        if bool(spec.data) != bool(spec.features):
+        if bool(spec.data or spec.statistics) != bool(spec.features):
             raise ValueError(
-                "data is a folder of reference pictures, and features is what they are compared "
-                "in; give both or neither"
+                "data is a folder of reference pictures, or statistics a file of theirs, and "
+                "features is what they are compared in; give both or neither"
             )
-        if not self.scorers and not spec.data:
+        if not self.scorers and not spec.features:
             raise ValueError(
                 'nothing is measured: give metrics = ["module:function"], or data and features'
             )
@@ -218,32 +229,32 @@ class PictureJudge:
     def load(self) -> None:
         """The features, and those of the reference pictures."""
         self.space = load_picture_features(self.features) if self.features else None
-        self.remarks = [] if self.points is None else remarks(self.points, self.images, "given")
-        self.described = {}
-        if self.points is not None:
-            # Reference pictures have no classes: what is left is the inception score.
-            assert self.space is not None
-            once = torch.arange(len(self.points.rows))
-            self.described = describe(self.points, once, self.space)
+        self.remarks: list[str] = []
+        self.described: dict[str, float] = {}
+        self.described_images = 0
+        if self.against is not None and self.space is not None:
+            self.remarks = remarks(self.against.points, self.images, None, self.against.part)
+            self.described, self.described_images = self.against.real(self.space, self.images)
         few = islice(load_pictures(self.source), SHOWN) if self.source else ()
         self.real = _thumbnails(few) if self.source else None
 
     @cached_property
-    def points(self) -> Points | None:
+    def against(self) -> Against | None:
         """The reference pictures' features; kept, since there are many."""
         if self.space is None:
             return None
-        path = self.folder / f"data-{digest([self._reference])}.safetensors"
-        if not path.exists():
-            rows = [self.space(picture) for picture in load_pictures(self.source)]
-            features = torch.cat(list(map(torch.from_numpy, rows)))
+        path = self.kept or self.folder / f"data-{digest([self._reference])}.safetensors"
+        if not path.exists() and self.kept is None:
             make_folder(self.folder)
-            write_atomically(path, to_bytes({"features": features}))
-        return Points(load_file(path)["features"].numpy())
+            statistics.write(path, statistics.of_pictures(self.source, self.space), self.space)
+        return statistics.read(path, self.space)
 
     @cached_property
     def _reference(self) -> object:
-        return (self.features, file_content(self.features), folder_content(self.source))
+        if self.space is None:
+            return None
+        files = self.kept.read_bytes() if self.kept else folder_content(self.source)
+        return sorted(self.space.about.items()), files
 
     def given(self) -> object:
         """A digest of references, features, metrics and the size of a batch."""
@@ -279,9 +290,9 @@ class PictureJudge:
             for scorer in self.scorers:
                 found[scorer.name] += scorer(shown, prompts)
         scores: dict[str, float] = {}
-        if self.space is not None and self.points is not None:
+        if self.space is not None and self.against is not None:
             made = Points(torch.cat(rows).numpy())
-            scores = compared(made, self.points, teacher)
+            scores = compared(made, self.against.points, teacher, self.against.training)
             scores |= describe(made, torch.arange(len(made.rows)), self.space)
         return scores | {name: sum(values) / len(values) for name, values in found.items()}
 
@@ -309,15 +320,9 @@ def _thumbnails(shown: Iterable[Tensor]) -> str:
 
 
 def file_content(name: str) -> str | None:
-    """A digest of the files that features or a metric are read from; None where there is none."""
-    kind, _, place = name.partition(":")
-    if kind.endswith(".py"):
-        return digest([Path(kind).read_bytes()])
-    if not place or kind not in NETWORKS:
-        return None
-    path = Path(place)
-    paths = sorted(path.iterdir()) if path.is_dir() else [path]
-    return digest(path.read_bytes() for path in paths if path.is_file())
+    """A digest of the file that a metric is read from; None where there is none."""
+    kind, _, _ = name.partition(":")
+    return digest([Path(kind).read_bytes()]) if kind.endswith(".py") else None
 
 
 def folder_content(folder: str) -> str | None:

@@ -1,249 +1,104 @@
-"""How good a set of images is, in features that the user names; and what seeds say of a change.
-
-Images are clamped to the data's range first, as a viewer sees them: pixels outside it move the
-Fréchet distance more than most samplers do.
-"""
+"""How good a set of images is, in features that the user names (`kdpp.lab.features`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from kdpp.digits.checkpoints import load_classifier
-from kdpp.lab.plugins import load_function
+from kdpp.lab.features import Features, Floats
 from kdpp.lab.processes import single_thread
 
 __all__ = [
+    "LEAST",
     "METRICS",
-    "NEIGHBOURS",
-    "Estimate",
-    "Features",
     "Metric",
+    "Overlap",
     "Points",
     "accuracy",
     "compared",
-    "data_range",
     "describe",
     "diversity",
-    "estimate",
+    "extrapolated",
     "frechet_distance",
     "inception_score",
     "kernel_distance",
-    "load_features",
-    "load_picture_features",
     "measure",
-    "paired",
-    "precision_recall",
+    "memorised",
+    "overlap",
     "remarks",
-    "verdict",
 ]
 
-Floats = NDArray[np.float64]
-NEIGHBOURS = 3
-"""Of precision and recall: a set needs one point more."""
+NEIGHBOURS, DENSE = 3, 5
+"""Neighbours that make a point's ball: of precision and recall, and of density and coverage. Both
+are their papers' choice."""
+LEAST = NEIGHBOURS + 1
+"""Points of a set, at least. Of fewer than six, density and coverage take balls without end."""
 BLOCK = 500  # rows of a matrix of pairs that are held at a time
-BATCH = 100  # images that a feature network is given at a time
 
 
 class Metric(NamedTuple):
-    """A figure of `measure`: its name in tables, what is good, and what it is."""
+    """A figure of `measure`: its name in tables, what is good, what it is, and compared to what."""
 
     title: str
     better: Literal["lower", "higher"] | None
     what: str
+    to: Literal["data", "teacher"] | None = None
 
 
 METRICS = {
-    "fd": Metric("FD", "lower", "Fréchet distance to the data (Heusel et al. 2017)"),
-    "fd_teacher": Metric("FD to teacher", "lower", "to the teacher's own many-step samples"),
-    "kid": Metric("KID", "lower", "unbiased squared MMD, cubic kernel (Bińkowski et al. 2018)"),
-    "kid_teacher": Metric("KID to teacher", "lower", "to the teacher's own many-step samples"),
+    "fd": Metric("FD", "lower", "Fréchet distance to the data (Heusel et al. 2017)", "data"),
+    "fd_infinity": Metric(
+        "FD∞", "lower", "FD extrapolated to infinitely many images (Chong and Forsyth 2020)", "data"
+    ),
+    "kid": Metric(
+        "KID", "lower", "unbiased squared MMD, cubic kernel (Bińkowski et al. 2018)", "data"
+    ),
+    "fd_teacher": Metric(
+        "FD to teacher", "lower", "to the teacher's own many-step samples", "teacher"
+    ),
+    "kid_teacher": Metric(
+        "KID to teacher", "lower", "to the teacher's own many-step samples", "teacher"
+    ),
     "precision": Metric(
-        "precision", "higher", "share of the images inside the data (Kynkäänniemi et al. 2019)"
+        "precision",
+        "higher",
+        "share of the images inside the data (Kynkäänniemi et al. 2019)",
+        "data",
     ),
     "recall": Metric(
-        "recall", "higher", "share of the data inside the images (Kynkäänniemi et al. 2019)"
+        "recall", "higher", "share of the data inside the images (Kynkäänniemi et al. 2019)", "data"
+    ),
+    "density": Metric(
+        "density",
+        "higher",
+        "how many of the data's balls hold an image (Naeem et al. 2020)",
+        "data",
+    ),
+    "coverage": Metric(
+        "coverage",
+        "higher",
+        "share of the data's balls that hold an image (Naeem et al. 2020)",
+        "data",
+    ),
+    "memorised": Metric(
+        "memorised",
+        "lower",
+        "share of the images nearer to the training images than to as many unseen ones: "
+        "0.5 where nothing is copied",
+        "data",
     ),
     "inception_score": Metric("IS", "higher", "inception score (Salimans et al. 2016)"),
     "accuracy": Metric("accuracy", "higher", "share of the images recognised as their label"),
     "diversity": Metric("diversity", None, "mean distance of two images of one class"),
 }
 """What `measure` gives, in the order of tables."""
-
-
-# Features -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Features:
-    """A map from images to vectors in which sets of images are compared.
-
-    ``extract`` maps ``images [n, *shape]``, clamped to ``limits``, to [n, D]; ``classify``, where
-    there are classes, such vectors to logits [n, C]. ``labelled``: those classes are the data's
-    labels.
-    """
-
-    name: str
-    extract: Callable[[Tensor], Tensor]
-    limits: tuple[float, float]
-    classify: Callable[[Tensor], Tensor] | None = None
-    labelled: bool = False
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Floats:
-        """The images' features, float64 [N, D]; ValueError where an image is not finite."""
-        if not bool(images.isfinite().all()):
-            raise ValueError("images must be finite, got NaN or infinite pixels")
-        parts = [self.extract(part) for part in torch.split(images.clamp(*self.limits), BATCH)]
-        return torch.cat(parts).double().numpy(force=True)
-
-    @torch.no_grad()
-    def probabilities(self, features: Floats) -> Floats | None:
-        """Class probabilities, float64 [N, C]; None for features without classes."""
-        if self.classify is None:
-            return None
-        logits = self.classify(torch.from_numpy(features).float())
-        return logits.double().softmax(1).numpy(force=True)
-
-
-def data_range(images: Tensor) -> tuple[float, float]:
-    """What images are clamped to: [-1, 1] for pixels, the extremes of latents that leave it."""
-    low, high = float(images.min()), float(images.max())
-    return (-1.0, 1.0) if low >= -1.0 and high <= 1.0 else (low, high)
-
-
-def load_features(name: str, images: Tensor, classes: int) -> Features:
-    """The features of this name, for data ``images [N, *shape]`` of so many classes.
-
-    - "digits": the last hidden layer of the classifier that ships with kdpp, 64 wide.
-    - "pixels": the pixels themselves, or latents.
-    - "inception:FILE": FID's Inception-v3, 2048 wide, as torch-fidelity has it. FILE holds
-      torch-fidelity's weights as safetensors.
-    - "clip:FOLDER": the image embedding of a CLIP model, as transformers has it. FOLDER holds
-      config.json and model.safetensors.
-
-    Nothing is downloaded. Raises ValueError for another name, for data that the features are not
-    made for and for files that hold something else, FileNotFoundError where there is no file,
-    ImportError where a package is missing.
-    """
-    limits, shape = data_range(images), tuple(images.shape[1:])
-    kind, _, place = name.partition(":")
-    if name == "pixels":
-        return Features(name, lambda images: images.flatten(1), limits)
-    if name == "digits":
-        if shape != (1, 8, 8) or classes != 10 or limits != (-1.0, 1.0):
-            raise ValueError(
-                f"features 'digits' are made for the 8x8 digits, not for shape {list(shape)} in "
-                f"[{limits[0]:g}, {limits[1]:g}] and {classes} classes; take 'pixels' …"
-            )
-        digits = load_classifier()
-        return Features(name, digits.features, limits, digits.head, labelled=True)
-    if kind in NETWORKS and place:
-        if limits != (-1.0, 1.0) or len(shape) != 3 or shape[0] not in (1, 3):
-            raise ValueError(
-                f"features {name!r} take pictures, [1 or 3, height, width] in [-1, 1]; the data "
-                f"have shape {list(shape)} in [{limits[0]:g}, {limits[1]:g}]: take 'pixels'"
-            )
-        return NETWORKS[kind](name, Path(place))
-    allowed = "'digits', 'pixels', 'inception:FILE.safetensors' or 'clip:FOLDER'"
-    raise ValueError(f"features is {name!r}; it must be {allowed}")
-
-
-def load_picture_features(name: str) -> Features:
-    """Features of pictures (n, 3, h, w) in [-1, 1]: a network of `load_features`, or one's own.
-
-    "module:function" or "FILE.py:function" names a function of pictures in [0, 1] that gives
-    vectors, (n, D). Raises as `load_features` and `kdpp.lab.plugins.load_function`.
-    """
-    kind, _, place = name.partition(":")
-    if kind in NETWORKS and place:
-        return NETWORKS[kind](name, Path(place))
-    function = load_function(name)
-
-    def extract(images: Tensor) -> Tensor:
-        return torch.as_tensor(function(images.add(1.0).div(2.0)))
-
-    return Features(name, extract, (-1.0, 1.0))
-
-
-def _inception(name: str, path: Path) -> Features:
-    try:
-        from torch_fidelity import feature_extractor_inceptionv3 as source
-    except ImportError as error:
-        raise ImportError(
-            "Inception features need torch-fidelity: pip install torch-fidelity"
-        ) from error
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no Inception weights at {path}")
-    try:
-        tensors = load_file(path)
-        # Its constructor would download weights or unpickle them; it gets these in their place.
-        with patch.object(source, "load_state_dict_from_url", lambda *_, **__: tensors):
-            network = source.FeatureExtractorInceptionV3("inception", ["2048"])
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f"{path} does not hold torch-fidelity's Inception-v3 as safetensors: {error}"
-        ) from error
-
-    def extract(images: Tensor) -> Tensor:
-        pixels = ((images + 1.0) * 127.5).round().to(torch.uint8)
-        features: Tensor = network(pixels.expand(-1, 3, -1, -1))[0]
-        return features
-
-    def classify(features: Tensor) -> Tensor:  # without the bias, as for every inception score
-        return torch.nn.functional.linear(features, network.fc.weight)
-
-    return Features(name, extract, (-1.0, 1.0), classify)
-
-
-def _clip(name: str, path: Path) -> Features:
-    try:
-        from transformers import CLIPVisionModelWithProjection
-        from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-    except ImportError as error:
-        raise ImportError("CLIP features need transformers: pip install transformers") from error
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"no CLIP model in {path}: it must hold config.json")
-    try:
-        network: Any = CLIPVisionModelWithProjection.from_pretrained(
-            path, local_files_only=True, use_safetensors=True
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} does not hold a CLIP image model: {error}") from error
-    network.eval().requires_grad_(False)
-    mean, deviation = (
-        torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    )
-    size = network.config.image_size
-
-    def extract(images: Tensor) -> Tensor:
-        resized = torch.nn.functional.interpolate(
-            (images.float().expand(-1, 3, -1, -1) + 1.0) / 2.0,
-            size=(size, size),
-            mode="bicubic",
-            antialias=True,
-        )
-        features: Tensor = network((resized.clamp(0.0, 1.0) - mean) / deviation).image_embeds
-        return features
-
-    return Features(name, extract, (-1.0, 1.0))
-
-
-NETWORKS: dict[str, Callable[[str, Path], Features]] = {"inception": _inception, "clip": _clip}
 
 
 # Distances ----------------------------------------------------------------------------------------
@@ -258,25 +113,25 @@ class Points:
 
     def __init__(self, rows: ArrayLike) -> None:
         self.rows: Floats = np.asarray(rows, dtype=np.float64)
-        if self.rows.ndim != 2 or len(self.rows) <= NEIGHBOURS:
+        if self.rows.ndim != 2 or len(self.rows) < LEAST:
             raise ValueError(
-                f"features have shape {list(self.rows.shape)}; they must be [N, D] with "
-                f"N ≥ {NEIGHBOURS + 1}"
+                f"features have shape {list(self.rows.shape)}; they must be [N, D] with N ≥ {LEAST}"
             )
         if not np.isfinite(self.rows).all():
             raise ValueError("features must be finite, got NaN or infinite values")
 
     @cached_property
-    def radii(self) -> Floats:
-        """The squared distance of every point to its third nearest other one."""
-        nearest = []
+    def nearest(self) -> Floats:
+        """The squared distances [N, 5] of every point to its nearest other ones."""
+        found = np.empty((len(self.rows), DENSE))
         for start, squares in _squared_distances(self.rows, self.rows):
             own = np.arange(len(squares))
             squares[own, start + own] = np.inf
-            for _ in range(NEIGHBOURS - 1):  # many times faster than a partition
-                squares[own, squares.argmin(1)] = np.inf
-            nearest.append(squares.min(1))
-        return np.concatenate(nearest)
+            for k in range(DENSE):  # many times faster than a partition
+                place = squares.argmin(1)
+                found[start + own, k] = squares[own, place]
+                squares[own, place] = np.inf
+        return found
 
     @cached_property
     def kernel(self) -> float:
@@ -307,6 +162,23 @@ def frechet_distance(a: ArrayLike, b: ArrayLike) -> float:
     cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(0)).sum()
     shift = a.mean(0) - b.mean(0)
     return float(shift @ shift + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def extrapolated(distance: float, a: ArrayLike, b: ArrayLike) -> float:
+    """The `frechet_distance` of a to b, which is ``distance``, for infinitely many rows of a.
+
+    It is too large by about c/N for N rows, because the covariance of few rows fits them. From the
+    whole of a and from its two halves follows ``2 FD(a) - (FD(first) + FD(second)) / 2``, which is
+    free of c/N. The rows must be in no order: halves of different classes would be farther from b.
+    Chong and Forsyth 2020 (arXiv 1911.07023) fit the same line through 15 random parts; halves that
+    share nothing scatter less. What b's own number of rows does is left in.
+
+    Raises ValueError as `frechet_distance`, for fewer than four rows of a.
+    """
+    rows = _rows("a", a)
+    middle = len(rows) // 2
+    halves = [frechet_distance(half, b) for half in (rows[:middle], rows[middle:])]
+    return 2.0 * distance - sum(halves) / 2.0
 
 
 def inception_score(probabilities: ArrayLike) -> float:
@@ -340,22 +212,63 @@ def kernel_distance(a: Points, b: Points) -> float:
     return float(a.kernel + b.kernel - 2.0 * across)
 
 
-def precision_recall(images: Points, data: Points) -> tuple[float, float]:
-    """The share of the images that lie inside the data, and of the data inside the images.
+class Overlap(NamedTuple):
+    """How far images and data lie in the same places, see `overlap`."""
 
-    A point is inside a set where it is no further from one of its points than that point's third
-    nearest neighbour in the set. Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. (1), (2).
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def overlap(images: Points, data: Points) -> Overlap:
+    """Precision, recall, density and coverage.
+
+    A point's ball reaches to its k-th nearest neighbour in its own set. Precision is the share of
+    the images that lie in a ball of the data, recall the share of the data that lie in a ball of
+    the images, k = 3. Density is the mean, over images, of the number of the data's balls that hold
+    it, divided by k; coverage the share of the data's balls that hold an image, k = 5.
+
+    Sources: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. (1), (2); Naeem et al. 2020
+    (arXiv 2002.09797), eq. (2), (3).
 
     Raises ValueError where they are not equally wide.
     """
     _check_widths(images, data)
-    precise = 0
-    recalled = np.zeros(len(data.rows), dtype=bool)
+    precise = held = 0
+    recalled, covered = np.zeros((2, len(data.rows)), dtype=bool)
+    ours, theirs = images.nearest[:, NEIGHBOURS - 1], data.nearest[:, NEIGHBOURS - 1]
     for start, squares in _squared_distances(images.rows, data.rows):
-        precise += int((squares <= data.radii).any(1).sum())
-        radii = images.radii[start : start + len(squares), None]
-        recalled |= (squares <= radii).any(0)
-    return precise / len(images.rows), float(recalled.mean())
+        precise += int((squares <= theirs).any(1).sum())
+        recalled |= (squares <= ours[start : start + len(squares), None]).any(0)
+        dense = squares <= data.nearest[:, DENSE - 1]
+        held += int(dense.sum())
+        covered |= dense.any(0)
+    count = len(images.rows)
+    return Overlap(
+        precise / count, float(recalled.mean()), held / (DENSE * count), float(covered.mean())
+    )
+
+
+def memorised(images: Points, training: Points, unseen: Points) -> float:
+    """The share of the images that are nearer to a training image than to any unseen one.
+
+    With equally many of both it is 0.5 for images that owe nothing to single training images.
+    A tie counts half. As the test of Meehan et al. 2020 (arXiv 2004.05675), as a share.
+
+    Raises ValueError for sets of unequal size or width.
+    """
+    if training.rows.shape != unseen.rows.shape:
+        raise ValueError(
+            f"there are {training.rows.shape} training and {unseen.rows.shape} unseen features; "
+            "give as many of both, equally wide"
+        )
+    _check_widths(images, unseen)
+    near = [
+        np.concatenate([squares.min(1) for _, squares in _squared_distances(images.rows, rows)])
+        for rows in (training.rows, unseen.rows)
+    ]
+    return float((0.5 * (np.sign(near[1] - near[0]) + 1.0)).mean())
 
 
 def diversity(features: ArrayLike, labels: ArrayLike) -> float:
@@ -398,12 +311,14 @@ def measure(
     features: Features,
     data: Points,
     teacher: Points | None = None,
+    training: Points | None = None,
 ) -> dict[str, float]:
     """The `METRICS` of ``images [N, *shape]``, asked to be of the classes ``labels`` [N].
 
     ``data`` and ``teacher`` are the features of the data and of the teacher's own many-step
-    samples. Features without classes give no inception score, those whose classes are not the
-    data's no accuracy, classes of one image each no diversity.
+    samples; ``training`` those of as many training images, where the data are unseen ones. Features
+    without classes give no inception score, those whose classes are not the data's no accuracy,
+    classes of one image each no diversity.
 
     It works on one thread, since the last bits of sums depend on how many there are.
 
@@ -411,23 +326,27 @@ def measure(
     threadpoolctl.
     """
     points = Points(features(images))
-    scores = compared(points, data, teacher) | describe(points, labels, features)
+    scores = compared(points, data, teacher, training) | describe(points, labels, features)
     return {name: scores[name] for name in METRICS if name in scores}
 
 
 @_single_thread()
-def compared(points: Points, data: Points, teacher: Points | None = None) -> dict[str, float]:
+def compared(
+    points: Points, data: Points, teacher: Points | None = None, training: Points | None = None
+) -> dict[str, float]:
     """Those of the `METRICS` that compare points with the data, and with the teacher's samples."""
-    precision, recall = precision_recall(points, data)
+    distance = frechet_distance(points.rows, data.rows)
     scores = {
-        "fd": frechet_distance(points.rows, data.rows),
+        "fd": distance,
+        "fd_infinity": extrapolated(distance, points.rows, data.rows),
         "kid": kernel_distance(points, data),
-        "precision": precision,
-        "recall": recall,
+        **overlap(points, data)._asdict(),
     }
     if teacher is not None:
         scores["fd_teacher"] = frechet_distance(points.rows, teacher.rows)
         scores["kid_teacher"] = kernel_distance(points, teacher)
+    if training is not None:
+        scores["memorised"] = memorised(points, training, data)
     return scores
 
 
@@ -454,17 +373,24 @@ def _rows(name: str, values: Any) -> Floats:
     return matrix
 
 
-def remarks(data: Points, images: int, default: str | None) -> list[str]:
+def remarks(data: Points, images: int, default: str | None, part: str = "test") -> list[str]:
     """What a reader must know of figures from so many images, compared with these data.
 
-    ``default`` names the features where the user has named none.
+    ``default`` names the features where the user has named none; ``part`` says which images the
+    data are, see `kdpp.lab.statistics.Against`.
     """
     said = []
     count, width = data.rows.shape
     if default == "pixels":
         said.append(
             "no features are named, so images are compared pixel by pixel, which sees a shift of "
-            "one pixel and little of what they show; inception:FILE or clip:FOLDER compare that"
+            "one pixel and little of what they show; inception:FILE, clip:FOLDER or timm:FOLDER "
+            "compare that"
+        )
+    if part == "training":
+        said.append(
+            "the data have no test images, so distances are to those that networks were trained "
+            "on, and a copy of these is the best there is; name others (test)"
         )
     if min(count, images) < 2 * width:
         said.append(
@@ -502,57 +428,3 @@ def _check_widths(a: Points, b: Points) -> None:
         raise ValueError(
             f"features must be equally wide, got {a.rows.shape[1]} and {b.rows.shape[1]}"
         )
-
-
-# What seeds say -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds: its standard deviation over them and its confidence interval.
-
-    Of one seed neither is known: deviation, low and high are None.
-    """
-
-    mean: float
-    deviation: float | None
-    low: float | None
-    high: float | None
-    count: int
-
-
-def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The mean with its interval ``mean ± t s/√n``, t Student's quantile for n - 1 degrees.
-
-    Raises ValueError for no values, values that are not finite, and a confidence outside (0, 1).
-    """
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence is {confidence!r}; it must be in (0, 1)")
-    if not len(values) or not all(map(math.isfinite, values)):
-        raise ValueError(f"values is {values!r}; it must hold finite numbers, one or more")
-    from scipy.special import stdtrit
-
-    count, mean = len(values), float(np.mean(values))
-    if count == 1:
-        return Estimate(mean, None, None, None, 1)
-    deviation = float(np.std(values, ddof=1))
-    half = float(stdtrit(count - 1, (1.0 + confidence) / 2.0)) * deviation / math.sqrt(count)
-    return Estimate(mean, deviation, mean - half, mean + half, count)
-
-
-def paired(values: Sequence[float], base: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The `estimate` of the changes ``values[i] - base[i]``, entry i of both from one seed.
-
-    What both share, the initial noise above all, drops out: small changes can be told from noise.
-    Raises ValueError for unequal lengths, and as `estimate`.
-    """
-    if len(values) != len(base):
-        raise ValueError(f"{len(values)} values and {len(base)} to compare with; give pairs")
-    return estimate([value - other for value, other in zip(values, base)], confidence)
-
-
-def verdict(change: Estimate) -> Literal["higher", "lower", "none seen"]:
-    """Whether a change was seen: its interval leaves out 0. Of a single seed nothing is seen."""
-    if change.low is None or change.high is None or change.low <= 0.0 <= change.high:
-        return "none seen"
-    return "higher" if change.mean > 0.0 else "lower"

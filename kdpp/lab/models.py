@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,13 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdpp import _version
 from kdpp.checks import check_count
-from kdpp.digits import checkpoints
 from kdpp.kinds import Denoiser
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.files import digest
-from kdpp.lab.networks import CFG_MINUS_ONE, VEDenoiser, VNetwork, build
+from kdpp.lab.networks import CFG_MINUS_ONE, Classifier, Network, VEDenoiser, VNetwork, build
 from kdpp.lab.schedules import schedule
 from kdpp.lab.settings import from_json
 from kdpp.lab.weights import fill_network, read_weights, write_weights
@@ -33,7 +30,9 @@ __all__ = [
     "ModelCard",
     "TeacherOrigin",
     "Usage",
+    "load_classifier",
     "load_model",
+    "read_checkpoint",
     "save_model",
 ]
 
@@ -41,6 +40,9 @@ FILE = "model.safetensors"
 """The name of the finished model in a run's folder."""
 KEY = "kdpp.lab"
 WHAT = "checkpoint of kdpp's lab"
+WEIGHTS = Path(__file__).parents[1] / "digits" / "weights"
+SHIPPED = ("digits:teacher", "digits:student", "digits:classifier")
+"""The models that ship with kdpp; the files' names are what stands behind the colon."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class Usage:
 
     Attributes:
         sampler: the solver that it was made for, by its name in `kdpp.SOLVERS`; "encode" for an
-            encoder, which goes from images to noise (`kdpp.encode`).
+            encoder, which goes from images to noise (`kdpp.encode`), "classify" for a classifier.
         levels: the sigmas that it was trained on, the last one 0 as a rule; None: any.
         conditions: its further scalar inputs (`kdpp.lab.networks`), and the least and most of each
             that it was trained for.
@@ -324,12 +326,15 @@ class Model:
         return sum(p.numel() for p in self.network.parameters())
 
 
-def save_model(path: str | Path, network: nn.Module, card: ModelCard) -> None:
-    """Write the network's weights, float32, and its card as JSON metadata: whole or not at all.
+def save_model(
+    path: str | Path, network: nn.Module, card: ModelCard, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the network's weights and its card as JSON metadata: whole or not at all.
 
-    Raises ValueError for weights that are not finite, OSError where they cannot be written.
+    Raises ValueError for weights that are not finite in ``dtype``, OSError where they cannot be
+    written.
     """
-    write_weights(path, network, torch.float32, KEY, card.to_json())
+    write_weights(path, network, dtype, KEY, card.to_json())
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu") -> Model:
@@ -345,62 +350,53 @@ def load_model(name: str | Path, device: str | torch.device = "cpu") -> Model:
         ValueError: an unknown shipped model; a damaged file, or one of something else: the message
             names the entry or the tensor that is wrong.
     """
-    if str(name).startswith("digits:"):
-        if name not in SHIPPED:
-            raise ValueError(unknown("model", name, SHIPPED))
-        network, card = SHIPPED[str(name)]()
-    else:
-        network, card = _read(Path(name))
+    network, card = read_checkpoint(name)
+    if not isinstance(network, VNetwork):
+        raise ValueError(f"{name} is a classifier, which makes no images; give a model that does")
     network = network.to(device).eval().requires_grad_(False)
     return Model(VEDenoiser(network).to(device), network, card)
 
 
-def _read(path: Path) -> tuple[VNetwork, ModelCard]:
+def load_classifier(name: str | Path, device: str | torch.device = "cpu") -> Classifier:
+    """The classifier of a checkpoint file, of a run's folder, or "digits:classifier".
+
+    It is frozen, in evaluation mode. Raises as `load_model`.
+    """
+    network, card = read_checkpoint(name)
+    if not isinstance(network, Classifier):
+        raise ValueError(f"{name} is no classifier: its method is {card.method!r}")
+    return network.to(device).eval().requires_grad_(False)
+
+
+def read_checkpoint(name: str | Path) -> tuple[Network, ModelCard]:
+    """The network of a checkpoint and what is known of it; names and errors as in `load_model`."""
+    if str(name).startswith("digits:"):
+        if name not in SHIPPED:
+            raise ValueError(unknown("model", name, SHIPPED))
+        path = WEIGHTS / f"{str(name).removeprefix('digits:')}.safetensors"
+    else:
+        path = Path(name)
     if path.is_dir():
         if not (path / FILE).is_file():
             raise FileNotFoundError(f"no {FILE} in {path}; is its training finished?")
         path = path / FILE
     about, tensors = read_weights(path, KEY, WHAT)
     try:
-        for name in (entry.name for entry in dataclasses.fields(Usage)):
-            if name not in about:
-                raise ValueError(f"{name} is missing")
+        for entry in dataclasses.fields(Usage):
+            if entry.name not in about:
+                raise ValueError(f"{entry.name} is missing")
         card = from_json(ModelCard, about)
-        # Earlier files leave out what the digits' networks have.
-        data = {"shape": list(card.data.shape), "classes": card.data.classes}
         with torch.random.fork_rng(devices=[]):
-            network = build({**data, "conditions": list(card.conditions), **card.network})
+            network = _build(card)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is not a {WHAT}: {error}") from error
     fill_network(path, WHAT, network, tensors)
     return network, card
 
 
-def _shipped(network: VNetwork, method: str, usage: Usage, iterations: int, each: int) -> ModelCard:
-    """The card of a network of `kdpp.digits`; an iteration took ``each`` evaluations an image."""
-    return ModelCard(
-        **vars(usage),
-        network=network.config,
-        data=DataOrigin(source="digits", shape=(1, 8, 8), classes=10, bounded=True),
-        method=method,
-        evaluations=each * iterations * 512,
-        iterations=iterations,
-        kdpp=_version.__version__,
-    )
-
-
-def _teacher() -> tuple[VNetwork, ModelCard]:
-    network = checkpoints.load_teacher()
-    return network, _shipped(network, "teacher", Usage(sampler="euler"), 3000, 1)
-
-
-def _student() -> tuple[VNetwork, ModelCard]:
-    network = checkpoints.load_student()
-    usage = Usage(sampler="lcm", guidance=2.0)
-    return network, _shipped(network, "consistency", usage, 800, 4)
-
-
-SHIPPED: dict[str, Callable[[], tuple[VNetwork, ModelCard]]] = {
-    "digits:teacher": _teacher,
-    "digits:student": _student,
-}
+def _build(card: ModelCard) -> Network:
+    # Earlier files leave out what the digits' networks have.
+    sizes = {"shape": list(card.data.shape), "classes": card.data.classes, **card.network}
+    if sizes.get("kind") == "classifier":
+        return Classifier(**{name: size for name, size in sizes.items() if name != "kind"})
+    return build({"conditions": list(card.conditions), **sizes})

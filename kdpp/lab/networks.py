@@ -1,8 +1,8 @@
 """Networks by configuration only, and their denoiser.
 
 A configuration is a table: ``kind``, the sizes of that kind, and what the data say: ``shape`` (of
-one image) and ``classes``. Every network is a `VNetwork`: it predicts v, and the label ``classes``
-stands for none. ``conditions`` names its further scalar inputs:
+one image) and ``classes``. A network that generates is a `VNetwork`: it predicts v, and the label
+``classes`` stands for none. ``conditions`` names its further scalar inputs:
 
 - ``w`` (`CFG_MINUS_ONE`): the CFG scale minus one, as the networks of Meng et al. and of LCM take
   their guidance; `kdpp.GuidanceConditioned` makes it from a sampler's ``cond_scale``.
@@ -12,6 +12,8 @@ stands for none. ``conditions`` names its further scalar inputs:
 |---|---|
 | resmlp | ``width``, ``hidden``, ``blocks``: a residual MLP for small images and latents |
 | unet | whatever diffusers' UNet2DModel takes: ``block_out_channels``, ``layers_per_block``, … |
+
+A `Classifier` generates nothing; it measures what others have generated.
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ __all__ = [
     "SMALL",
     "TEACHER",
     "UNET",
+    "Classifier",
+    "Network",
     "ResMLP",
     "VEDenoiser",
     "VNetwork",
@@ -59,7 +63,25 @@ LARGEST = 4096
 PER_UNIT = 100.0  # a further condition's unit, in timesteps, for the sines that embed both
 
 
-class VNetwork(nn.Module):
+class Network(nn.Module):
+    """A network that a configuration makes.
+
+    Attributes:
+        config: what it is made from: kind, sizes, shape, classes.
+        shape: of one image.
+        classes: how many there are.
+    """
+
+    config: dict[str, Any]
+
+    def __init__(self, kind: str, shape: Sequence[int], classes: int, **rest: Any) -> None:
+        super().__init__()
+        self.shape, self.classes = tuple(shape), classes
+        given = {"shape": list(shape), "classes": classes}
+        self.config = {"kind": kind, **given, **copy.deepcopy(rest)}
+
+
+class VNetwork(Network):
     """A class-conditional network that predicts v, as CompVisDenoiser expects a noise predictor.
 
     `forward(x_vp, t, cond, **conditions)` of a subclass gives v = (n - sigma x0) / sqrt(1 +
@@ -77,22 +99,15 @@ class VNetwork(nn.Module):
     consistency function as it stands: the student needs no further scaling.
 
     The schedule is `kdpp.lab.schedules`' of 1000 timesteps.
-
-    Attributes:
-        config: what `build` makes it from: kind, sizes, shape, classes, conditions.
     """
 
     alphas_cumprod: Tensor
     log_sigmas: Tensor
-    config: dict[str, Any]
 
     def __init__(
         self, kind: str, shape: Sequence[int], classes: int, conditions: Sequence[str], **sizes: Any
     ) -> None:
-        super().__init__()
-        self.shape, self.classes = tuple(shape), classes
-        given = {"shape": list(shape), "classes": classes, "conditions": list(conditions)}
-        self.config = {"kind": kind, **given, **copy.deepcopy(sizes)}
+        super().__init__(kind, shape, classes, conditions=list(conditions), **sizes)
         self.register_buffer("alphas_cumprod", schedules.alphas_cumprod(), persistent=False)
         self.register_buffer("log_sigmas", schedules.log_sigmas().float(), persistent=False)
 
@@ -220,6 +235,40 @@ class UNet(VNetwork):
         embedded = self.scalars(self._embedded(self.label, cond), conditions)
         v: Tensor = self.unet(x, t.to(x.dtype), class_labels=embedded, return_dict=False)[0]
         return v.to(x.dtype)
+
+
+class Classifier(Network):
+    """A classifier of small images: two convolutions, a feature layer and a linear head.
+
+    Raises ValueError for images that are not (channels, height, width) of 2 x 2 pixels and more,
+    and for a size that is not a whole number from 1 to 4096.
+    """
+
+    def __init__(self, shape: Sequence[int], classes: int, *, channels: int, features: int) -> None:
+        if len(shape) != 3 or min(shape[1:]) < 2:
+            raise ValueError(f"a classifier takes images (channels, height, width), not {shape}")
+        sizes = whole_sizes(channels=channels, features=features)
+        super().__init__("classifier", shape, classes, **sizes)
+        halved = (shape[1] // 2) * (shape[2] // 2)
+        self.body = nn.Sequential(
+            nn.Conv2d(shape[0], channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(channels, 2 * channels, 3, padding=1),
+            nn.SiLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(2 * channels * halved, features),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(features, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """The last hidden layer [B, features] of images x [B, *shape]."""
+        return cast(Tensor, self.body(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits [B, classes] of images x [B, *shape]."""
+        return cast(Tensor, self.head(self.features(x)))
 
 
 def _library(module: Any) -> Any:

@@ -68,6 +68,7 @@ CHANGES = {
     "change": About("change", "paired: against the same student without a guide, seed by seed"),
     "self_change": About("self control", "the change with the student in the teacher's place"),
     "own_share": About("teacher's own", "paired: against the student in the teacher's place"),
+    "over_steps": About("over own steps", "paired: against as many evaluations as own steps"),
 }
 SHOWN = ("fd", "fd_teacher", "inception_score", "accuracy")
 """The figures that the page begins with, beside metrics of the user's own; buttons show the
@@ -83,8 +84,9 @@ def table(found: Report) -> str:
     A figure's columns are its mean over the seeds, ``_sd``, the standard deviation, and ``_low``
     and ``_high``, the 95 % confidence interval. ``_change…`` is the same of the paired change
     against the plain student, with its ``_verdict``; ``_self_change…`` what the self control
-    changes, and ``_own_share…`` the paired change against the self control. What does not apply is
-    empty. Texts that a spreadsheet would take for a formula begin with an apostrophe.
+    changes, ``_own_share…`` the paired change against the self control, and ``_over_steps…`` that
+    against as many evaluations as steps of the student's own. What does not apply is empty. Texts
+    that a spreadsheet would take for a formula begin with an apostrophe.
     """
     lines = [_record(cell) for cell in found.results["cells"]]
     text = io.StringIO()
@@ -156,6 +158,15 @@ def _summary(results: Results) -> str:
         f"{_count(len(settings['seeds']), 'seed')} with {_count(settings['images'], 'image')}; "
         f"last measured {results['finished']}, kdpp {results['versions']['kdpp']}."
     )
+    against = settings["compared_with"]
+    if against is not None:
+        compared = _count(against["images"], f"{against['part']} image")
+        text += f" Compared with {compared} of {against['source']} in {settings['features']}."
+    own, titles = results["data"], {one["name"]: one["title"] for one in results["metrics"]}
+    if own:
+        figures = [f"{title} {own[name]:.3g}" for name, title in titles.items() if name in own]
+        real = _count(results["data_images"], "real image")
+        text += f" The same of {real}: {', '.join(figures)}."
     remarks = "".join(f'<p class="remark">{escape(one)}.</p>' for one in results["remarks"])
     return f"<p>{escape(text)}</p>{remarks}"
 
@@ -163,24 +174,43 @@ def _summary(results: Results) -> str:
 def _table_note(results: Results) -> str:
     guides = {cell["guide"] for cell in results["cells"]}
     text = (
-        "A click on a header sorts. ± is the standard deviation over the seeds. "
+        f"A click on a header sorts. ± is the standard deviation over the {_units(results)}. "
         "The settings are in the last columns."
     )
     if len(guides) > 1:
         text += (
             " A change is paired: the same student, sampler and steps without a guide, from the "
-            "same noise, seed by seed. Where its 95 % interval holds 0 it is “none seen”."
+            "same noise, seed by seed. Where its 95 % interval holds 0 it is “none seen”. The "
+            "intervals of a metric are read together (Holm): the 5 % are for all of them."
         )
     if "self" in guides:
         text += (
             " The self control has the student in the teacher's place: what that changes comes of "
             "looking twice. Only what is the teacher's own needs the teacher."
         )
+    if any(cell["longer"] for cell in results["cells"]):
+        text += (
+            " Over own steps is the change against the student alone, with as many evaluations as "
+            "steps of its own. These may cost far less compute than a large teacher's."
+        )
     usual = _usual(results)
     fixed = [_said(name, value) for name, value in usual.items()]
     if fixed:
         text += f" Where a cell says nothing else: {', '.join(fixed)}."
     return f'<p class="note">{escape(text)}</p>'
+
+
+def _units(results: Results) -> str:
+    """Over what means are taken."""
+    several = [c for c in results["cells"] for f in c["metrics"].values() if f["trainings"]]
+    return "trainings, or seeds where a student has one" if several else "seeds"
+
+
+def sizes(results: Results, metric: Mapping[str, Any]) -> str:
+    """How many images a figure is of, and how many they are compared with: ``N = 500 : 1,797``."""
+    count, against = results["settings"]["images"], results["settings"]["compared_with"]
+    others = {"data": against and against["images"], "teacher": count, None: None}[metric["to"]]
+    return f"N = {count:,}" + (f" : {others:,}" if others else "")
 
 
 def _count(number: int, thing: str) -> str:
@@ -211,7 +241,8 @@ def _columns(results: Results) -> list[Column]:
     names = _names(results)
     columns = [Column("cell", About("cell", "leads to the cell's samples"), nothing, _named(names))]
     for metric in results["metrics"]:
-        name, group = metric["name"], About(metric["title"], _meaning(metric))
+        name = metric["name"]
+        group = About(f"{metric['title']} ({sizes(results, metric)})", _meaning(metric))
         found = [cell["metrics"][name] for cell in cells]
         figure = About("mean", "over the seeds ± standard deviation")
         columns.append(Column(name, figure, group, _figure(name, _digits(found)), name))
@@ -496,6 +527,7 @@ def _plot_data(results: Results) -> str:
     ]
     data = {
         "families": list(families),
+        "fronts": results["fronts"],
         "axes": [{"name": name, **about._asdict()} for name, about in AXES.items()],
         "metrics": [
             {

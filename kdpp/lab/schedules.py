@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kdpp.checks import check_count
+from kdpp.solver import unknown
+
 __all__ = [
+    "LEVELS",
     "SCHEDULE",
     "TIMESTEPS",
     "Grid",
     "alphas_cumprod",
     "grid",
     "interpolate",
+    "lengthened",
+    "levels_on",
     "log_sigmas",
     "schedule",
     "trailing",
@@ -80,6 +89,56 @@ def grid(kind: Grid, n: int) -> tuple[float, ...]:
     Raises ValueError unless 1 <= n <= 1000.
     """
     return schedule(n) if kind == "divided" else trailing(n)
+
+
+def levels_on(kind: str, steps: int, low: float, high: float) -> tuple[float, ...]:
+    """The levels of so many steps on one of `LEVELS`, from ``high`` to ``low``, and then 0.
+
+    "log_uniform" has steps of equal length in log σ and ends at ``low``, as DPM-Solver's "logSNR";
+    "trailing" and "divided" have the lab's own range (`trailing`, `schedule`).
+
+    Raises ValueError for an unknown name (the nearest known one is said) or steps below 1.
+    """
+    if kind not in LEVELS:
+        raise ValueError(unknown("schedule", kind, LEVELS))
+    return LEVELS[kind](check_count("steps", steps, 1), low, high)
+
+
+def _spaced(
+    to: Callable[[float], float], back: Callable[[float], float], zero: bool = True
+) -> Callable[[int, float, float], tuple[float, ...]]:
+    """The levels whose ``to(σ)`` are evenly spaced."""
+
+    def levels(steps: int, low: float, high: float) -> tuple[float, ...]:
+        first, last, count = to(high), to(low), steps if zero else steps + 1
+        inner = [first + (last - first) * i / (count - 1) for i in range(1, count - 1)]
+        return (high, *map(back, inner), *[low] * (count > 1), *[0.0] * zero)
+
+    return levels
+
+
+LEVELS: dict[str, Callable[[int, float, float], tuple[float, ...]]] = {
+    "karras": _spaced(lambda s: s ** (1 / 7), lambda r: r**7),
+    "exponential": _spaced(math.log, math.exp),
+    "log_uniform": _spaced(math.log, math.exp, zero=False),
+    "cosine": _spaced(math.atan, math.tan),
+    "trailing": lambda steps, low, high: trailing(steps),
+    "divided": lambda steps, low, high: schedule(steps),
+}
+"""Schedules by name, see `levels_on`: evenly spaced are σ^(1/7) (Karras et al. 2022, eq. 5), log σ,
+and for "cosine" t where ``σ = tan(πt/2)`` (Nichol and Dhariwal 2021)."""
+
+
+def lengthened(levels: Sequence[float], more: int) -> tuple[float, ...]:
+    """These levels with so many more steps: log σ between them, by place; 0 stays last."""
+    end = levels[-1:] if levels[-1] == 0.0 else ()
+    logs = [math.log(level) for level in levels[: len(levels) - len(end)]]
+    count = len(logs) + more
+    if len(logs) == 1:  # one step to 0
+        return (*(levels[0] * (1 - i / count) for i in range(count)), *end)
+    places = [i * (len(logs) - 1) / (count - 1) for i in range(count)]
+    found = np.interp(places, range(len(logs)), logs).tolist()
+    return (levels[0], *(math.exp(one) for one in found[1:]), *end)
 
 
 SCHEDULE = schedule(4)

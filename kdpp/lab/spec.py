@@ -10,26 +10,32 @@ for all their combinations. All of it is read and turned into cells (`cells_of`)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from kdpp.checks import check_count
-from kdpp.lab.metrics import NEIGHBOURS, NETWORKS
+from kdpp.kinds import is_flow, trained_range
+from kdpp.lab.features import NETWORKS, PLACED
+from kdpp.lab.metrics import LEAST
 from kdpp.lab.models import GenerativeModel
 from kdpp.lab.sampling import image_seeds, solver_for
+from kdpp.lab.schedules import lengthened, levels_on
 from kdpp.lab.settings import fill, read_toml, setting
 from kdpp.solver import unknown
 
 __all__ = [
     "REFERENCE_SEED",
+    "BestTeacher",
     "Cell",
     "Combination",
+    "Grid",
     "Guidance",
     "Reference",
     "Spec",
+    "calls_of",
     "cells_of",
     "check_spec",
     "read_spec",
@@ -53,6 +59,8 @@ class Spec:
     data: str = setting(
         "", "what images are compared with, see `load_data`; default: the first student's data"
     )
+    test: str = setting("", "images that no network was trained on; default: the data's own")
+    statistics: str = setting("", "a file of `kdpp statistics`, in place of data")
     features: str = setting(
         "", "in what, see `load_features`; default: digits for the digits, else pixels"
     )
@@ -62,9 +70,14 @@ class Spec:
     images: int = setting(1000, "how many, of each cell and seed")
     seeds: int | tuple[int, ...] = setting(3, "so many, from 0; or a list of them")
     teacher: str | None = setting(None, "the checkpoint that guides")
-    self_control: bool = setting(False, "also put each student in the teacher's place")
+    self_control: bool = setting(True, "also put each guided student in the teacher's place")
+    more_steps: bool = setting(True, "also give each guided student its evaluations as own steps")
+    best_teacher: bool = setting(
+        True, "also sample the teacher alone with as many evaluations, by the best solver"
+    )
     pipelines: dict[str, Any] = field(default_factory=dict)  # settings of all students' requests
-    students: dict[str, Any] = field(default_factory=dict)  # names and their checkpoints
+    students: dict[str, Any] = field(default_factory=dict)  # names and their checkpoints; lists of
+    # checkpoints that differ in their training seed alone
     reference: dict[str, Any] = field(default_factory=dict)  # the settings of `Reference`
     grid: tuple[dict[str, Any], ...] = setting((), "tables of settings of `Combination`")
 
@@ -110,6 +123,10 @@ class Combination(Guidance):
     sampler: str | None = setting(None, "a name of kdpp.SOLVERS; default: the student's own")
     steps: int | None = setting(None, "default: the student's own")
     options: dict[str, Any] = setting({}, "the sampler's own, such as {eta = 0.5}")
+    schedule: str | None = setting(
+        None,
+        "a name of kdpp.lab.schedules.LEVELS, such as karras; default: the student's own levels",
+    )
     levels: tuple[float, ...] | None = setting(
         None, "the levels themselves, falling to 0, in place of steps; τ for flow models"
     )
@@ -154,6 +171,12 @@ class Cell:
         """The guidance as keywords; none where there is none."""
         return asdict(self.guidance) if self.guidance else {}
 
+    @property
+    def looks(self) -> int:
+        """How many steps are guided."""
+        steps = self.guidance.teacher_steps if self.guidance else 0
+        return steps if isinstance(steps, int) else len(steps)
+
     def __str__(self) -> str:
         words = [self.student, self.sampler, f"steps {self.steps}", f"cond_scale {self.cond_scale}"]
         words += [f"{name} {value}" for name, value in self.options]
@@ -176,21 +199,20 @@ def read_spec(path: str | Path) -> Spec:
     return replace(
         spec,
         data=_placed(spec.data, path),
+        test=_placed(spec.test, path),
+        statistics=spec.statistics and str(path.parent / spec.statistics),
         features=(_of_pictures if spec.prompts else _placed)(spec.features, path),
         metrics=tuple(_of_pictures(name, path) for name in spec.metrics),
         prompts=spec.prompts and str(path.parent / spec.prompts),
         teacher=spec.teacher and _placed(spec.teacher, path),
         pipelines=_placed_all(spec.pipelines, path),
-        students={
-            name: _placed(about, path) if isinstance(about, str) else _placed_all(about, path)
-            for name, about in spec.students.items()
-        },
+        students={name: _placed_student(about, path) for name, about in spec.students.items()},
     )
 
 
 def check_spec(spec: Spec) -> None:
     """ValueError for values that cannot be; what the grids hold is checked by `cells_of`."""
-    check_count("images", spec.images, NEIGHBOURS + 1)
+    check_count("images", spec.images, LEAST)
     if isinstance(spec.seeds, int):
         if check_count("seeds", spec.seeds, 1) > MOST:
             raise ValueError(f"seeds is {spec.seeds}; give at most {MOST:,}")
@@ -199,11 +221,21 @@ def check_spec(spec: Spec) -> None:
     elif max(spec.seeds) >= REFERENCE_SEED:
         raise ValueError(f"seeds holds {max(spec.seeds)}; they must be below {REFERENCE_SEED:,}")
     image_seeds(0, spec.images)
+    if spec.statistics and (spec.data or spec.test):
+        raise ValueError("statistics stands in place of data and test; give the one or the others")
     if not spec.students:
         raise ValueError('no student is named; add [students] with lines name = "checkpoint"')
     for name, place in spec.students.items():
-        if not isinstance(place, str) and not (spec.prompts and isinstance(place, Mapping)):
-            raise ValueError(f"student {name!r} is {place!r}; it must be text, a checkpoint")
+        if isinstance(place, list) and not spec.prompts:
+            several = bool(place) and all(isinstance(one, str) for one in place)
+            if several and len(set(place)) == len(place):
+                continue
+        elif isinstance(place, str) or (spec.prompts and isinstance(place, Mapping)):
+            continue
+        raise ValueError(
+            f"student {name!r} is {place!r}; it must be text, a checkpoint, or a list of "
+            "checkpoints that differ in their training seed alone"
+        )
     for name in ("pipelines", "metrics"):
         if getattr(spec, name) and not spec.prompts:
             raise ValueError(f"{name} is for pipelines, which draw prompts; give prompts, a file")
@@ -224,7 +256,7 @@ def check_spec(spec: Spec) -> None:
 def _placed(name: str, spec: Path) -> str:
     """A path from the spec's folder; names of what ships with kdpp as they are."""
     kind, colon, place = name.partition(":")
-    if kind in NETWORKS and colon:
+    if kind in PLACED and colon:
         return f"{kind}:{spec.parent / place}"
     return name if kind in ("", "digits", "pixels") else str(spec.parent / name)
 
@@ -233,6 +265,12 @@ def _of_pictures(name: str, spec: Path) -> str:
     """The same of features and metrics of pictures: functions of modules as they are."""
     kind = name.partition(":")[0]
     return _placed(name, spec) if kind in NETWORKS or kind.endswith(".py") else name
+
+
+def _placed_student(about: Any, spec: Path) -> Any:
+    if isinstance(about, list):
+        return [_placed(one, spec) if isinstance(one, str) else one for one in about]
+    return _placed(about, spec) if isinstance(about, str) else _placed_all(about, spec)
 
 
 def _placed_all(settings: Mapping[str, Any], spec: Path) -> dict[str, Any]:
@@ -246,12 +284,33 @@ def _placed_all(settings: Mapping[str, Any], spec: Path) -> dict[str, Any]:
     return placed
 
 
-def cells_of(spec: Spec, models: Mapping[str, GenerativeModel]) -> tuple[list[Cell], list[str]]:
-    """The cells of all grids, each once, and notes on what was added, left out or run once.
+class BestTeacher(NamedTuple):
+    """The teacher alone with so many evaluations: which solver and levels is to be searched."""
+
+    evaluations: int
+    cond_scale: float
+
+
+class Grid(NamedTuple):
+    """What a spec's grids stand for.
+
+    ``longer`` holds for a guided cell the plain one of as many evaluations; ``teachers`` what else
+    is to be compared with; ``notes`` say what was added, left out or run once.
+    """
+
+    cells: list[Cell]
+    longer: dict[Cell, Cell]
+    teachers: list[BestTeacher]
+    notes: list[str]
+
+
+def cells_of(spec: Spec, models: Mapping[str, GenerativeModel]) -> Grid:
+    """The cells of all grids, each once, and what they are compared with.
 
     Combinations that sample alike make one cell: λ = 0 or k = 0, whatever else is said of the
-    teacher. A guided cell comes after its plain student, and before its self control where the spec
-    asks for one. ``models`` holds the students by name.
+    teacher. A guided cell comes after its plain student, and before its controls: itself in the
+    teacher's place, and with as many evaluations as steps of its own. ``models`` holds the students
+    by name.
 
     Raises ValueError for an unknown name, a value that cannot be, guidance without a teacher, and
     guided steps that no combination of the grid has.
@@ -264,24 +323,63 @@ def cells_of(spec: Spec, models: Mapping[str, GenerativeModel]) -> tuple[list[Ce
     ]
     kept = [cell for cell in asked if cell is not None]
     cells: dict[Cell, None] = {}
+    longer: dict[Cell, Cell] = {}
+    teachers: dict[BestTeacher, None] = {}
     for cell in kept:
         cells[cell.plain] = None
         cells[cell] = None
+        if cell.guide == "none" or cell.guidance is None:
+            continue
         if spec.self_control and cell.control is not None:
             cells[cell.control] = None
+        model = models[cell.student]
+        if spec.more_steps and not spec.prompts:
+            longer[cell] = _lengthened(cell, model)
+            cells[longer[cell]] = None
+        if spec.best_teacher and spec.teacher is not None and not spec.prompts:
+            scale = cell.guidance.teacher_cfg_scale or 1.0
+            own = max(spec.own_samples.cond_scale, scale) if spec.own_samples else scale
+            teachers[BestTeacher(sum(evaluations_of(cell, model)), own)] = None
     results = len(cells) * len(spec.seed_list)
     if results > MOST:
         raise ValueError(f"{results:,} results are to be had, cells × seeds; at most {MOST:,}")
+    controls = {cell.plain for cell in kept} | set(longer.values())
     counts = {
         "combinations left out, whose guided steps do not exist": len(asked) - len(kept),
         "combinations that sample like another one (λ or k is 0, or k reaches the last step)": (
             len(kept) - len(set(kept))
         ),
         "plain students added, against which changes are measured": sum(
-            cell.guide == "none" and cell not in kept for cell in cells
+            cell in controls and cell not in kept for cell in cells
         ),
     }
-    return list(cells), [f"{what}: {n}" for what, n in counts.items() if n]
+    return Grid(
+        list(cells), longer, list(teachers), [f"{what}: {n}" for what, n in counts.items() if n]
+    )
+
+
+def evaluations_of(cell: Cell, model: GenerativeModel) -> tuple[int, int]:
+    """What an image takes of the student and of its guide; both halves of CFG count."""
+    own = 1 if model.guidance_range or cell.cond_scale == 1.0 else 2
+    alone = own * calls_of(cell.sampler, cell.levels, **dict(cell.options))
+    if cell.guidance is None:
+        return alone, 0
+    each = own if cell.guide == "self" else 1 if cell.guidance.teacher_cfg_scale == 1.0 else 2
+    return alone, each * cell.looks
+
+
+def calls_of(sampler: str, levels: Sequence[float], **options: Any) -> int:
+    """How often a run calls its denoiser."""
+    return sum(len(step.stages) for step in solver_for(sampler).plan(levels, **options))
+
+
+def _lengthened(cell: Cell, model: GenerativeModel) -> Cell:
+    """The plain student with about as many evaluations as the guided cell, at least a step more."""
+    alone, looks = evaluations_of(cell, model)
+    more = max(1, round(looks * cell.steps / alone))
+    own = cell.levels == model.levels_for(cell.steps)
+    levels = model.levels_for(cell.steps + more) if own else lengthened(cell.levels, more)
+    return replace(cell.plain, levels=levels)
 
 
 def _grid_cells(
@@ -340,11 +438,28 @@ def _unguided(
     except ValueError as error:
         raise ValueError(f"{error}{where and f' (sampler{where})'}") from error
     options = tuple((n, v) for n, v in settings.items() if v != solver.options[n].default)
-    if combination.steps is not None and combination.levels is not None:
-        raise ValueError(f"steps and levels{where} say the same; give one of them")
-    levels = combination.levels or model.levels_for(combination.steps)
+    levels = _levels(combination, where, model)
     own = model.cond_scale if combination.cond_scale is None else combination.cond_scale
     return Cell(combination.student, solver.name, levels, own, options)
+
+
+def _levels(combination: Combination, where: str, model: GenerativeModel) -> tuple[float, ...]:
+    """The levels that it names, those of the schedule that it names, or the model's own."""
+    if combination.levels is not None:
+        if combination.steps is not None or combination.schedule is not None:
+            raise ValueError(f"steps and levels{where} say the same; give one of them")
+        return combination.levels
+    own = model.levels_for(combination.steps)
+    if combination.schedule is None:
+        return own
+    denoiser = model.denoiser_for(len(own) - 1)
+    reach = trained_range(denoiser)
+    if is_flow(denoiser) or reach is None:
+        raise ValueError(f"schedule{where} is of σ, for models that say theirs; give levels")
+    try:
+        return levels_on(combination.schedule, len(own) - 1, *reach)
+    except ValueError as error:
+        raise ValueError(f"{error}{where and f' (schedule{where})'}") from error
 
 
 def _guided(

@@ -26,8 +26,15 @@ from kdpp.lab import processes
 from kdpp.lab.arithmetic import clip, compiled, products_in
 from kdpp.lab.files import locked, make_folder, remove_leftovers, write_atomically
 from kdpp.lab.methods import Draws, Method, Training
-from kdpp.lab.models import FILE, DataOrigin, ModelCard, TeacherOrigin, load_model, save_model
-from kdpp.lab.networks import VNetwork
+from kdpp.lab.models import (
+    FILE,
+    DataOrigin,
+    ModelCard,
+    TeacherOrigin,
+    read_checkpoint,
+    save_model,
+)
+from kdpp.lab.networks import Network
 from kdpp.lab.settings import from_json, to_toml
 
 __all__ = ["train"]
@@ -79,7 +86,7 @@ def train(
         if main:
             remove_leftovers(out)
         if (out / FILE).exists():
-            _check_same(training, _identity(load_model(out / FILE).card), out)
+            _check_same(training, _identity(read_checkpoint(out / FILE)[1]), out)
             if main:
                 (out / STATE).unlink(missing_ok=True)  # of a run killed between its last two acts
             return False
@@ -183,10 +190,10 @@ class Loop:
             if norm is not None:
                 optimiser.register_step_pre_hook(lambda o, *_: clip(o, norm))
 
-    def _networks(self) -> set[VNetwork]:
+    def _networks(self) -> set[Network]:
         """The method's networks and its teacher's."""
         found = {part for module in self.method.modules.values() for part in module.modules()}
-        networks = {part for part in found if isinstance(part, VNetwork)}
+        networks = {part for part in found if isinstance(part, Network)}
         if self.training.teacher is not None:
             networks.add(self.training.teacher.network)
         return networks

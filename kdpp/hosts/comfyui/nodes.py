@@ -12,7 +12,8 @@ import torch
 
 from kdpp.checkpoints.presets import PRESETS
 from kdpp.hosts.comfyui.forms import NAMES
-from kdpp.lab.tuning import LEAST, PIPELINES
+from kdpp.lab.affordable import PIPELINES
+from kdpp.lab.tuning import LEAST
 
 __all__ = ["NODES", "Field", "Node", "classic", "extension"]
 

@@ -10,7 +10,7 @@ A method is a `Method` with a dataclass of settings, entered by `method`::
 
         def __init__(self, training: Training) -> None: ...      # modules, optimisers, iterations
         def step(self, i: int, draws: Draws) -> dict[str, Tensor]: ...
-        def result(self) -> tuple[VNetwork, Usage]: ...
+        def result(self) -> tuple[Network, Usage]: ...
 
 A training is its settings and its seed: whatever iteration i draws comes from (seed, i) alone, and
 whatever changes over iterations (rates, phases) is a function of i. So modules, optimisers and i
@@ -40,7 +40,7 @@ from kdpp.lab import plugins, processes
 from kdpp.lab.arithmetic import PLAIN, Arithmetic
 from kdpp.lab.data import Data
 from kdpp.lab.models import Model, Usage
-from kdpp.lab.networks import VNetwork, build
+from kdpp.lab.networks import Network, VNetwork, build
 from kdpp.lab.schedules import TIMESTEPS
 from kdpp.lab.settings import as_dict
 
@@ -147,7 +147,7 @@ class Method:
         """
         raise NotImplementedError
 
-    def result(self) -> tuple[VNetwork, Usage]:
+    def result(self) -> tuple[Network, Usage]:
         """The final network (usually the average), and how it is sampled."""
         raise NotImplementedError
 

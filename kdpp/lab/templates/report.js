@@ -175,6 +175,12 @@
         .sort((a, b) => a.costs[across.name] - b.costs[across.name]);
       for (let i = 1; i < plain.length; i++) svg.append(line(plain[i - 1], plain[i], "trend", index));
     }
+    const front = (data.fronts[metric.name]?.[across.name] ?? [])
+      .map((number) => byNumber.get(number)).filter(Boolean);
+    for (let i = 1; i < front.length; i++) { // better only where it begins: a stair
+      const [[x1, y1], [x2, y2]] = [place(front[i - 1]), place(front[i])];
+      svg.append(element("path", { class: "front", d: `M${x1} ${y1}H${x2}V${y2}` }));
+    }
     for (const one of points) {
       const plain = byNumber.get(one.plain);
       if (plain) svg.append(line(plain, one, "pull", one.family));
