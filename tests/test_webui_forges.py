@@ -105,6 +105,13 @@ def test_the_host_is_told(host, script):
     assert convention.which() == title
 
 
+def test_a_web_ui_that_kdpp_does_not_know_is_told_so(monkeypatch):
+    """reForge has modules_forge, but not Forge's backend."""
+    monkeypatch.setattr(convention, "find_spec", {"modules_forge": True}.get)
+    with pytest.raises(ImportError, match="does not know this web UI; it runs in A1111, Forge, "):
+        convention.which()
+
+
 @pytest.mark.parametrize("sampler", ["Euler", "Euler a", "KDPP euler_ancestral_cfg_pp"])
 @pytest.mark.parametrize(
     ("prompt", "changes", "student", "teacher"),

@@ -134,4 +134,6 @@ def which() -> str:
     if find_spec("backend") is not None:
         version = import_module("modules_forge.forge_version").version
         return "Forge Neo" if version == "neo" else "Forge"
-    raise ImportError("kdpp has no convention for this web UI")
+    raise ImportError(
+        f"kdpp's panel does not know this web UI; it runs in {', '.join(CONVENTIONS)}"
+    )
