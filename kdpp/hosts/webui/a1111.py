@@ -68,7 +68,7 @@ class A1111(Common):
             info = checkpoint(settings.teacher)
             if info is not None and info.filename != network.sd_checkpoint_info.filename:
                 check_files(network.sd_checkpoint_info.filename, info.filename)
-                network = self.load(info, p)
+                network = self.load(info)
             else:
                 self.release()
             check_pair(p.sd_model, network)
@@ -86,7 +86,7 @@ class A1111(Common):
 
         return made
 
-    def load(self, info: Any, p: Any) -> Any:
+    def load(self, info: Any) -> Any:
         """The model of a checkpoint, beside the active one; the one that is held, if it is that."""
         if self.held is None or self.held.sd_checkpoint_info.filename != info.filename:
             self.release()
