@@ -295,7 +295,10 @@ def test_handover_costs_no_call(solver, steps, taken):
     others = {float(SIGMAS[i]) for i in set(range(STEPS)) - taken}
     assert {float(call.sigma[0]) for call in one.calls} >= others
     if not solver.extra:
-        assert len(one.calls) + len(two.calls) == len(plain.calls)
+        # A start anew takes fewer where a step with a memory corrects with a second evaluation.
+        asked, as_one = len(one.calls) + len(two.calls), len(plain.calls)
+        shorter = solver.multistep and solver.evaluations > 1
+        assert asked <= as_one if shorter else asked == as_one
     if solver.evaluations == 1 and not solver.extra:
         assert [len(one.calls), len(two.calls)] == [STEPS - len(taken), len(taken)]
         rows = {len(call.x) for call in two.calls}
