@@ -412,6 +412,15 @@ def test_without_the_hosts_lora_extension(host, script, monkeypatch):
         webui.Processing(host).draw(script, ON._replace(teacher_lora="<lora:fast:1>"))
 
 
+@pytest.mark.parametrize("sampler", ["Euler", "KDPP er_sde"])
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_flow_model_as_the_student(host, script, sampler, scale):
+    """The host runs the formulas of σ on its τ."""
+    host.active().is_sd3 = True
+    with pytest.raises(ValueError, match="in A1111 SD3 has no guided form"):
+        webui.Processing(host, sampler).draw(script, ON._replace(teacher=SAME, teacher_scale=scale))
+
+
 def test_cfg_pp_needs_the_negative_estimate(host, script):
     """The host leaves it out by two of its settings."""
     host.opts.skip_early_cond = 0.2

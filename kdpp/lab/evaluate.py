@@ -148,6 +148,8 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
 
 def table(results: Mapping[str, Any]) -> str:
     """The results as text: a line for each metric, a column for each cell and change."""
+    from kdpp.lab import report
+
     cells, metrics = results["cells"], results["metrics"]
     titles = [f"{one['title']}, {report.sizes(results, one)}" for one in metrics]
     columns = [["", *titles, *COSTS]]
