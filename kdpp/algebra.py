@@ -86,7 +86,8 @@ class Weighted:
     def constant(self) -> bool:
         """Whether it weighs the same everywhere."""
         own = self.steps is None and (self.weight is None or isinstance(self.weight, float))
-        return own and getattr(self.denoiser, "constant", True)
+        inner = self.denoiser
+        return own and (not isinstance(inner, WeightedSum) or inner.constant)
 
     def at(self, place: Place, inside: Collection[int]) -> float | None:
         """w at a place, None where it is what the others leave; ``inside``: its steps."""

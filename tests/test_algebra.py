@@ -128,6 +128,18 @@ def test_a_sum_as_a_teacher(solver, scale):
     assert same(found, sample(solver, ONE, teacher=expected, settings=settings))
 
 
+@over_solvers
+def test_weights_by_level_in_every_solver(solver):
+    """Every evaluation has those of its own level, inside a step too."""
+
+    def weight(sigma):
+        return 0.2 + 1.0 / (1.0 + sigma)
+
+    expected = by_hand((ONE, lambda s: 1.0 - weight(s), None, None), (TWO, weight, None, None))
+    found = sample(solver, WeightedSum(ONE, Weighted(TWO, weight)))
+    assert same(found, sample(solver, expected))
+
+
 WEIGHTS = {
     "a number": (0.3, lambda i, sigma: 0.3),
     "by step": ([0.0, 0.5, -1.0, 2.0, 0.25], lambda i, sigma: [0.0, 0.5, -1.0, 2.0, 0.25][i]),
@@ -276,6 +288,8 @@ def test_handover_costs_no_call(solver, steps, taken):
     plain, one, two = Counted(ONE), Counted(ONE), Counted(TWO)
     sample(solver, plain)
     sample(solver, handover(one, two, steps, cfg_scale=1.0 if not solver.cfg_pp else None))
+    listed = handover(ONE, TWO, taken)
+    assert torch.equal(sample(solver, handover(ONE, TWO, steps)), sample(solver, listed))
     starts = {float(SIGMAS[i]) for i in taken}
     assert {float(call.sigma[0]) for call in two.calls} >= starts
     others = {float(SIGMAS[i]) for i in set(range(STEPS)) - taken}

@@ -121,7 +121,7 @@ class Adaptive:
         self.student = bind(
             model.student, "student", x, extra_args, dtype=dtype, max_batch=model.max_batch
         )
-        self.previous = x  # the last step's solution of the lower order
+        self.previous = self.rough = x  # solutions of the lower order: the last step's, this one's
         self.first: Tensor | None = None  # the estimate at x, once it is made
         self.taken: list[Step] = []
         self.evaluations = 0
