@@ -381,7 +381,7 @@ class Neo(Forge):
         self.dynamic_args = type("dynamic_args", (DynamicArgs,), {})
         self.dynamic_args.last_extra_generation_params = {}
         super().__init__(folder)
-        del self.text_engine.last_extra_generation_params
+        del self.text_engine.last_extra_generation_params, self.opts.use_old_scheduling
 
     def forge_loader(self, filename, additional_state_dicts=None):
         if not self.dynamic_args.loading_refiner:

@@ -141,11 +141,13 @@ def conditions_of(p: Any, network: Any, negative: str, **more: Any) -> tuple[Any
         [negative] * len(prompts) if negative else negatives,
         width=width, height=height, is_negative_prompt=True, **more,
     )  # fmt: skip
-    old = shared.opts.use_old_scheduling
+    timing = [steps, before]
+    if hasattr(shared.opts, "use_old_scheduling"):  # Neo has the new one alone
+        timing.append(shared.opts.use_old_scheduling)
     with devices.autocast():
         return (
-            prompt_parser.get_multicond_learned_conditioning(network, text, steps, before, old),
-            prompt_parser.get_learned_conditioning(network, other, steps, before, old),
+            prompt_parser.get_multicond_learned_conditioning(network, text, *timing),
+            prompt_parser.get_learned_conditioning(network, other, *timing),
         )
 
 
