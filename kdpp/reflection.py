@@ -34,7 +34,7 @@ class Reflection:
     their estimates stay as they are along the step. Two evaluations more in each of its steps. It
     changes where the step starts and nothing of the solver; a multistep solver keeps its memory.
 
-    Args (fields):
+    Args:
         weak: ψ: a worse model, the one without its LoRA (`kdpp.without_adapters`), or the student
             itself with another CFG scale.
         steps: the reflected ones: the first k, indices (negative ones from the end), or a
