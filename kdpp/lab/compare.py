@@ -7,11 +7,15 @@ from contextlib import nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from kdpp.lab import bench, report
+from kdpp.lab import bench, report, study
+from kdpp.lab.answer import need_matplotlib
 from kdpp.lab.console import say
 from kdpp.lab.spec import read_spec
 
-__all__ = ["add_arguments", "compare", "run"]
+__all__ = ["add_arguments", "compare", "compare_solvers", "run"]
+
+WRITTEN = {"results.csv": report.table, "report.html": report.page}
+"""The files of a report, beside results.json."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,15 +28,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("spec", nargs="?", type=Path, metavar="SPEC.toml", help="what to compare")
     what.add_argument("--example", action="store_true", help="run the spec that ships with kdpp")
+    what.add_argument("--solvers", metavar="MODEL", help="which solver and levels, at 4 to 20 "
+                      "evaluations? A checkpoint, or digits:teacher")  # fmt: skip
+    add = parser.add_argument
+    add("--cond-scale", type=float, default=1.0, help="the CFG scale, for --solvers (default: 1)")
+    add("--images", type=int, default=500, help="of each seed, for --solvers (default: 500)")
+    add("--seeds", type=int, default=3, help="how many, for --solvers (default: 3)")
     parser.add_argument("--out", type=Path, required=True, help="folder for results and page")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Run the command; errors as in `compare`."""
+    if arguments.solvers:
+        compare_solvers(arguments)
+        return
     example = files("kdpp.lab") / "examples" / "digits.toml"
     with as_file(example) if arguments.example else nullcontext(arguments.spec) as path:
         compare(path, arguments.out, arguments.device)
+
+
+def compare_solvers(arguments: argparse.Namespace) -> None:
+    """Run the study of a model's solvers (`kdpp.lab.study`); write its plot, page and tables, and
+    print the answer. Raises as `kdpp.lab.bench.run` does."""
+    need_matplotlib()
+    given = (arguments.solvers, arguments.cond_scale, arguments.images, arguments.seeds)
+    found = bench.run(
+        study.spec_for(*given), arguments.out, arguments.device,
+        lambda found: {
+            **{name: make(found).encode() for name, make in WRITTEN.items()},
+            "solvers.png": study.draw(found.results),
+        },
+    )  # fmt: skip
+    if found is not None:
+        say(study.answer(found.results))
+        for name in (bench.RESULTS, *WRITTEN, "solvers.png"):
+            say(f"wrote {arguments.out / name}")
 
 
 def compare(path: Path, out: Path, device: str = "cpu") -> None:
@@ -41,12 +72,11 @@ def compare(path: Path, out: Path, device: str = "cpu") -> None:
     Raises as `kdpp.lab.bench.run` does, and as `kdpp.lab.spec.read_spec` for the file.
     """
     spec = read_spec(path)
-    written = {"results.csv": report.table, "report.html": report.page}
     found = bench.run(
         spec, out, device,
-        lambda found: {name: make(found).encode() for name, make in written.items()},
+        lambda found: {name: make(found).encode() for name, make in WRITTEN.items()},
         text=path.read_text(encoding="utf-8"),
     )  # fmt: skip
     if found is not None:
-        for name in (bench.RESULTS, *written):
+        for name in (bench.RESULTS, *WRITTEN):
             say(f"wrote {out / name}")
