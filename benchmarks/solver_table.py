@@ -181,7 +181,7 @@ def facts(solver: Solver, settings: Mapping[str, object]) -> list[str]:
     """The cells that the solver itself gives."""
     call = "".join(f"{key}={value}" for key, value in settings.items())
     name = f"`{solver.name}({call})`" if call else f"`{solver.name}`"
-    each = str(solver.evaluations) + (f" (+{solver.extra} once)" if solver.extra else "")
+    each = str(solver.evaluations) + (f" ({solver.extra:+d} once)" if solver.extra else "")
     order = "–" if solver.order is None else str(solver.order + ("order" in settings))
     multistep = "yes" if solver.multistep else "no"
     return [

@@ -18,12 +18,7 @@ from kdpp.solver import solver as solver
 
 if TYPE_CHECKING:
     from kdpp.api import *
-    from kdpp.solvers.euler import *
-    from kdpp.solvers.multistep import *
-    from kdpp.solvers.sde import *
-    from kdpp.solvers.singlestep import *
-    from kdpp.solvers.slopes import *
-    from kdpp.solvers.stochastic import *
+    from kdpp.solvers import *
 
 
 def __getattr__(name: str) -> Any:

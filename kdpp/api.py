@@ -19,12 +19,7 @@ from kdpp.models import (
 from kdpp.noise import BrownianNoise, SeededNoise, row_seeds
 from kdpp.rollouts import Rollout, encode, mixed_rollout
 from kdpp.solver import SOLVERS, Option, Solver, solver
-from kdpp.solvers.euler import *
-from kdpp.solvers.multistep import *
-from kdpp.solvers.sde import *
-from kdpp.solvers.singlestep import *
-from kdpp.solvers.slopes import *
-from kdpp.solvers.stochastic import *
+from kdpp.solvers import *
 from kdpp.stacking import stack_teachers
 
 __all__ = [
@@ -61,4 +56,4 @@ __all__ = [
     "truncate",
     "without_adapters",
 ]
-__all__ += solvers.__all__
+__all__ += [name for name in vars(solvers) if name.startswith("sample_")]

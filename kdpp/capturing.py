@@ -95,13 +95,13 @@ class Drawn(NamedTuple):
         drawn = cls([], [])
         for i, step in enumerate(plan.steps):
             if step.churn is not None:
-                drawn.solver.append(noise.between(i, None))
+                drawn.solver.append(noise.between(i, None, None))
             for revision in step.revisions:
                 if revision.renoise.noise is not None:
                     drawn.teacher.append(noise.renoise(x, i, revision.level))
             for stage in step.stages:
                 if stage.update.noise is not None:
-                    drawn.solver.append(noise.between(i, stage.end))
+                    drawn.solver.append(noise.between(i, stage.start, stage.end))
         return drawn
 
 
@@ -111,7 +111,7 @@ class Handed:
     def __init__(self, drawn: Drawn) -> None:
         self.solver, self.teacher = iter(drawn.solver), iter(drawn.teacher)
 
-    def between(self, step: int, level: float | None) -> Tensor:
+    def between(self, step: int, start: float | None, end: float | None) -> Tensor:
         return next(self.solver)
 
     def renoise(self, like: Tensor, step: int, level: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import inspect
 import os
 import sys
@@ -46,6 +47,8 @@ EXPECTED = (ImportError, OSError, ValueError, ArithmeticError, MemoryError)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what a user can mend is said in one sentence, with exit status 1."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:  # this process is the command: a full collection, which looks through
+        gc.set_threshold(*gc.get_threshold()[:2], 1000)  # all that was imported, is rarely worth it
     with suppress(AttributeError, ValueError):  # a terminal without Greek shows "?" for λ
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
@@ -140,7 +143,7 @@ def _solvers() -> str:
     """All solvers as a table."""
     lines = [("", "order", "evaluations a step", "", "noise", "options")]
     for solver in SOLVERS.values():
-        first = f" (+{solver.extra} once)" if solver.extra else ""
+        first = f" ({solver.extra:+d} once)" if solver.extra else ""
         lines.append((
             solver.name,
             "-" if solver.order is None else str(solver.order),

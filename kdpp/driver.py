@@ -83,9 +83,8 @@ class PlannedRun(NamedTuple):
     brownian: bool
 
     def state(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
-        """The state to start from, and what the networks are given if that is another dtype."""
-        small = x.dtype in (torch.float16, torch.bfloat16)
-        return (x.float(), x.dtype) if small and self.model.float32_state else (x, None)
+        """`state_of` its model."""
+        return state_of(self.model, x)
 
     def noise(self, state: Tensor) -> Noise:
         """The sources of noise for one run from this state."""
@@ -96,6 +95,12 @@ class PlannedRun(NamedTuple):
             make = partial(brownian_noise, sigmas=self.sigmas) if self.brownian else host_noise
             noise.sampler = make(state)
         return noise
+
+
+def state_of(model: TeacherGuidedDenoiser, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+    """The state to start from, and what the networks are given if that is another dtype."""
+    small = x.dtype in (torch.float16, torch.bfloat16)
+    return (x.float(), x.dtype) if small and model.float32_state else (x, None)
 
 
 def plan_run(
@@ -125,19 +130,25 @@ def plan_run(
 
 
 class ReadyStage(NamedTuple):
-    """A stage made ready: which evaluation it is, its update, and the level noise goes to."""
+    """A stage made ready: which evaluation it is, its update, and the levels of its noise.
+
+    They are None where they are the step's; ``start`` is not where the row starts from the stage's
+    point.
+    """
 
     evaluation: int
     update: Update
+    start: float | None
     end: float | None
 
 
 class ReadyStep(NamedTuple):
-    """A step made ready: its churn, its stages, and what its teachers are asked."""
+    """A step made ready: its churn, its stages, which one is kept, and what teachers are asked."""
 
     churn: Update | None
     lifted: float | None
     stages: tuple[ReadyStage, ...]
+    kept: int
     revisions: tuple[Revision, ...]
 
 
@@ -148,7 +159,9 @@ class ReadyPlan(NamedTuple):
     levels: tuple[float, ...]
     """What the student is told, evaluation by evaluation."""
     memory: int
-    """How many of the directions that earlier steps began with are kept."""
+    """How many of the directions that earlier steps kept are weighed."""
+    guided_memory: int
+    """How many of the guided estimates, for CFG++."""
     states: int
     """How many of the states that earlier steps began with are kept."""
     draws: bool
@@ -182,17 +195,21 @@ def ready(
         for stage, following in zip(step.stages, [*step.stages[1:], None]):
             reached = step.sigma_next if following is None else following.sigma
             weights = () if following else weights_of(here, combined)
-            update = Update.of(stage.row, base, reached, space, cfg_pp, weights)
+            update = Update.of(stage.row, step.base(stage), reached, space, cfg_pp, weights)
+            start = space.level(stage.sigma) if stage.onward else None
             end = space.level(reached) if following else None
-            stages.append(ReadyStage(len(levels), update, end))
+            stages.append(ReadyStage(len(levels), update, start, end))
             levels.append(space.level(stage.sigma))
         lifted = space.level(base) if churn else None
-        made.append(ReadyStep(churn, lifted, tuple(stages), here))
+        made.append(ReadyStep(churn, lifted, tuple(stages), step.kept, here))
+    rows = [stage.row for step in steps for stage in step.stages]
+    memory = max((step.memory for step in steps), default=0)
     return ReadyPlan(
         tuple(made),
         tuple(levels),
-        memory=max((step.memory for step in steps), default=0),
-        states=max((len(stage.row.past) for step in steps for stage in step.stages), default=0),
+        memory=memory,
+        guided_memory=memory if cfg_pp and any(row.guided for row in rows) else 0,
+        states=max((len(row.past) for row in rows), default=0),
         draws=any(step.draws for step in steps),
         guided=any(revisions),
         cfg_pp=cfg_pp,
@@ -205,8 +222,8 @@ def ready(
 class Source(Protocol):
     """Where `walk` gets noise from."""
 
-    def between(self, step: int, level: float | None) -> Tensor:
-        """From the step's level to ``level`` (None: to the step's end), shaped like the latent."""
+    def between(self, step: int, start: float | None, end: float | None) -> Tensor:
+        """From one level to another (None: the step's own), shaped like the latent."""
 
     def renoise(self, like: Tensor, step: int, level: float) -> Tensor:
         """For that step's renoising to ``level``, shaped like ``like``."""
@@ -237,15 +254,17 @@ class Noise:
     def sigma_at(self) -> Sequence[Tensor]:
         return self.sigmas.unbind()
 
-    def between(self, step: int, level: float | None) -> Tensor:
-        by_numbers = getattr(self.sampler, "between", None)
-        if by_numbers is not None:
-            noise = by_numbers(self.levels[step], self.levels[step + 1] if level is None else level)
-        else:
-            end = self.sigma_at[step + 1] if level is None else self.sigmas.new_full((), level)
-            assert self.sampler is not None
-            noise = self.sampler(self.sigma_at[step], end)
-        return checked(noise, "noise_sampler", self.x)
+    def between(self, step: int, start: float | None, end: float | None) -> Tensor:
+        ask: Any = getattr(self.sampler, "between", self.sampler)
+        own: Sequence[Any] = self.levels
+        made: Callable[[float], Any] = float
+        if ask is self.sampler:
+            own, made = self.sigma_at, partial(self.sigmas.new_full, ())
+        levels = (
+            own[i] if level is None else made(level)
+            for i, level in ((step, start), (step + 1, end))
+        )
+        return checked(ask(*levels), "noise_sampler", self.x)
 
     def renoise(self, like: Tensor, step: int, level: float) -> Tensor:
         if self.renoise_sampler is None:
@@ -312,8 +331,9 @@ class Walk:
         )  # fmt: skip
         revisions = [step.revisions for step in plan.steps]
         self.guided = prepare(model, revisions, x, extra_args, dtype) if plan.guided else None
-        self.earlier: tuple[Any, ...] = ()  # the directions that earlier steps began with, newest
-        self.past: tuple[Tensor, ...] = ()  # first, and the states
+        self.earlier: tuple[Any, ...] = ()  # the directions that earlier steps kept, newest first,
+        self.guided_earlier: tuple[Tensor, ...] = ()  # CFG++'s guided estimates,
+        self.past: tuple[Tensor, ...] = ()  # and the states that the steps began with
 
     def step(self, i: int, x: Tensor) -> Tensor:
         """The state after step i, from the state before it."""
@@ -322,12 +342,12 @@ class Walk:
         first, last = step.stages[0], step.stages[-1]
         teachers = self.guided[i] if self.guided else None
         if step.churn is not None:
-            x = step.churn(((x,),), noise.between(i, None))
+            x = step.churn(((x,),), noise.between(i, None, None))
         if teachers is not None:
             teachers.fetch()
-        point, directions = x, self.earlier
+        point, directions, guided = x, self.earlier, self.guided_earlier
         for stage in step.stages:
-            kept = directions[:memory]
+            kept = (*directions[:memory], *guided[: plan.guided_memory])
             before = writes(kept) if kept else None
             denoised, uncond = self.student(point, self.levels[stage.evaluation])
             if before is not None:
@@ -336,6 +356,7 @@ class Walk:
                 denoised = counted(denoised)
                 uncond = counted(uncond) if cfg_pp and uncond is not None else uncond
             directions = (uncond if cfg_pp else denoised, *directions)
+            guided = (denoised, *guided)
             if listener and stage is first:
                 info = report(x, i, listener.sigma_at[i], denoised, step.lifted)
             heard: tuple[Tensor, ...] = ()
@@ -347,10 +368,15 @@ class Walk:
             # As k-diffusion, after the step's first evaluation; where teachers speak, after.
             if listener and stage is (last if teachers else first):
                 listener.callback(info)
-            fresh = None if stage.update.noise is None else noise.between(i, stage.end)
-            point = stage.update(((x, denoised), heard, directions, self.past), fresh)
+            draws = stage.update.noise is not None
+            fresh = noise.between(i, stage.start, stage.end) if draws else None
+            base = x if stage.start is None else point
+            point = stage.update(((base, denoised), heard, directions, self.past, guided), fresh)
+        newest = len(step.stages) - 1 - step.kept
         if memory:
-            self.earlier = (directions[len(step.stages) - 1], *self.earlier)[:memory]
+            self.earlier = (directions[newest], *self.earlier)[:memory]
+        if plan.guided_memory:
+            self.guided_earlier = (guided[newest], *self.guided_earlier)[: plan.guided_memory]
         if plan.states:
             self.past = (x, *self.past)[: plan.states]
         return point

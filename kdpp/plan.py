@@ -49,7 +49,7 @@ LEAST = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One linear update of x: ``target·x/σ + denoised·x̂_new + Σ_j direction[j]·d_j + noise·n``.
+    """One linear update of x: ``target·x/σ + denoised·x̂_new + Σ_j direction[j]·d_j + … + noise·n``.
 
     - ``x/σ``: the state at the start of the step over its level. A perfect denoiser's x is
       ``x0 + σ n``, so its weight says which level the update goes to, before noise: ``target``.
@@ -57,6 +57,8 @@ class Row:
     - ``d_j``: the estimates that give the solver its direction, newest first. They are never
       revised: x̂ itself, or under CFG++ its unconditional part. This split is what makes one plan
       serve the plain solver, its CFG++ form and the teacher's term (Distillation++, section 7.1).
+    - ``guided``: for CFG++ forms that also weigh guided estimates x̂_j made before the newest one,
+      ``Σ_j guided[j]·x̂_j``, numbered as the d_j are and not revised either.
     - ``past``: for multistep solvers in x, pairs (weight, σ_j) of the states that earlier steps
       started from, newest first; each adds ``weight·x_j/σ_j``.
     - ``n``: standard normal noise. ``noise=None`` draws nothing; 0.0 draws and does not use it,
@@ -68,6 +70,7 @@ class Row:
     direction: tuple[float, ...] = ()
     noise: float | None = None
     past: tuple[tuple[float, float], ...] = ()
+    guided: tuple[float, ...] = ()
 
     @property
     def end(self) -> float:
@@ -76,16 +79,17 @@ class Row:
 
     @property
     def memory(self) -> int:
-        """How many of the newest directions it weighs."""
-        return max((j + 1 for j, weight in enumerate(self.direction) if weight), default=0)
+        """How many of the newest estimates it weighs."""
+        return max(weighed(self.direction), weighed(self.guided))
 
     def check(self, sigma: float) -> None:
-        """ValueError unless the weights of x, x̂_new, d_j and x_j sum to one, without cancelling.
+        """ValueError unless the weights of states and estimates sum to one, without cancelling.
 
         Only then does moving x0 move the result by as much; other weights are a wrong solver.
         """
         past = (weight / sigma_j for weight, sigma_j in self.past)
-        weights = (level_ratio(sigma, self.target), self.denoised, *self.direction, *past)
+        estimates = (self.denoised, *self.direction, *self.guided)
+        weights = (level_ratio(sigma, self.target), *estimates, *past)
         size = sum(map(abs, weights))
         if size > CANCELS:
             raise ValueError(
@@ -96,12 +100,22 @@ class Row:
             raise ValueError(f"the weights of {self} from σ = {sigma!r} sum to {sum(weights)!r}")
 
 
+def weighed(weights: Sequence[float]) -> int:
+    """How many of them there are up to the last one that is not 0."""
+    return max((j + 1 for j, weight in enumerate(weights) if weight), default=0)
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Evaluate the network at the current point and level ``sigma``; ``row`` makes the next."""
+    """Evaluate the network at the current point and level ``sigma``; ``row`` makes the next.
+
+    The row starts from the step's x; ``onward``: from this stage's point, with the noise that has
+    come into it, so that x and σ in the row's formula are the point and ``sigma``.
+    """
 
     sigma: float
     row: Row
+    onward: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,18 +123,24 @@ class Step:
     """From ``sigma`` to ``sigma_next`` in one or more stages; the last one's estimate is revised.
 
     ``churn`` is the standard deviation of noise added to x before the first stage, which then sees
-    the higher level ``stages[0].sigma`` (None: nothing is drawn; see `Row.noise`). Every row starts
-    from that x. Raises ValueError for rows whose weights do not sum to one.
+    the higher level ``stages[0].sigma`` (None: nothing is drawn; see `Row.noise`). Rows start from
+    that x, if not from their stage's point. ``kept`` is the stage whose estimate later steps weigh.
+    Raises ValueError for rows whose weights do not sum to one.
     """
 
     sigma: float
     sigma_next: float
     stages: tuple[Stage, ...]
     churn: float | None = None
+    kept: int = 0
 
     def __post_init__(self) -> None:
         for stage in self.stages:
-            stage.row.check(self.stages[0].sigma)
+            stage.row.check(self.base(stage))
+
+    def base(self, stage: Stage) -> float:
+        """The level that the stage's row starts from."""
+        return stage.sigma if stage.onward else self.stages[0].sigma
 
     @property
     def draws(self) -> bool:
@@ -385,9 +405,8 @@ def in_variable(
     """The plan over σ; with ``variable="tau"`` the plan over τ, in σ again (`from_tau`)."""
     if variable == "sigma":
         return plan(sigmas)
-    steps = plan([FLOW.level(sigma) for sigma in sigmas])
-    levels = pairwise(sigmas)
-    return (Step(*pair, from_tau(pair[0], step.stages)) for pair, step in zip(levels, steps))
+    steps = zip(pairwise(sigmas), plan([FLOW.level(sigma) for sigma in sigmas]))
+    return (Step(*pair, from_tau(pair[0], one.stages), kept=one.kept) for pair, one in steps)
 
 
 def from_tau(sigma: float, stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -401,8 +420,9 @@ def from_tau(sigma: float, stages: Sequence[Stage]) -> tuple[Stage, ...]:
     made = []
     for stage in stages:
         row = stage.row
-        if row.end == start:  # a step of no length, also at τ = 1
-            row = Row(sigma, noise=row.noise)
+        level = sigma if stage is stages[0] else FLOW.sigma(stage.sigma)
+        if row.end == (stage.sigma if stage.onward else start):  # no length, also at τ = 1
+            row = Row(level if stage.onward else sigma, noise=row.noise)
         else:
             alpha = 1.0 - row.end
             newest, *older = row.direction or (0.0,)
@@ -411,6 +431,7 @@ def from_tau(sigma: float, stages: Sequence[Stage]) -> tuple[Stage, ...]:
                 *(w / alpha for w in older),
             )
             past = tuple((weight / alpha, FLOW.sigma(tau)) for weight, tau in row.past)
-            row = Row(row.target / alpha, row.denoised, direction, row.noise, past)
-        made.append(Stage(sigma if stage is stages[0] else FLOW.sigma(stage.sigma), row))
+            guided = tuple(weight / alpha for weight in row.guided)
+            row = Row(row.target / alpha, row.denoised, direction, row.noise, past, guided)
+        made.append(Stage(level, row, stage.onward))
     return tuple(made)

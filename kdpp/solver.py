@@ -117,7 +117,7 @@ class Solver:
             that does not follow the ODE. Tests measure it.
         order_from: the number of steps from which the order is seen.
         evaluations: the student's evaluations in a step; the last step, to σ = 0, takes one.
-        extra: evaluations that a run makes once, at its start.
+        extra: evaluations that a run of two steps or more makes besides, once; below 0, leaves out.
         options: what it takes, by name.
         noise: what the run draws for it, "none", "plain" or "brownian"; churn is drawn besides.
         cfg_pp: whether its direction comes from the unconditional estimate (CFG++).
@@ -201,8 +201,8 @@ class Solver:
 
     @property
     def inverts(self) -> bool:
-        """Whether it also goes up, from an image to the noise that leads to it: it draws none."""
-        return self.noise == "none" and self.own_levels is None
+        """Whether it also goes up, from an image to the noise: on the ODE, without noise."""
+        return self.noise == "none" and self.own_levels is None and self.order is not None
 
     @property
     def probe(self) -> tuple[Step, ...]:
@@ -226,7 +226,7 @@ class Solver:
         evaluations = f"{self.evaluations} evaluation{'s' * (self.evaluations > 1)} a step"
         parts = [
             "off the ODE" if self.order is None else f"order {self.order}",
-            evaluations + f" and {self.extra} at the start" * bool(self.extra),
+            evaluations + f" ({self.extra:+d} once)" * bool(self.extra),
             "multistep" if self.multistep else "",
             NOISE[self.noise],
             "CFG++" if self.cfg_pp else "",
@@ -267,12 +267,10 @@ def _check(solver: Solver, sigmas: tuple[float, ...], steps: tuple[Step, ...]) -
             f"the plan of {solver.name!r} must give one step for each pair of levels; over "
             f"{', '.join(f'{sigma:g}' for sigma in sigmas)} it gave {levels or 'no step'}"
         )
-    made = 0
     for i, step in enumerate(steps):
         where = f"step {i} of the plan of {solver.name!r}"
-        if step.history > made:
-            raise ValueError(f"{where} weighs {step.history} earlier estimates; there are {made}")
-        made += len(step.stages)
+        if step.history > i:
+            raise ValueError(f"{where} weighs {step.history} earlier estimates; there are {i}")
         if solver.noise == "none":
             row = step.stages[-1].row
             if any(stage.row.noise is not None for stage in step.stages):

@@ -13,15 +13,15 @@ from kdpp.plan import VE, Row, Space
 __all__ = ["Update"]
 
 # The places of a row's tensors are (group, index); the groups:
-STATE, TEACHERS, DIRECTIONS, PAST = range(4)
+STATE, TEACHERS, DIRECTIONS, PAST, GUIDED = range(5)
 X, DENOISED = (STATE, 0), (STATE, 1)
 
 
 class Update(NamedTuple):
     """A row made ready: one interpolation for each tensor after the first, a factor, the noise.
 
-    It is called with the groups: (x, x̂), what the teachers said, directions and past states, both
-    newest first; and with the noise, where it takes any.
+    It is called with the groups: (x, x̂), what the teachers said, directions, past states and guided
+    estimates, these three newest first; and with the noise, where it takes any.
     """
 
     first: tuple[int, int]
@@ -54,8 +54,11 @@ class Update(NamedTuple):
         weights |= {(TEACHERS, j): alpha * row.denoised * scale for j, scale in enumerate(scales)}
         weights |= {(DIRECTIONS, j): alpha * weight for j, weight in enumerate(row.direction)}
         weights |= {(PAST, j): alpha * w / space.level(s) for j, (w, s) in enumerate(row.past)}
-        if row.direction and not cfg_pp:  # the newest direction is the estimate itself
-            weights[DENOISED] += weights.pop((DIRECTIONS, 0))
+        for j, weight in enumerate(row.guided):
+            place = (GUIDED if cfg_pp else DIRECTIONS, j)
+            weights[place] = weights.get(place, 0.0) + alpha * weight
+        newest = (GUIDED if cfg_pp else DIRECTIONS, 0)  # which is the estimate itself
+        weights[DENOISED] += weights.pop(newest, 0.0)
         terms = sorted(((w, place) for place, w in weights.items() if w), reverse=True)
         total = 0.0
         folded = []

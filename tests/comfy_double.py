@@ -5,6 +5,7 @@ patchers on the same one (a LoRA and its base) patch its weights for whichever w
 network that is called without a patcher fails, as there.
 """
 
+import math
 from types import ModuleType, SimpleNamespace
 
 import torch
@@ -43,9 +44,22 @@ class CONST:
 class SD15:
     """A latent format."""
 
+    latent_channels = 4
+
 
 class Flux:
     """Another."""
+
+    latent_channels = 16
+
+
+class Wide(SD15):
+    """One of the same name and other channels."""
+
+    latent_channels = 9
+
+
+Wide.__name__ = "SD15"
 
 
 class Base:
@@ -91,6 +105,9 @@ class Patcher:
 
     def get_model_object(self, name):
         return getattr(self.model, name)
+
+    def memory_required(self, input_shape):
+        return math.prod(input_shape)
 
     def pre_run(self):
         self.model.current_patcher = self
@@ -176,10 +193,12 @@ class KSamplerX0Inpaint:
         return out
 
 
+ROOM = []  # what was to be left free beside weights
 LOADED = []  # the names of what was loaded, in order
 
 
-def load_models_gpu(patchers, **_):
+def load_models_gpu(patchers, memory_required=0):
+    ROOM.append(memory_required)
     for one in patchers:
         LOADED.append(one.name)
         one.model.patch, one.model.loaded = one.patch, one.name

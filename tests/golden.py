@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "s_churn": [{"s_churn": 3.0, "s_noise": 1.01}, {"s_churn": 4.0, "s_tmin": 0.3, "s_tmax": 6.0}],
     "eta": [{"eta": 0.0}, {"eta": 0.5, "s_noise": 0.9}],
     "order": [{"order": 1}, {"order": 3}],
-    "solver_type": [{"solver_type": "heun"}],
+    "solver_type": [{"solver_type": "heun"}, {"solver_type": "phi_2", "r": 1.0}],
     "r": [{"r": 0.7}],
     "variable": [{"variable": "tau"}],
     "variant": [{"variant": "bh1", "lower_order_final": "always"}],
@@ -54,6 +55,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "ge_gamma": [{"ge_gamma": 1.5}],
     "predictor_order": [{"predictor_order": 2, "corrector_order": 3, "s_tmin": 0.5, "s_tmax": 3.0}],
 }
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "guided": {}, "guided, order 2": {"order": 2}, "guided, eta": {"eta": 0.5},
+    "guided, over tau": {"variable": "tau"},
+}  # fmt: skip
 
 
 class Flow(torch.nn.Module):
@@ -76,10 +81,16 @@ class Flow(torch.nn.Module):
         return (model.variance * alpha * centred + tau**2 * mean) / variance + shift(cond, x)
 
 
+def takes(solver: str, options: dict[str, Any]) -> bool:
+    """Whether the solver has these options, and their words are its own."""
+    known = kdpp.SOLVERS[solver].options
+    return all(n in known and v in (known[n].choices or (v,)) for n, v in options.items())
+
+
 def solvers() -> Iterator[tuple[str, Callable[..., Tensor], set[str]]]:
-    """Every public sampler: its short name, the function, the names of its parameters."""
+    """Every public sampler with a plan: its short name, the function, its parameters' names."""
     for name in sorted(dir(kdpp)):
-        if name.startswith("sample_") and name.endswith("_tg"):
+        if name.startswith("sample_") and name.endswith("_tg") and "adaptive" not in name:
             sample = getattr(kdpp, name)
             short = name.removeprefix("sample_").removesuffix("_tg")
             yield short, sample, set(inspect.signature(sample).parameters)
@@ -151,7 +162,7 @@ def runs_of(
     if "sde" not in solver:  # theirs is k-diffusion's tree
         yield "torch's stream", sampled(sample, parameters, seeds=False, guidance=guided)
     for key, settings in OPTIONS.items():
-        for options in settings if key in parameters else ():
+        for options in filter(partial(takes, solver), settings if key in parameters else ()):
             said = ", ".join(f"{name}={value}" for name, value in options.items())
             yield said, sampled(sample, parameters, guidance=guided, options=options)
 
@@ -175,6 +186,18 @@ def other_runs() -> Iterator[tuple[str, Tensor]]:
         )  # fmt: skip
         yield f"mixed_rollout, {name}", rollout.x
     model = kdpp.TeacherGuidedDenoiser(student, teacher, teacher_scale=0.3, teacher_cfg_scale=4.0)
+    for name, options in ADAPTIVE.items():
+        taught = kdpp.TeacherGuidedDenoiser(
+            student, teacher, teacher_scale=0.3, teacher_steps=2,
+            renoise_noise_sampler=kdpp.SeededNoise(x, [3, 4], 1),
+        )  # fmt: skip
+        source = kdpp.SeededNoise(x, [3, 4])
+        yield (
+            f"dpm_adaptive, {name}",
+            kdpp.sample_dpm_adaptive_tg(
+                taught, x, 0.1, 14.6, extra_args, disable=True, noise_sampler=source, **options
+            ),
+        )
     noise, mask = seeded(BATCH, *SHAPE, seed=5), torch.tensor([[0.0, 1.0], [0.5, 1.0]])
     known = kdpp.inpaint(model, image, mask, noise)
     torch.manual_seed(22)

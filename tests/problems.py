@@ -353,10 +353,15 @@ def on_schedules(solvers: Mapping[str, Any]) -> list[Any]:
 # ---------------------------------------------------------------------------------- solvers' facts
 
 
+def counts(solver: Any, sigmas: Tensor, **options: Any) -> list[int]:
+    """How many evaluations each step makes, by the solver's plan."""
+    return [len(step.stages) for step in solver.plan(sigmas.tolist(), **options)]
+
+
 def rows(solver: Any, sigmas: Tensor, **options: Any) -> list[tuple[float, Any]]:
-    """The rows of a solver's plan, each with the level that its step starts at."""
+    """The rows of a solver's plan, each with the level that it starts from."""
     steps = solver.plan(sigmas.tolist(), **options)
-    return [(step.stages[0].sigma, stage.row) for step in steps for stage in step.stages]
+    return [(step.base(stage), stage.row) for step in steps for stage in step.stages]
 
 
 def growth(solver: Any, sigmas: Tensor, **options: Any) -> float:
@@ -364,7 +369,7 @@ def growth(solver: Any, sigmas: Tensor, **options: Any) -> float:
 
     def weights(sigma: float, row: Any) -> list[float]:
         earlier = [weight / level for weight, level in row.past]
-        return [row.target / sigma, row.denoised, *row.direction, *earlier]
+        return [row.target / sigma, row.denoised, *row.direction, *row.guided, *earlier]
 
     return max(sum(map(abs, weights(*row))) for row in rows(solver, sigmas, **options))
 

@@ -6,6 +6,7 @@ step's last estimate, coefficient 1. Sources: k-diffusion's and the papers' form
 
 from __future__ import annotations
 
+from functools import partial
 from math import exp, expm1, inf, log, sqrt
 
 import numpy as np
@@ -329,15 +330,28 @@ def _ipndm(levels, end):
 
 
 def _ipndm_v(levels, end):
-    """The exact weights of the first two; the third's factor as in the code of the authors."""
+    """The exact weights of the first two; the third's factor as in the code of the authors.
+
+    The fourth's by the divided difference of all four slopes.
+    """
+
+    def divided(nodes):
+        """The weights of the slopes in their divided difference."""
+        return np.array([1 / np.prod([a - b for b in nodes if b != a]) for a in nodes])
+
     h, u = end - levels[0], levels[0] - levels[1]
     slope = h * h / 2 / u  # of the first difference: the integral of (s - σ) over the step
     weights = [h + slope, -slope]
-    if len(levels) == 3:
+    if len(levels) > 2:
         v = levels[1] - levels[2]
         factor = h / 2 * (1 - h / (3 * (h + u)) * (h * (h + u)) / (u * (u + v)))
         ratio = u / v
         weights = [weights[0] + factor, weights[1] - factor - ratio * factor, ratio * factor]
+    if len(levels) > 3:
+        third = (1 - h / (3 * (h + u))) / 2
+        third -= (1 - h / (2 * (h + u))) * h / (6 * (h + u + v))
+        third *= h * h * (h + u) * (h + u + v)
+        weights = list(np.array([*weights, 0.0]) + third * divided(levels))
     return weights
 
 
@@ -441,9 +455,165 @@ def er_sde(estimate, uncond, revise, x, sigmas, noise, *, s_noise=1.0, max_stage
     return x
 
 
+def heunpp2(estimate, uncond, revise, x, sigmas, noise, *, s_churn=0.0, s_tmin=0.0, s_tmax=inf,
+            s_noise=1.0):  # fmt: skip
+    """Heun++: slopes at this, the next and the next but one level, weighed by the levels."""
+    levels = [float(sigma) for sigma in sigmas.double()]
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        x, hat = _churned(x, i, sigma, sigmas, s_churn, s_tmin, s_tmax, s_noise)
+        x0 = estimate(x, hat)
+        one = (x - x0) / hat
+        if end == levels[-1]:
+            x = x + one * (end - hat) + (revise(Moment(i, sigma, end, x, hat), x0, x0) - x0)
+            continue
+        u = x + one * (end - hat)
+        u0 = estimate(u, end)
+        two = (u - u0) / end
+        after = levels[i + 2]
+        if after == levels[-1]:
+            new = revise(Moment(i, sigma, end, u, end), u0, u0) - u0
+            w2 = end / (2 * levels[0])
+            slope = (1 - w2) * one + w2 * two
+        else:
+            v = u + two * (after - end)
+            v0 = estimate(v, after)
+            new = revise(Moment(i, sigma, end, v, after), v0, v0) - v0
+            w2, w3 = end / (3 * levels[0]), after / (3 * levels[0])
+            slope = (1 - w2 - w3) * one + w2 * two + w3 * (v - v0) / after
+        x = x + slope * (end - hat) + new
+    return x
+
+
+def res_singlestep(estimate, uncond, revise, x, sigmas, noise, *, r=0.5):
+    """The exponential Runge-Kutta method of order 2 by its tableau: a_21 = c_2 φ_1(-c_2 h)."""
+
+    def phi(j, z):
+        """(e^z - 1)/z, and the one after it."""
+        return expm1(z) / z if j == 1 else (phi(1, z) - 1) / z
+
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        x0 = estimate(x, sigma)
+        if end == 0:
+            return revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        h = log(sigma / end)
+        u = exp(-r * h) * x + h * r * phi(1, -r * h) * x0
+        middle = sigma * exp(-r * h)
+        u0 = estimate(u, middle)
+        b2 = phi(2, -h) / r
+        b1 = phi(1, -h) - b2
+        new = revise(Moment(i, sigma, end, u, middle), u0, u0)
+        x = exp(-h) * x + h * (b1 * x0 + b2 * u0) + (new - u0)
+    return x
+
+
+def _bend(g):
+    """∫ over a step of length g of e^{s - g} s/g ds: the weight of a slope's value at its end."""
+    return 1 + expm1(-g) / g
+
+
+class _Path:
+    """The noise of one step of the SDE, in units of the level: what came in decays from then on."""
+
+    def __init__(self, noise, sigma, eta, s_noise):
+        self.noise, self.level, self.eta, self.s_noise = noise, sigma, eta, s_noise
+        self.sum = 0.0
+
+    def to(self, level):
+        """The noise in the state at a lower level; independent of the sum for the way between."""
+        if not self.eta * self.s_noise:
+            return 0.0
+        passed = max(0.0, log(self.level / level))
+        fresh = sqrt(-expm1(-2 * self.eta * passed)) * self.noise(self.level, level)
+        self.sum = exp(-self.eta * passed) * self.sum + fresh
+        self.level = level
+        return self.s_noise * level * self.sum
+
+
+def seeds_2(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0, r=0.5,
+            solver_type="phi_1"):  # fmt: skip
+    """SEEDS-2: both points from x, each with the noise of the path so far."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        x0 = estimate(x, sigma)
+        if end == 0:
+            return revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        path, h = _Path(noise, sigma, eta, s_noise), log(sigma / end)
+        g, middle = h * (1 + eta), sigma * exp(-r * h)
+        u = exp(-r * g) * x + (1 - exp(-r * g)) * x0 + path.to(middle)
+        u0 = estimate(u, middle)
+        new = revise(Moment(i, sigma, end, u, middle), u0, u0)
+        weight = (1 - exp(-g)) / 2 if solver_type == "phi_1" else _bend(g)
+        x = exp(-g) * x + (1 - exp(-g)) * x0 + weight / r * (u0 - x0) + path.to(end) + (new - u0)
+    return x
+
+
+def seeds_3(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0, r_1=1 / 3,
+            r_2=2 / 3):  # fmt: skip
+    """SEEDS-3, written as seeds_2."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        x0 = estimate(x, sigma)
+        if end == 0:
+            return revise(Moment(i, sigma, end, x, sigma), x0, x0)
+        path, h = _Path(noise, sigma, eta, s_noise), log(sigma / end)
+        g, one, two = h * (1 + eta), sigma * exp(-r_1 * h), sigma * exp(-r_2 * h)
+        u = exp(-r_1 * g) * x + (1 - exp(-r_1 * g)) * x0 + path.to(one)
+        slope = (estimate(u, one) - x0) / r_1
+        v = exp(-r_2 * g) * x + (1 - exp(-r_2 * g)) * x0
+        v = v + r_2 * _bend(r_2 * g) * slope + path.to(two)
+        v0 = estimate(v, two)
+        new = revise(Moment(i, sigma, end, v, two), v0, v0)
+        x = exp(-g) * x + (1 - exp(-g)) * x0 + _bend(g) * (v0 - x0) / r_2
+        x = x + path.to(end) + (new - v0)
+    return x
+
+
+def dpmpp_2s_ancestral_cfg_pp_mixed(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0,
+                                    s_noise=1.0):  # fmt: skip
+    """2S to sigma_down from x + x0 - x0_free, the latter the newest there is."""
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        down, up = _ancestral(sigma, end, eta)
+        x0, free = estimate(x, sigma), uncond(x, sigma)
+        if down == 0:
+            x = revise(Moment(i, sigma, end, x, sigma), x0, free)
+        else:
+            e, middle = down / sigma, sqrt(sigma * down)
+            u = sqrt(e) * (x + x0 - free) + (1 - sqrt(e)) * x0
+            u0, free_u = estimate(u, middle), uncond(u, middle)
+            new = revise(Moment(i, sigma, end, u, middle), u0, free_u)
+            x = e * (x + x0 - free_u) + (1 - e) * new
+        x = _noised(x, noise, sigma, end, s_noise * up)
+    return x
+
+
+def cfgpp_ud10_ab(estimate, uncond, revise, x, sigmas, noise):
+    """Euler steps of CFG++, blended with Adams-Bashforth's of two of them; the end by a line."""
+    older = None
+    for i, (sigma, end) in enumerate(pairs(sigmas)):
+        x0, free = estimate(x, sigma), uncond(x, sigma)
+        new = revise(Moment(i, sigma, end, x, sigma), x0, free)
+        slope = carried = (x - free) / sigma
+        if older is None:
+            step, x = x0 + end * slope - x, new + end * slope
+        else:
+            step_before, x0_before, slope_before, sigma_before = older
+            if end == 0:
+                return new + (new - x0_before) * sigma / (sigma_before - sigma)
+            last, length = sigma - sigma_before, end - sigma
+            carried = slope + 0.1 * (slope - slope_before) / last * length
+            step = x0 + end * carried - x
+            rate, rate_before = step / length, step_before / last
+            bashforth = length * rate + length**2 / 2 * (rate - rate_before) / last
+            shared = 0.75 + 0.25 * (1 + length / last / 2)  # of x0 in what is added
+            x = x + 0.75 * step + 0.25 * bashforth + shared * (new - x0)
+        older = step, x0, slope, sigma
+    return x
+
+
 def sa_solver(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.0, s_tmin=0.0,
-              s_tmax=inf, predictor_order=3, corrector_order=4):  # fmt: skip
-    """SA-Solver with its corrected states kept beside the predicted ones; integrals by parts."""
+              s_tmax=inf, predictor_order=3, corrector_order=4, again=False):  # fmt: skip
+    """SA-Solver with its corrected states kept beside the predicted ones; integrals by parts.
+
+    ``again``: evaluated at the corrected states, too (PECE).
+    """
 
     def adams(start, end, nodes, rate):
         """∫ rate e^{rate (u - end)} times each Lagrange polynomial, from start to end."""
@@ -463,8 +633,8 @@ def sa_solver(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.
     for i, (sigma, end) in enumerate(pairs(sigmas)):
         point, x0 = x, estimate(x, sigma)
         history = [(-log(sigma), x0), *history]
-        new = revise(Moment(i, sigma, end, point, sigma), x0, x0)
-        if end == 0:
+        new = None if again else revise(Moment(i, sigma, end, point, sigma), x0, x0)
+        if end == 0 and not again:
             return new
         if last is not None:
             origin, begin, drawn = last
@@ -473,6 +643,12 @@ def sa_solver(estimate, uncond, revise, x, sigmas, noise, *, eta=1.0, s_noise=1.
             weights = adams(begin, nodes[0][0], [node for node, _ in nodes], rate)
             decay = exp(-rate * (nodes[0][0] - begin))
             x = decay * origin + sum(b * d for b, (_, d) in zip(weights, nodes)) + drawn
+        if again:
+            x0 = history[0][1] if last is None else estimate(x, sigma)
+            history[0] = history[0][0], x0
+            new = revise(Moment(i, sigma, end, x, sigma), x0, x0)
+            if end == 0:
+                return new
         order = min(predictor_order, len(history), steps - 1 - i if lowers else predictor_order)
         nodes, rate = history[:order], 1 + strength(end) ** 2
         h = log(sigma / end)
@@ -497,7 +673,14 @@ REFERENCES = {
     "res_multistep_ancestral_cfg_pp": _res(ancestral=True, cfg_pp=True),
     "dpmpp_2m_cfg_pp_mixed": dpmpp_2m_cfg_pp_mixed,
     "er_sde": er_sde,
+    "heunpp2": heunpp2,
+    "res_singlestep": res_singlestep,
+    "seeds_2": seeds_2,
+    "seeds_3": seeds_3,
+    "dpmpp_2s_ancestral_cfg_pp_mixed": dpmpp_2s_ancestral_cfg_pp_mixed,
+    "cfgpp_ud10_ab": cfgpp_ud10_ab,
     "sa_solver": sa_solver,
+    "sa_solver_pece": partial(sa_solver, again=True),
     "euler_ancestral_rf": euler_ancestral_rf,
     "dpm_2_ancestral_rf": dpm_2_ancestral_rf,
     "dpmpp_2s_ancestral_rf": dpmpp_2s_ancestral_rf,

@@ -10,7 +10,7 @@ import pytest
 
 import kdpp
 from kdpp.cli import MODULES, TAKES_NO_FILES, main
-from kdpp.lab import bench, evaluate, plugins, tune
+from kdpp.lab import asked, bench, evaluate, plugins
 from kdpp.lab.looks import Look
 from kdpp.lab.models import load_model
 from kdpp.lab.spec import cells_of
@@ -202,7 +202,7 @@ def test_a_closed_pipe(command, tmp_path, monkeypatch, capsys):
     [
         (["evaluate", *SMALL], (bench.Bench, "carry_out"), "give the same command again"),
         (["compare", "--example"], (bench.Bench, "carry_out"), "give the same command again"),
-        (["tune", *PAIR], (tune.Work, "run"), "give the same command again"),
+        (["tune", *PAIR], (asked.Work, "run"), "give the same command again"),
     ],
 )
 def test_ctrl_c(arguments, place, words, tmp_path, monkeypatch, capsys):
@@ -226,11 +226,11 @@ def test_what_tune_advises_is_taken_by_evaluate(scale, tmp_path):
     """The command that it prints is a spec with these settings, λ outside [0, 1] too."""
     look = Look("teacher", 3, 0.277, 0.277282, 0.0, 1.0, scale=scale)
     student, teacher = map(load_model, PAIR)
-    recipe = tune.Recipe(student, teacher, "lcm", student.levels_for())
+    recipe = asked.Recipe(student, teacher, "lcm", student.levels_for())
     tuning = SimpleNamespace(by="teacher", guide=True, settings=look.settings)
-    request = tune.Request(student=PAIR[0], teacher=PAIR[1])
-    asked = tune.Asked(request, recipe, 2.0, None, tune.LAB, 0)
-    words = tune.shlex.split(asked.command(tuning))
+    request = asked.Request(student=PAIR[0], teacher=PAIR[1])
+    wanted = asked.Asked(request, recipe, 2.0, None, asked.LAB, 0)
+    words = asked.shlex.split(wanted.command(tuning))
     assert words[:2] == ["kdpp", "evaluate"]
     parser = evaluate.argparse.ArgumentParser()
     evaluate.add_arguments(parser)

@@ -195,7 +195,14 @@ OPTIONS = {
     "order 1": {"order": 1},
     "order 3": {"order": 3},
     "heun": {"solver_type": "heun"},
+    "phi_2": {"solver_type": "phi_2", "r": 1.0},
 }
+
+
+def takes(solver, name, value):
+    """Whether the solver has the option, and the value is one of its choices if it has any."""
+    option = solver.options.get(name)
+    return option is not None and value in (option.choices or (value,))
 
 
 @over_models
@@ -205,7 +212,7 @@ OPTIONS = {
         pytest.param(solver, options, id=f"{solver.name}-{name}")
         for solver in SOLVERS
         for name, options in OPTIONS.items()
-        if accepts(solver, next(iter(options)))
+        if takes(solver, *next(iter(options.items())))
     ],
 )
 def test_both_forms_take_the_same_way_with_every_option(solver, models, options):
@@ -372,7 +379,7 @@ def near_noise(solver, model, levels, gap, **options):
 
 
 @over_models
-@over_solvers_and_eta(0.0, 0.5, 1.0, wanted=has_limit)
+@over_solvers_and_eta(0.0, 0.5, 1.0, wanted=lambda s: has_limit(s) and s.name != "heunpp2")
 @pytest.mark.parametrize("scale", [0.0, 0.4])
 def test_pure_noise_is_the_limit(solver, eta, models, scale):
     """A start at τ = 1 - 1e-9 gives the same to 1e-6.
@@ -380,7 +387,8 @@ def test_pure_noise_is_the_limit(solver, eta, models, scale):
     Of multistep solvers the first step: they forget an infinite level, and in the limit its weight
     falls as 1/log σ, so that it is not seen in numbers (see the next test). Of solvers with a
     middle point at a distance of 1e-13: as near as that point comes, or the one that it has from
-    τ = 1. Not of Heun and DPM-Solver-2, which divide a slope by σ' or sqrt(σ σ').
+    τ = 1, and where noise goes on from it, as that noise falls. Not of Heun, Heun++ and
+    DPM-Solver-2, which divide a slope by σ' or sqrt(σ σ').
     """
     levels = FROM_NOISE[:2] if solver.multistep else FROM_NOISE
     gap, tolerance = 1e-9, 1e-6
@@ -390,10 +398,13 @@ def test_pure_noise_is_the_limit(solver, eta, models, scale):
         starts = (
             solver.plan([start, levels[1]], space=FLOW, **options)[0] for start in (1 - gap, 1)
         )
-        tolerance = max(1e-5, *(3.0 / step.stages[-1].sigma for step in starts))
+        last = [(step.stages[-1], step.sigma_next) for step in starts]
+        tolerance = max(1e-5, *(3.0 / stage.sigma for stage, _ in last))
+        if any(stage.onward for stage, _ in last):
+            tolerance = max(tolerance, *(10.0 * (end / stage.sigma) ** eta for stage, end in last))
     if solver.multistep and solver.noise == "brownian" and eta == 0.5:
         tolerance = 1e-4  # the exact SDE's σ_down falls like gap ** η
-    if solver.name == "sa_solver" and eta == 0.5:
+    if solver.name.startswith("sa_solver") and eta == 0.5:
         tolerance = 2 * gap**0.25  # its η is squared
 
     def model():

@@ -4,8 +4,10 @@ No GPU is needed. What moves between devices runs on torch's meta device, or as 
 which have no numbers and refuse to mix devices.
 """
 
+import hashlib
 import json
 import os
+import threading
 import time
 import weakref
 from types import SimpleNamespace
@@ -73,8 +75,8 @@ def test_a_large_files_digest_is_read_once(tmp_path, monkeypatch):
     first = places.file_digest(path)
     assert not (tmp_path / "cache").exists()  # it was written just now
     read = []
-    blake = places.hashlib.blake2b
-    monkeypatch.setattr(places.hashlib, "blake2b", lambda **k: read.append(1) or blake(**k))
+    sha256 = places.hashlib.sha256
+    monkeypatch.setattr(places.hashlib, "sha256", lambda: read.append(1) or sha256())
     monkeypatch.setattr(places, "SETTLED", -1.0)
     assert [places.file_digest(path) for _ in range(3)] == [first] * 3 and len(read) == 1
     path.write_bytes(b"two")
@@ -84,13 +86,39 @@ def test_a_large_files_digest_is_read_once(tmp_path, monkeypatch):
     assert places.file_digest(path) == first
 
 
+def test_files_are_digested_while_the_rest_is_loaded(tmp_path, monkeypatch):
+    """In another thread, each once; what has changed since then is read again."""
+    path, other = tmp_path / "one.safetensors", tmp_path / "folder"
+    path.write_bytes(b"one" * 500_000)
+    other.mkdir()
+    (other / "model.safetensors").write_bytes(b"two")
+    wanted = [places.content_digest(one) for one in (path, other)]
+    assert wanted[0] == hashlib.sha256(path.read_bytes()).hexdigest()  # the web UIs' model hash
+    threads, digested = [], places.file_digest
+
+    def slowly(file):
+        threads.append(threading.current_thread())
+        time.sleep(0.1)
+        return digested(file)
+
+    monkeypatch.setattr(places, "file_digest", slowly)
+    places.read_ahead([path, other, tmp_path / "nowhere"])
+    assert [places.content_digest(one) for one in (path, other)] == wanted
+    assert len(threads) == 2 and threading.current_thread() not in threads
+    places.read_ahead([path])
+    path.write_bytes(b"three")
+    assert places.content_digest(path) == hashlib.sha256(b"three").hexdigest()
+    (other / "model.safetensors").unlink()
+    assert places.content_digest(other) != wanted[1]
+
+
 @pytest.mark.parametrize("note", ["[]", "{}", "no JSON", '{"PATH": 3}', '{"PATH": [3, 1, 1, 7]}'])
 def test_notes_that_were_damaged_are_not_believed(note, tmp_path, monkeypatch):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"one")
     wanted = places.file_digest(path)
     (tmp_path / "cache" / "kdpp").mkdir(parents=True)
-    place = tmp_path / "cache" / "kdpp" / "digests.json"
+    place = tmp_path / "cache" / "kdpp" / "sha256.json"
     place.write_text(note.replace("PATH", str(path)))
     assert places.file_digest(path) == wanted
     place.write_text(json.dumps({str(path): [3, path.stat().st_mtime_ns, 0, "wrong"]}))

@@ -1065,9 +1065,3 @@ def test_the_page_names_every_way_to_guide():
     names |= {field.name for field in dataclasses.fields(Teacher)} - {"denoiser"}
     names |= {"NoiseRange", "sds_scale", "sample_dpm_adaptive_tg", "kdpp.Teacher"}
     assert {name for name in names if name not in page} == set()
-
-
-def test_there_is_no_adaptive_sampler():
-    """The page gives the reasons; who adds one has to change it."""
-    assert not any("adaptive" in name for name in kdpp.SOLVERS)
-    assert "There is no `sample_dpm_adaptive_tg`" in PAGE.read_text()

@@ -9,6 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import kdpp
+from kdpp.cli import COMMANDS
 from kdpp.lab.settings import read_toml
 
 PACKAGE = Path(kdpp.__file__).parent
@@ -76,10 +77,7 @@ def test_import_is_light():
     [
         ["--version"],
         ["--help"],
-        ["generate", "--help"],
-        ["inspect", "--help"],
-        ["install", "--help"],
-        ["uninstall", "--help"],
+        *([command, "--help"] for command in COMMANDS),
     ],
 )
 def test_the_command_answers_before_torch_is_loaded(given):
@@ -238,7 +236,7 @@ def imports(module):
         ),
         ("capturing", {"denoisers", "driver", "memory", "solver"}),
         ("solvers/euler", {"driver", "noise", "plan", "solver"}),
-        ("solvers/singlestep", {"driver", "noise", "plan", "solver"}),
+        ("solvers/singlestep", {"driver", "noise", "plan", "solver", "solvers.multistep"}),
         ("solvers/multistep", {"driver", "noise", "plan", "solver"}),
         (
             "solvers/sde",

@@ -317,7 +317,7 @@ def test_the_first_call_that_shows_it(solver):
     with pytest.raises(REFUSED):
         run(solver, model, seeded(2, *SHAPE, seed=1), SIGMAS, extra_args=conditions())
     assert len(teacher.calls) == 1
-    assert len(student.calls) == solver.evaluations + solver.extra
+    assert len(student.calls) == problems.counts(solver, SIGMAS)[0]
 
 
 @over_solvers

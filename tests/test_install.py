@@ -252,3 +252,92 @@ def test_another_copy_of_this_version_that_was_imported_before_is_taken(host, tm
     run = python(told + LOAD, path=[TESTS, PACKAGE.parent])
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(str(PACKAGE / "__init__.py"))
+
+
+# The web UIs --------------------------------------------------------------------------------------
+
+WEBUI = {
+    "checkout": ["webui.py", "modules/sd_samplers.py", "extensions/put extensions here.txt"],
+    "folder of models": ["config.json", "models/Stable-diffusion/x", "extensions/other/x.py"],
+}
+
+
+@pytest.fixture(params=WEBUI)
+def webui(request, tmp_path):
+    """A web UI's folder: a checkout of it, or the folder that holds its models and settings."""
+    for name in WEBUI[request.param]:
+        (tmp_path / "webui" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "webui" / name).write_text(f"# {name}\n")
+    return tmp_path / "webui"
+
+
+def test_a_web_ui_without_a_trace(webui, capsys):
+    before = contents(webui)
+    status, said = command(capsys, "install", "webui", webui)
+    pack = webui / "extensions" / "kdpp"
+    assert status == 0 and f"kdpp {kdpp.__version__} is in {pack}" in said
+    assert (pack / "scripts" / "kdpp_teacher.py").is_file()
+    assert contents(pack / "kdpp") == contents(PACKAGE)
+    assert all(f"{one}/".startswith("extensions/kdpp/") for one in contents(webui).keys() - before)
+    assert not (pack / "install.py").exists()  # which the host would run at its start
+    status, said = command(capsys, "uninstall", "webui", webui)
+    assert status == 0 and contents(webui) == before
+
+
+def test_comfyui_is_no_web_ui(host, capsys):
+    status, said = command(capsys, "install", "webui", host)
+    assert status == 1 and f"{host} is not a web UI (A1111, Forge, reForge, Forge Neo)" in said
+    assert "looked for the folder extensions" in said
+
+
+# As a web UI loads a script: by its path.
+LOAD_SCRIPT = """
+import sys, pathlib
+from importlib.util import module_from_spec, spec_from_file_location
+class NoOther:
+    def find_spec(name, path=None, target=None):
+        if name == "kdpp" and not OTHER:
+            raise AssertionError("kdpp was looked for")
+sys.meta_path.insert(0, NoOther)
+if IMPORTED:
+    import kdpp
+spec = spec_from_file_location("kdpp_teacher.py", PACK + "/scripts/kdpp_teacher.py")
+module = module_from_spec(spec)
+import webui_double
+host = webui_double.A1111(pathlib.Path(PACK))
+sys.modules.update(host.modules())
+before = list(sys.path)
+spec.loader.exec_module(module)
+assert sys.path == before
+import kdpp
+print(kdpp.__file__, module.Script().title())
+"""
+
+
+@pytest.mark.parametrize("other", [None, "0.0.1"])
+def test_the_panel_runs_on_its_own_copy(webui, tmp_path, other):
+    """Whether or not another kdpp lies in site-packages, with no change of ``sys.path``."""
+    run = load_script(installing.install("webui", webui), tmp_path, other)
+    assert run.returncode == 0, run.stderr
+    pack = webui / "extensions" / "kdpp"
+    assert run.stdout.split() == [str(pack / "kdpp" / "__init__.py"), "kdpp"]
+
+
+def test_another_version_that_an_extension_has_imported(webui, tmp_path):
+    run = load_script(installing.install("webui", webui), tmp_path, "0.0.1", imported=True)
+    assert run.returncode == 1
+    said = run.stderr.splitlines()[-1]
+    assert "ImportError: another extension has imported kdpp 0.0.1 from" in said
+    assert "site-packages" in said and f"needs kdpp {kdpp.__version__}" in said
+
+
+def load_script(pack, tmp_path, other=None, imported=False):
+    """The extension's script in a fresh interpreter; arguments as `load`'s."""
+    path = [TESTS]
+    if other is not None:
+        folder = tmp_path / "site-packages" / "kdpp"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(f"__version__ = {other!r}\n")
+        path.append(folder.parent)
+    told = f"PACK, OTHER, IMPORTED = {str(pack)!r}, {other is not None}, {imported}\n"
+    return python(told + LOAD_SCRIPT, path=path)

@@ -17,14 +17,14 @@ import kdpp
 import problems
 from kdpp.digits import load_classifier, load_data, load_student, load_teacher
 from kdpp.digits.metrics import features_of
-from kdpp.lab import files
+from kdpp.lab import answer, files
 from kdpp.lab import looks as measured
 from kdpp.lab import tune as module
 from kdpp.lab import tuning as search
 from kdpp.lab.diffusion import cfg
 from kdpp.lab.metrics import frechet_distance
 from kdpp.lab.schedules import SCHEDULE, schedule
-from kdpp.lab.tune import tune
+from kdpp.lab.tuning import tune
 
 MEAN, VARIANCE = 0.3, 0.25
 LEVELS = (5.0, 1.0, 0.4, 0.0)
@@ -438,6 +438,19 @@ def test_evaluations_are_counted_and_announced(sampler, capsys):
     assert tuning.cost is None or tuning.cost.compute > 1.0
 
 
+@pytest.mark.parametrize(("scale", "sampler", "each"), [(1.0, "euler", 1), (3.0, "euler", 2),
+                                                        (1.0, "euler_cfg_pp", 2)])  # fmt: skip
+def test_a_hosts_model_counts_both_halves_of_its_cfg(scale, sampler, each):
+    """It is one call, and two evaluations where its CFG scale is not 1; also in VE form."""
+    flow = kdpp.HostModel(lambda x, sigma, cfg_scale: (0.5 * x, x), flow=True)
+    ve = kdpp.HostModel(lambda x, sigma, cfg_scale: (0.5 * x, x), flow=False)
+    for model in (ve, search.in_ve(flow)):
+        levels, own = [4.0, 1.0, 0.0], {"cond_scale": scale}
+        pair = measured.Pair(model, model, sampler, levels, own, 7.5, 8, None)
+        assert pair.evaluations == 2 * each
+        assert pair.evaluations_of("teacher", 7.5) == 2 and pair.evaluations_of("teacher", 1.0) == 1
+
+
 def test_batches_and_seeds():
     """How many samples a network sees at once changes nothing; nor does torch's random stream."""
     x = starts(40, 8)
@@ -619,7 +632,7 @@ def test_a_killed_command_leaves_no_answer(tmp_path, monkeypatch):
     def stopped(tuning):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "draw", stopped)
+    monkeypatch.setattr(answer, "draw", stopped)
     with pytest.raises(KeyboardInterrupt):
         command("digits:student", "digits:teacher", "--out", str(tmp_path), "--samples", "20")
     assert [path.name for path in tmp_path.iterdir()] == ["parts"]

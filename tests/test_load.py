@@ -156,6 +156,29 @@ def test_a_transformer_alone_takes_the_rest_from_a_folder(family, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_a_file_is_the_expert_that_its_name_says(layout, tmp_path, capsys):
+    """Of Wan 2.2's two, of which ComfyUI's users have a file each; never silently the other."""
+    rest, other = tiny.wan(boundary=0.9), tiny.wan(seed=9).transformer
+    rest.save_pretrained(tmp_path / "rest")
+    tensors = other.state_dict() if layout == "diffusers" else files.wan(other)
+    for name, place in (("wan2.2_t2v_high_noise_14B", "transformer"),
+                        ("Wan2.2-T2V-LowNoise", "transformer_2"),
+                        ("WAN-flow-LOW_fp16", "transformer_2")):  # fmt: skip
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        pipe = load_pipeline(tmp_path / f"{name}.safetensors", components=tmp_path / "rest")
+        for one in ("transformer", "transformer_2"):
+            wanted = other if one == place else getattr(rest, one)
+            assert equal(getattr(pipe, one).state_dict(), wanted.state_dict())
+        replaced, kept = ("high", "low") if place == "transformer" else ("low", "high")
+        said = capsys.readouterr().err
+        assert f"is the expert for {replaced} noise; the one for {kept} noise is that of" in said
+    for name in ("model", "slow", "highres", "high-low"):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match="put high or low into it"):
+            load_pipeline(tmp_path / f"{name}.safetensors", components=tmp_path / "rest")
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
 def test_a_unet_with_the_guidance_as_an_input(layout, original, tokenizers, tmp_path):
     """The first LCM: an LCMScheduler, and a layer that diffusers' conversion leaves out."""
     pipe, file = original
@@ -357,6 +380,8 @@ def test_a_file_that_is_not_the_model_is_refused(original, tmp_path, unread):
             for end in ("down", "up")}  # fmt: skip
     save_file(lora, other)
     refused("is a LoRA.*, not a model; give the model that it changes")
+    save_file({"emb_params": torch.zeros(2, 16)}, other)
+    refused("is a textual inversion embedding, which kdpp does not read; give a model that draws")
     save_file({"decoder.conv_in.weight": torch.zeros(4)}, other)
     refused("is a VAE; give a model that draws prompts")
     rewritten(file, tmp_path, **{UNET_KEY.replace("weight", "weight_scale"): torch.zeros(1)})

@@ -142,6 +142,8 @@ def test_a_lora_that_does_not_fit_is_refused_and_leaves_nothing(files, tmp_path)
     refused("x.safetensors does not fit .*double_blocks.0")
     save_file(tiny.sd().unet.state_dict(), other)
     refused("x.safetensors is a model, not a LoRA")
+    save_file({"emb_params": torch.zeros(2, 16)}, other)
+    refused("x.safetensors is a textual inversion embedding, which kdpp does not read, not a LoRA")
     text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     lora(other, 0, [text])
     refused("x.safetensors changes the text encoder, which student and teacher share", "student")
@@ -232,7 +234,7 @@ def test_every_architecture_has_its_loras_roles(family, tmp_path):
 @pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute:UserWarning")
 def test_the_experts_of_wan_have_loras_of_their_own(tmp_path):
     """By the word in the file's name: as one speed LoRA has two files."""
-    names = ("speed_HIGH_noise", "low-noise-model")
+    names = ("speed_HIGH_noise", "LowNoise-model")
     pipe = tiny.wan(boundary=0.9)
     high, low = (
         lora_for(pipe, LAYERS["wan"], tmp_path / f"{name}.safetensors", i)
@@ -346,8 +348,8 @@ def both(pipe, family, style, alpha, parts, folder):
         ("krea2", "ComfyUI", None, A),
     ],
 )
-def test_a_lora_in_original_names_is_the_same(family, style, alpha, parts, tmp_path):
-    """Bit for bit the denoiser that its layers in diffusers' names give."""
+def test_a_lora_in_original_names_is_the_same(family, style, alpha, parts, tmp_path, capsys):
+    """Bit for bit the denoiser of its layers in diffusers' names; none is said to be lost."""
     pipe = make(family)
     bare = asked(denoiser_of(pipe), pipe, 0.95)
     theirs, own = both(pipe, family, style, alpha, parts, tmp_path)
@@ -355,6 +357,50 @@ def test_a_lora_in_original_names_is_the_same(family, style, alpha, parts, tmp_p
     pipe = make(family)
     wanted = asked(load_loras(pipe, [Lora(own)])[0], pipe, 0.95)
     assert torch.equal(made, wanted) and not torch.equal(made, bare)
+    assert "change nothing" not in capsys.readouterr().err
+
+
+def change(layer, rows, columns, alpha=True):
+    """A LoRA of one layer, in kohya's names."""
+    tensors = {f"{layer}.lora_down.weight": torch.randn(2, columns),
+               f"{layer}.lora_up.weight": torch.randn(rows, 2)}  # fmt: skip
+    return {**tensors, f"{layer}.alpha": torch.tensor(1.0)} if alpha else tensors
+
+
+IMG_IN = change("lora_unet_img_in", 32, 16)
+QUERY = "lora_unet_" + BLOCK.removeprefix("unet.").replace(".", "_") + "_attn1_to_q"
+ENCODER = "lora_te_text_model_encoder_layers_{}_self_attn_{}_proj"
+TEXTS = [change(ENCODER.format(0, one), 16, 16) for one in ("q", "k", "v", "out")]
+NORM = {"diffusion_model.blocks.0.norm3.diff": torch.randn(24)}
+
+
+@pytest.mark.parametrize(
+    ("family", "style", "more", "lost"),
+    [
+        ("flux", "kohya", IMG_IN, ["lora_unet_img_in.lora_down.weight"] * 2),
+        ("wan", "ComfyUI", NORM, ["diffusion_model.blocks.0.norm3.diff"]),
+        ("sd", None, {f"{QUERY}.dora_scale": torch.ones(8, 1)}, [f"{QUERY}.dora_scale"]),
+        ("sd", None, change(ENCODER.format(7, "q"), 16, 16),
+         [ENCODER.format(7, "q") + ".lora_down.weight"] * 2),
+        ("sd", None, {}, []),
+    ],
+)  # fmt: skip
+def test_what_has_no_place_is_said_by_name(family, style, more, lost, tmp_path, capsys):
+    """diffusers leaves it out without a word; the text encoder's names are its own, and arrive."""
+    pipe = make(family)
+    if style is None:
+        kohya(tmp_path / "own.safetensors", 0)
+        held = load_file(tmp_path / "own.safetensors") | {k: v for t in TEXTS for k, v in t.items()}
+    else:
+        held = load_file(both(pipe, family, style, None, DOWN, tmp_path)[0])
+    file = tmp_path / "mine.safetensors"
+    save_file(held | more, file)
+    load_loras(pipe, [Lora(file)])
+    said = [line for line in capsys.readouterr().err.splitlines() if "mine.safetensors" in line]
+    wanted = f"{file}: {len(lost)} of its tensors change nothing, such as"
+    assert [line.startswith(f"{wanted} {lost[0]!r}; ") for line in said] == ([True] if lost else [])
+    if lost:
+        assert said[0].endswith(f"no place for them in the {type(pipe).__name__}")
 
 
 @pytest.mark.parametrize(

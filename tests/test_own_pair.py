@@ -27,6 +27,7 @@ from kdpp.checkpoints.presets import PRESETS
 from kdpp.checkpoints.requests import Request, read_png
 from kdpp.cli import MODULES, main
 from kdpp.lab import pieces, tune
+from kdpp.lab.asked import Asked
 from kdpp.lab.data import load_pictures
 from kdpp.lab.looks import Look
 from kdpp.lab.metrics import frechet_distance
@@ -70,7 +71,7 @@ def asked(*words):
     """What `kdpp tune` makes of its arguments."""
     parser = tune.argparse.ArgumentParser()
     tune.add_arguments(parser)
-    return tune.Asked.by(parser.parse_args([*map(str, words), "--out", "nowhere"]))
+    return Asked.by(parser.parse_args([*map(str, words), "--out", "nowhere"]))
 
 
 @pytest.fixture(scope="module")

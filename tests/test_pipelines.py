@@ -333,6 +333,23 @@ def test_an_sdxl_vae_in_float16_decodes_in_float32():
     torch.testing.assert_close(found, wanted.clamp(0, 1), rtol=0, atol=1e-6)
 
 
+def test_a_vae_in_float16_decodes_in_it_unless_it_overflows():
+    """As diffusers' own pipelines of SD and FLUX do; one that overflows decodes in float32."""
+    pipe, latents = tiny.sd(), noise_for(tiny.sd())
+    pipe.vae.half()
+    assert pipe.vae.config.force_upcast  # diffusers' default, which only SDXL's pipeline heeds
+    wanted = pipe.vae.decode((latents / 0.4).half()).sample.float() / 2 + 0.5
+    assert torch.equal(pipelines.decode(pipe, latents), wanted.clamp(0, 1))
+    with torch.no_grad():
+        pipe.vae.decoder.conv_norm_out.weight.mul_(6e4)
+        pipe.vae.decoder.conv_out.weight.mul_(1e-4)
+    assert not pipe.vae.decode((latents / 0.4).half()).sample.isfinite().all()
+    found = pipelines.decode(pipe, latents)
+    assert pipe.vae.dtype == torch.float16
+    wanted = pipe.vae.float().decode(latents / 0.4).sample / 2 + 0.5
+    torch.testing.assert_close(found, wanted.clamp(0, 1), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "family", ["sd", "sdxl", "sd3", "flux", "flux2", "krea2", "z_image", "qwen_image", "wan"]
 )

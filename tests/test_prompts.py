@@ -92,6 +92,7 @@ def test_brackets_reach_over_a_break():
         ("[a (red:1.2) boat:0.5]", "[a (red:1.2) boat:0.5]"),
         ("a boat AND a hill", "holds AND, of which the web UIs make two prompts"),
         ("a boat <lora:speed:0.8>", "holds '<lora:speed:0.8>', and kdpp loads no files"),
+        ("a (embedding:neg:1.2) boat", "holds 'embedding:neg:1.2', and kdpp reads no embeddings"),
     ],
 )
 def test_what_kdpp_does_not_do_is_said(prompt, sentence):

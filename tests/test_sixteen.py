@@ -16,7 +16,8 @@ ALLOWED = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # The exceptions, times that: noise that is added and removed again after two rounded answers; a
 # solver that starts anew from its estimate at every step, where samples between two modes go the
 # other way; extrapolation over four answers, which amplifies their rounding at small steps.
-HARDER = {"dpm_2_ancestral": 1.5, "dpmpp_2s_ancestral_rf": 1.2, "lcm": 4.0}
+HARDER = {"dpm_2_ancestral": 1.5, "dpmpp_2s_ancestral_rf": 1.2, "lcm": 4.0, "heunpp2": 1.6,
+          "seeds_2": 2.4, "seeds_3": 2.6}  # fmt: skip
 CANCELLING = 100.0
 
 
@@ -37,7 +38,7 @@ def error(solver, dtype, sigmas=None, **settings):
     """The rms difference of a 16-bit run from the same one in float64, over the images' rms."""
     sigmas = karras(STEPS) if sigmas is None else sigmas
     x = (seeded(64, *problems.SHAPE, seed=3) * sigmas[0]).to(dtype)
-    noise = [seeded(*x.shape, seed=100 + i) for i in range(2 * len(sigmas))]
+    noise = [seeded(*x.shape, seed=100 + i) for i in range(solver.evaluations * len(sigmas))]
 
     def sample(student, teacher, x, sigmas):
         drawn, again = iter(noise), iter(noise)

@@ -16,7 +16,9 @@ import kdpp
 import problems
 from problems import Gaussian, accepts, log_uniform, run
 
-ANCESTRAL = [s for s in problems.on_schedules(kdpp.SOLVERS) if accepts(s, "eta")]
+ANCESTRAL = [
+    s for s in problems.on_schedules(kdpp.SOLVERS) if accepts(s, "eta") and s.order is not None
+]
 CHURNING_EULER = [
     s for s in problems.on_schedules(kdpp.SOLVERS) if accepts(s, "s_churn") and s.order == 1
 ]

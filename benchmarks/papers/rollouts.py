@@ -53,10 +53,11 @@ def images(student: Model, teacher: Model, seed: int, count: int, row: dict[str,
 def sweep(folder: Path, name: str, seeds: Sequence[int], count: int) -> list[dict[str, Any]]:
     """Every row's figures over the seeds, for the student in ``folder``/students/``name``.
 
-    ``values`` are the Fréchet distances to the data, one for each seed.
+    ``values`` are the Fréchet distances to the test part of the data, one for each seed.
     """
     student, teacher = load_model(folder / "students" / name), load_model("digits:teacher")
-    data = load_data("digits")
+    data = load_data("digits").test
+    assert data is not None
     features = load_features("digits", data.images, data.classes)
     reference = Points(features(data.images))
     own = Recipe(teacher, None, "euler", teacher.levels_for(50), cond_scale=CFG)

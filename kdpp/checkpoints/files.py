@@ -36,7 +36,15 @@ from kdpp.checkpoints.architectures import (
 )
 from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, Header, read_header
 
-__all__ = ["CheckpointFacts", "LoraFacts", "inspect", "part_numbers"]
+__all__ = [
+    "EXPERTS",
+    "NOT_READ",
+    "CheckpointFacts",
+    "LoraFacts",
+    "inspect",
+    "noises_of",
+    "part_numbers",
+]
 
 Prediction = Literal["epsilon", "v", "x0", "flow", "edm"]
 KDPP_KEY = "kdpp.lab"
@@ -58,6 +66,12 @@ OTHER_KINDS = {
     "embedding": r"^(emb_params|clip_[lg])$",
 }
 """What else a file may hold, by a pattern found in one of its keys; of several, the first."""
+
+NOT_READ = {
+    "unknown": "not a model that kdpp knows",
+    "embedding": "a textual inversion embedding, which kdpp does not read",
+}
+"""What a sentence that refuses a file of this kind calls it."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,16 @@ def part_numbers(path: str | Path) -> dict[str, int]:
     for part, numbers in found:
         sums[part] += numbers
     return {part: numbers for part, numbers in sums.items() if numbers}
+
+
+EXPERTS = {"high": "transformer", "low": "transformer_2"}
+"""Wan 2.2's networks by the noise that they are for, as diffusers names them."""
+
+
+def noises_of(path: Path) -> list[str]:
+    """For which of `EXPERTS` a file is, by its name: "high", "low", both or none."""
+    words = r"(?<![a-z])(high|low)(?=noise|[^a-z]|$)"
+    return list(dict.fromkeys(re.findall(words, path.stem.lower())))
 
 
 # A file ------------------------------------------------------------------------------------------

@@ -51,7 +51,8 @@ def weight_bytes(request: Request) -> dict[str, int]:
     """The bytes of the weights of student, teacher, LoRAs, text encoders and VAE, in its dtype."""
     numbers = {"text encoders": 0, "VAE": 0}
     for path in (request.components, request.student):
-        numbers |= part_numbers(path) if path else {}
+        for part, count in (part_numbers(path) if path else {}).items():
+            numbers[part] = max(count, numbers.get(part, 0))  # a file holds one of two experts
     found = {"student": numbers.pop("network", 0)}
     if request.teacher:
         found["teacher"] = part_numbers(request.teacher).get("network", 0)

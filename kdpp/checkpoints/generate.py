@@ -21,7 +21,7 @@ from kdpp.checkpoints.flags import (
     request_of,
     settings_of,
 )
-from kdpp.checkpoints.places import place_of
+from kdpp.checkpoints.places import place_of, read_ahead
 from kdpp.checkpoints.requests import GUIDES, Guide, Offload, Picture, Request, read_png
 
 __all__ = ["add_arguments", "run"]
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     request, pictures, guide = wanted(arguments)
     if arguments.compare and not has_teacher(request):
         raise ValueError("--compare needs a teacher: --teacher MODEL, or --student-lora FILE")
+    read_ahead(map(Path, request.places.values()))  # while torch and the models are loaded
     from kdpp.checkpoints.drawing import draw_folder  # torch, for which --help need not wait
 
     guides = tuple(GUIDES) if arguments.compare else (guide,)

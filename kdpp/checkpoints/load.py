@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from kdpp.checkpoints.architectures import CONTEXT, FLOWS, NETWORK_PREFIXES
 from kdpp.checkpoints.configs import CONFIGS, Config, TextEncoder, write_folder
-from kdpp.checkpoints.files import PARTS, CheckpointFacts, inspect
+from kdpp.checkpoints.files import EXPERTS, NOT_READ, PARTS, CheckpointFacts, inspect, noises_of
 from kdpp.checkpoints.headers import CONVERT, PICKLES, Entry, read_header
 from kdpp.checkpoints.networks import ARCHITECTURES
+from kdpp.checkpoints.origins import Origins, named, origins_of
 from kdpp.checkpoints.pipelines import FAMILIES
 
 __all__ = ["draws_videos", "is_pipeline", "load_pipeline"]
@@ -84,7 +84,8 @@ def load_pipeline(
         device: where they lie.
         without: names of components that are left out (None in the pipeline).
         components: a folder or file of the same architecture that gives what the file at ``path``
-            does not hold.
+            does not hold. Of Wan 2.2's two experts the file stands for the one for high or for low
+            noise, as its name says.
         prediction: what a UNet predicts, "epsilon", "v" or "x0". None: what the file says, else the
             scheduler of the folder; where none does, ε, with a remark on stderr.
         vae: another VAE in the place of the model's: a safetensors file in the original names or
@@ -165,7 +166,7 @@ def _usable(path: Path) -> CheckpointFacts:
             "as its LoRA"
         )
     if facts.kind != "model" and not (path / INDEX).is_file():
-        kind = "not a model that kdpp knows" if facts.kind == "unknown" else f"a {facts.kind}"
+        kind = NOT_READ.get(facts.kind, f"a {facts.kind}")
         notes = f" ({'; '.join(facts.notes)})" if facts.notes else ""
         raise ValueError(f"{path} is {kind}{notes}; give a model that draws prompts")
     if facts.quantised:
@@ -264,13 +265,30 @@ def _from_folder(
     given = {name: part for name, part in given.items() if name in index}
     kind = _check_folder(rest.path, given)
     if facts is not rest:
-        name = "unet" if (rest.path / "unet").is_dir() else "transformer"
+        name = _replaced(facts.path, rest.path)
         given[name] = _load_network(facts, rest.path / name, dtype)
     if kind == "StableDiffusionPipeline" and "safety_checker" in given:
         given["requires_safety_checker"] = False  # or diffusers warns that it is left out
     # By its own class: DiffusionPipeline.from_pretrained would not heed a network given for Wan.
     load = getattr(_diffusers(), kind).from_pretrained
     return load(str(rest.path), local_files_only=True, use_safetensors=True, **_as(dtype), **given)
+
+
+def _replaced(path: Path, folder: Path) -> str:
+    """Which network of the folder's pipeline the one in the file stands for; ValueError for one of
+    two experts that does not say which."""
+    if not (folder / "transformer_2").is_dir():
+        return "unet" if (folder / "unet").is_dir() else "transformer"
+    said = noises_of(path)
+    if len(said) != 1:
+        raise ValueError(
+            f"{folder} has two experts, for high and for low noise, and the name of {path} does "
+            f"not say which of them it is; put {' or '.join(EXPERTS)} into it"
+        )
+    other = (EXPERTS.keys() - said).pop()
+    print(f"{path} is the expert for {said[0]} noise; the one for {other} noise is that of "
+          f"{folder}", file=sys.stderr)  # fmt: skip
+    return EXPERTS[said[0]]
 
 
 def _from_file(
@@ -470,38 +488,14 @@ def _blank(made: Any, about: Mapping[str, Any]) -> Any:
         return made.from_config(about)
 
 
-class _Origins(TorchFunctionMode):
-    """Tells of every tensor that is made here of which of the file's it was made."""
-
-    last = ""
-    """The file's name of the tensor that was used last."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        given = [one for arg in args for one in (arg if isinstance(arg, list) else [arg])]
-        names = [name for one in given if (name := _origin(one))]
-        self.last = names[0] if names else self.last
-        made = func(*args, **(kwargs or {}))
-        for one in made if isinstance(made, (list, tuple)) else [made]:
-            if names and isinstance(one, Tensor):
-                _name(one, names[0])
-        return made
-
-
-def _name(tensor: Tensor, key: str) -> Tensor:
-    tensor.__dict__["origin"] = key
-    return tensor
-
-
 def _origin(tensor: Any) -> str:
-    """The file's name of a tensor of `_meta`, or of that of which it was made; "": of another."""
-    return str(tensor.__dict__.get("origin", "")) if isinstance(tensor, Tensor) else ""
+    """The file's name of a tensor of `_meta`, or of the first of which it was made; "": of none."""
+    return next(iter(origins_of(tensor)), "")
 
 
 def _meta(entries: Mapping[str, Entry]) -> Tensors:
     """A header's tensors, without their numbers; each knows its name."""
-    return {k: _name(torch.empty(e.shape, device="meta"), k) for k, e in entries.items()}
+    return {k: named(torch.empty(e.shape, device="meta"), k) for k, e in entries.items()}
 
 
 def _convert(facts: CheckpointFacts, network: Any, tensors: Tensors) -> Tensors:
@@ -521,7 +515,7 @@ def _convert(facts: CheckpointFacts, network: Any, tensors: Tensors) -> Tensors:
 
 def _traced(facts: CheckpointFacts, tensors: Tensors, convert: Callable[[Tensors], Any]) -> Tensors:
     """What diffusers' conversion makes of tensors; ValueError with the key that it stumbles on."""
-    origins = _Origins()
+    origins = Origins()
     try:
         with origins:
             return dict(convert(dict(tensors)))

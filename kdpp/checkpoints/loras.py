@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
-import re
+import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from safetensors.torch import load_file
 from torch import nn
 
 from kdpp.checkpoints.architectures import recognise
-from kdpp.checkpoints.files import inspect
+from kdpp.checkpoints.files import EXPERTS, NOT_READ, inspect, noises_of
 from kdpp.checkpoints.headers import Entry, read_header
-from kdpp.checkpoints.pipelines import denoiser_of, encoders_of, network_of
+from kdpp.checkpoints.origins import Origins, named, origins_of
+from kdpp.checkpoints.pipelines import (
+    denoiser_of,
+    encode_sdxl,
+    encoders_of,
+    family_of,
+    network_of,
+)
 from kdpp.checks import check_number
+from kdpp.lab import processes
 from kdpp.memory import without_adapters
 
 __all__ = ["Lora", "load_loras"]
 
 Role = Literal["both", "student", "teacher"]
+
+
+OTHER_NAMES = {
+    "transformer_2.": "transformer.", ".text_model.": ".", ".processor.": ".", "_lora.": ".lora.",
+    ".self_attn.to_q.": ".self_attn.q_proj.", ".self_attn.to_k.": ".self_attn.k_proj.",
+    ".self_attn.to_v.": ".self_attn.v_proj.", ".self_attn.to_out.": ".self_attn.out_proj.",
+}  # fmt: skip
+"""Parts of the names of layers, by which the same layer may be called otherwise."""
 
 
 class Lora(NamedTuple):
@@ -51,7 +68,8 @@ def load_loras(
         device: where the levels lie, as in `kdpp.checkpoints.pipelines.denoiser_of`.
 
     Of two networks, Wan 2.2's experts, a LoRA changes the one for high noise if its file's name
-    has the word "high", the one for low noise if "low", else both.
+    has the word "high", the one for low noise if "low", else both. Of tensors that diffusers has no
+    place for, stderr says how many there are, and the first one's name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -96,7 +114,7 @@ def _check(lora: Lora, network: nn.Module, reads: bool) -> None:
     if lora.role not in get_args(Role):
         raise ValueError(f"role is {lora.role!r}; it must be one of {', '.join(get_args(Role))}")
     if facts.lora is None:
-        raise ValueError(f"{path} is a {facts.kind}, not a LoRA")
+        raise ValueError(f"{path} is {NOT_READ.get(facts.kind, f'a {facts.kind}')}, not a LoRA")
     shapes = {key: Entry("F32", tuple(t.shape)) for key, t in network.state_dict().items()}
     found = recognise(shapes)
     if found and facts.architecture and found.architecture != facts.architecture:
@@ -133,19 +151,57 @@ def _load(pipe: Any, name: str, path: Path) -> None:
         cause = (error.__context__ or error) if isinstance(error, KeyError) else error
         reason = " ".join(str(cause).split())
         raise ValueError(f"{path} does not fit the {type(pipe).__name__}: {reason}") from error
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    layers = [module for part in parts for module in part.modules()]
-    if not any(name in getattr(layer, "lora_A", ()) for layer in layers):
+    layers = {
+        f"{part}.{place}"
+        for part, network in pipe.components.items()
+        if isinstance(network, nn.Module)
+        for place, layer in network.named_modules()
+        if name in getattr(layer, "lora_A", ())
+    }
+    if not layers:
         key = min(read_header(path).entries)
         raise ValueError(
             f"{path} matches no layer of the {type(pipe).__name__}; its keys are such as {key!r}"
         )
+    lost = _lost(pipe, path, layers)
+    if lost and processes.share()[0] == 0:
+        print(
+            f"{path}: {len(lost)} of its tensors change nothing, such as {lost[0]!r}; diffusers "
+            f"has no place for them in the {type(pipe).__name__}",
+            file=sys.stderr,
+        )
+
+
+def _lost(pipe: Any, path: Path, layers: Collection[str]) -> list[str]:
+    """The file's tensors that did not reach any of the layers that a LoRA has changed.
+
+    A scale (alpha) goes with its layer and is not counted.
+    """
+    held = {key: named(tensor, key) for key, tensor in load_file(path).items()}
+    sdxl = {"unet_config": pipe.unet.config} if family_of(pipe).encode is encode_sdxl else {}
+    with Origins():
+        found = pipe.lora_state_dict(dict(held), **sdxl)
+    state = found[0] if isinstance(found, tuple) else found
+    places = tuple(f"{_place(layer)}." for layer in layers)
+    arrived = {
+        key
+        for name, tensor in state.items()
+        if _place(name).startswith(places)
+        for key in origins_of(tensor)
+    }
+    return sorted(key for key in held if key not in arrived and not key.endswith(".alpha"))
+
+
+def _place(name: str) -> str:
+    """A name of a layer, or of one of its tensors, without what older files say otherwise."""
+    for old, new in OTHER_NAMES.items():
+        name = name.replace(old, new)
+    return name
 
 
 def _experts(pipe: Any, path: Path) -> list[dict[str, bool]]:
     """For which networks a LoRA is, as arguments of load_lora_weights."""
     if getattr(pipe, "transformer_2", None) is None:
         return [{}]
-    words = set(re.findall("[a-z]+", path.stem.lower()))
-    said = [second for second, word in ((False, "high"), (True, "low")) if word in words]
-    return [{"load_into_transformer_2": second} for second in said or (False, True)]
+    said = noises_of(path) or list(EXPERTS)
+    return [{"load_into_transformer_2": EXPERTS[noise] == "transformer_2"} for noise in said]

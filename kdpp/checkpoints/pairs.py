@@ -34,13 +34,12 @@ from kdpp.checkpoints.pipelines import (
     pipeline_sigmas,
     size_unit,
 )
-from kdpp.checkpoints.places import file_digest, remember
+from kdpp.checkpoints.places import content_digest, remember
 from kdpp.checkpoints.presets import PRESETS, Preset, check_levels, named
 from kdpp.checkpoints.prompts import READERS, sections
 from kdpp.checkpoints.requests import Offload, Picture, Request, Role
 from kdpp.denoisers import map_tensors
 from kdpp.kinds import OwnCFG, is_flow
-from kdpp.lab.files import digest
 from kdpp.lab.models import Model, load_model
 from kdpp.lab.sampling import Recipe, solver_for
 from kdpp.memory import Borrowed
@@ -420,7 +419,8 @@ class PipelinePair(Pair):
         self._turns.take(None)
         for pipe in self._encoding:
             pipe.register_modules(**dict.fromkeys(encoders_of(pipe)))
-        gc.collect()  # a hook and its group hold each other
+        if self.device.type != "cpu":
+            gc.collect()  # a hook and its group hold each other
 
     def decoded(self, latents: Tensor) -> Tensor:
         self._turns.take(self._seen)
@@ -508,15 +508,6 @@ def with_weights(request: Request, preset: Preset | None) -> tuple[tuple[str, fl
 
 def _prompts(pictures: Sequence[Picture]) -> tuple[str, ...]:
     return tuple(picture.prompt or "" for picture in pictures)
-
-
-def content_digest(path: Path) -> str:
-    """A digest of a file's content, or of a folder's weights and settings."""
-    if path.is_file():
-        return file_digest(path)
-    wanted = (".safetensors", ".json", ".txt")
-    files = sorted(file for file in path.rglob("*") if file.suffix in wanted)
-    return digest([(str(file.relative_to(path)), file_digest(file)) for file in files])
 
 
 def _guided(request: Request, scale: float, steps: int, cfg_scale: float) -> Request:

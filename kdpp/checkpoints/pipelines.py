@@ -572,8 +572,8 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     """The pictures of latents: numbers in [0, 1], (batch, 3, height, width), Wan's with frames.
 
     The VAE decodes ``latents / scaling_factor + shift_factor``, or, where it knows the mean and the
-    deviation of each channel, ``latents · std / scaling_factor + mean``. One in float16 that would
-    overflow (SDXL's, ``force_upcast``) does so in float32.
+    deviation of each channel, ``latents · std / scaling_factor + mean``. One that overflows in
+    float16, as SDXL's does (``force_upcast``), decodes in float32.
     """
     pictures_only = family_of(pipe).video and latents.ndim == 4
     z = latents.to(vae_device(pipe), torch.float32)
@@ -581,8 +581,7 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     factor, std, mean = scaling(pipe, z)
     z, patches = z / factor * std + mean, family_of(pipe).patches
     z = nn.functional.pixel_shuffle(z, patches) if patches > 1 else z
-    with upcast(pipe.vae) as vae:
-        pictures: Tensor = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+    pictures = in_range(pipe, lambda vae: vae.decode(z.to(vae.dtype), return_dict=False)[0])
     pictures = pictures[:, :, 0] if pictures_only else pictures
     return (pictures.float() / 2.0 + 0.5).clamp(0.0, 1.0)
 
@@ -598,11 +597,14 @@ def latents_of(pipe: Any, pictures: Tensor) -> Tensor:
     pictures_only = family_of(pipe).video and pictures.ndim == 4
     x = pictures.to(vae_device(pipe), torch.float32) * 2.0 - 1.0
     x = x.unsqueeze(2) if pictures_only else x
-    with upcast(pipe.vae) as vae:
-        encoded = vae.encode(x.to(vae.dtype))
+
+    def encoded(vae: Any) -> Tensor:
+        found = vae.encode(x.to(vae.dtype))
         # A tiny autoencoder (TAESD) has no distribution.
-        z = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents
-    z, patches = z.float(), family_of(pipe).patches
+        z: Tensor = found.latent_dist.mode() if "latent_dist" in found else found.latents
+        return z
+
+    z, patches = in_range(pipe, encoded).float(), family_of(pipe).patches
     z = nn.functional.pixel_unshuffle(z, patches) if patches > 1 else z
     factor, std, mean = scaling(pipe, z)
     latents: Tensor = (z - mean) / std * factor
@@ -634,12 +636,19 @@ def scaling(pipe: Any, z: Tensor) -> tuple[float, Any, Any]:
     return factor or 1.0, std.view(over_channels), mean.view(over_channels)
 
 
-@contextmanager
-def upcast(vae: Any) -> Iterator[Any]:
-    """The VAE, for the block in float32 where it would overflow in float16 (``force_upcast``)."""
-    needed = vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+def in_range(pipe: Any, compute: Callable[[Any], Tensor]) -> Tensor:
+    """What the VAE computes: in its own dtype; in float32 where float16 overflows.
+
+    Of diffusers' pipelines SDXL's alone heeds ``force_upcast``, which other VAEs have by default.
+    """
+    vae = pipe.vae
+    if vae.dtype != torch.float16:
+        return compute(vae)
+    if not (family_of(pipe).encode is encode_sdxl and vae.config.get("force_upcast", False)):
+        found = compute(vae)
+        if found.isfinite().all():
+            return found
     try:
-        yield vae.to(torch.float32) if needed else vae
+        return compute(vae.to(torch.float32))
     finally:
-        if needed:
-            vae.to(torch.float16)
+        vae.to(torch.float16)

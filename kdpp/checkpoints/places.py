@@ -4,6 +4,9 @@ A picture's file names its models and holds their digests, and no path. `kdpp ge
 where it has read them from, so that ``--like`` finds them, and the digests of large files, which
 take seconds. The notes are two JSON files in the user's folder for caches; without them,
 ``--student`` and ``--teacher`` say the places, and every file is read.
+
+A file's digest is its SHA-256, whose first ten digits are what web UIs and model sites call its
+hash.
 """
 
 from __future__ import annotations
@@ -11,15 +14,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kdpp.lab.files import make_folder, write_atomically
+from kdpp.lab.files import digest, make_folder, write_atomically
 
-__all__ = ["file_digest", "place_of", "remember"]
+__all__ = ["content_digest", "file_digest", "place_of", "read_ahead", "remember"]
 
 SETTLED = 2.0
 """For how many seconds a file must have been left alone before its digest is noted: it might be
@@ -28,31 +33,66 @@ written again with the same size and, by the file system's clock, at the same ti
 
 def remember(places: Mapping[str, str]) -> None:
     """Note where checkpoints lie, by digest; where no note can be kept, nothing is said."""
-    _note("places.json", {digest: str(Path(place).resolve()) for digest, place in places.items()})
+    _note("places.json", {found: str(Path(place).resolve()) for found, place in places.items()})
 
 
-def place_of(digest: str) -> str | None:
+def place_of(content: str) -> str | None:
     """Where the checkpoint of this digest was last read, if it is still there."""
-    place = _read("places.json").get(digest)
+    place = _read("places.json").get(content)
     return place if isinstance(place, str) and Path(place).exists() else None
 
 
 def file_digest(path: Path) -> str:
     """A digest of a file's content: read, or noted for a file of this size and these times."""
+    key, *facts = _facts(path)
+    match _read("sha256.json").get(key):
+        case [*noted, str(known)] if noted == facts:
+            return known
+    found, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(block):
+            found.update(block[:size])
+    if time.time() - max(facts[1:]) / 1e9 > SETTLED:
+        _note("sha256.json", {key: [*facts, found.hexdigest()]})
+    return found.hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """A digest of a file's content, or of a folder's weights and settings."""
+    ahead = _AHEAD.pop(_facts(path), None)
+    return _content_digest(path) if ahead is None else ahead.result()
+
+
+def read_ahead(paths: Iterable[Path]) -> None:
+    """Begin to make the digests that `content_digest` will be asked for, beside what goes on."""
+    asked: dict[Path, Future[str]] = {path: Future() for path in paths if path.exists()}
+    _AHEAD.update({_facts(path): future for path, future in asked.items()})
+
+    def read() -> None:
+        for path, future in asked.items():
+            try:
+                future.set_result(_content_digest(path))
+            except Exception as error:
+                future.set_exception(error)
+
+    threading.Thread(target=read, daemon=True).start()
+
+
+_AHEAD: dict[tuple[Any, ...], Future[str]] = {}
+
+
+def _content_digest(path: Path) -> str:
+    if path.is_file():
+        return file_digest(path)
+    wanted = (".safetensors", ".json", ".txt")
+    files = sorted(file for file in path.rglob("*") if file.suffix in wanted)
+    return digest([(str(file.relative_to(path)), file_digest(file)) for file in files])
+
+
+def _facts(path: Path) -> tuple[Any, ...]:
+    """Its place, size and times."""
     state = path.stat()
-    key = str(path.resolve())
-    facts = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
-    match _read("digests.json").get(key):
-        case [*noted, str(digest)] if noted == facts:
-            return digest
-    blake = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            blake.update(block)
-    digest = blake.hexdigest()
-    if time.time() - max(state.st_mtime, state.st_ctime) > SETTLED:
-        _note("digests.json", {key: [*facts, digest]})
-    return digest
+    return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def _folder() -> Path:

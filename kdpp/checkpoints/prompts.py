@@ -39,6 +39,8 @@ TOKEN = re.compile(
 )
 EDITS = re.compile(rf"\||:\s*{NUMBER}\s*$")  # in square brackets: [a|b], [a:b:0.5], [a::3]
 NETWORKS = re.compile(r"<(lora|lyco|hypernet):[^>]*>")
+EMBEDDING = re.compile(r"\bembedding:[^\s,()[\]]+")
+"""As ComfyUI names one."""
 
 
 class Piece(NamedTuple):
@@ -56,7 +58,7 @@ def sections(prompt: str) -> list[list[Piece]]:
 
     Raises:
         ValueError: the prompt holds what the web UIs read and kdpp does not: ``[a:b:0.5]``,
-            ``[a|b]``, ``AND`` or ``<lora:…>``.
+            ``[a|b]``, ``AND`` or ``<lora:…>``; or ComfyUI's ``embedding:…``.
     """
     _check(prompt)
     pieces: list[tuple[str | None, float]] = []  # None: a BREAK
@@ -101,6 +103,12 @@ def _check(prompt: str) -> None:
         raise ValueError(
             f"the prompt holds {network[0]!r}, and kdpp loads no files that a prompt names; take "
             "it out and give a LoRA's file with --lora FILE:WEIGHT, or to load_loras"
+        )
+    embedding = EMBEDDING.search(prompt)
+    if embedding:
+        raise ValueError(
+            f"the prompt holds {embedding[0]!r}, and kdpp reads no embeddings (textual inversion); "
+            "take it out"
         )
     if re.search(r"\bAND\b", prompt):
         raise ValueError(

@@ -60,7 +60,15 @@ HOSTS = {
         signs=(("comfy/samplers.py",), ("models", "user")),
         pack=PACKAGE / "hosts" / "comfyui" / "pack",
         then="start ComfyUI again; example workflows are under Browse Templates, kdpp",
-    )
+    ),
+    "webui": Host(
+        title="web UI (A1111, Forge, reForge, Forge Neo)",
+        extensions="extensions",
+        # Its checkout; or the folder of its models and settings (--data-dir).
+        signs=(("webui.py", "modules/sd_samplers.py"), ("models/Stable-diffusion", "config.json")),
+        pack=PACKAGE / "hosts" / "webui" / "pack",
+        then="start it again; the panel is Teacher (kdpp), below the settings of a picture",
+    ),
 }
 
 
@@ -130,10 +138,10 @@ def write(folder: Path, pack: Path) -> None:
     no_bytecode = shutil.ignore_patterns("__pycache__")
     shutil.copytree(pack, folder, ignore=no_bytecode)
     shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=no_bytecode)
-    metadata = folder / "pyproject.toml"
-    text = metadata.read_text(encoding="utf-8")
-    text = re.sub('version = "0".*', f'version = "{__version__}"', text)
-    metadata.write_text(text, encoding="utf-8")
+    for metadata in folder.glob("pyproject.toml"):
+        text = metadata.read_text(encoding="utf-8")
+        text = re.sub('version = "0".*', f'version = "{__version__}"', text)
+        metadata.write_text(text, encoding="utf-8")
     record = {"version": __version__, "files": digests(folder)}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -13,7 +13,8 @@ its name. In the order that data flows:
 - spec, judges, bench: what is to be measured, and in what; the engine of `kdpp evaluate` and
   `kdpp compare`
 - report, pictures: the page, the tables, the grids of images
-- looks, tuning, answer: what `kdpp tune` measures, how it decides, and what it says
+- affordable, asked, looks, tuning, answer: what `kdpp tune` does by default, is asked for and
+  measures, how it decides, and what it says
 - pieces: work in parts that are kept and shared
 - files, processes, console: writing whole or not at all; several processes; what commands say
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kdpp.lab import bench, report, study
-from kdpp.lab.answer import need_matplotlib
 from kdpp.lab.console import say
-from kdpp.lab.spec import read_spec
+
+if TYPE_CHECKING:
+    from kdpp.lab.bench import Report
+    from kdpp.lab.spec import Spec
 
 __all__ = ["add_arguments", "compare", "compare_solvers", "run"]
-
-WRITTEN = {"results.csv": report.table, "report.html": report.page}
-"""The files of a report, beside results.json."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,21 +49,17 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def compare_solvers(arguments: argparse.Namespace) -> None:
-    """Run the study of a model's solvers (`kdpp.lab.study`); write its plot, page and tables, and
-    print the answer. Raises as `kdpp.lab.bench.run` does."""
+    """Run the study of a model's solvers (`kdpp.lab.study`); write its plot beside the other files,
+    and print the answer. Raises as `kdpp.lab.bench.run` does."""
+    from kdpp.lab import study  # torch, for which --help need not wait
+    from kdpp.lab.answer import need_matplotlib
+
     need_matplotlib()
     given = (arguments.solvers, arguments.cond_scale, arguments.images, arguments.seeds)
-    found = bench.run(
-        study.spec_for(*given), arguments.out, arguments.device,
-        lambda found: {
-            **{name: make(found).encode() for name, make in WRITTEN.items()},
-            "solvers.png": study.draw(found.results),
-        },
-    )  # fmt: skip
+    more = {"solvers.png": lambda found: study.draw(found.results)}
+    found = _run(study.spec_for(*given), arguments.out, arguments.device, more)
     if found is not None:
         say(study.answer(found.results))
-        for name in (bench.RESULTS, *WRITTEN, "solvers.png"):
-            say(f"wrote {arguments.out / name}")
 
 
 def compare(path: Path, out: Path, device: str = "cpu") -> None:
@@ -71,12 +67,30 @@ def compare(path: Path, out: Path, device: str = "cpu") -> None:
 
     Raises as `kdpp.lab.bench.run` does, and as `kdpp.lab.spec.read_spec` for the file.
     """
-    spec = read_spec(path)
+    from kdpp.lab.spec import read_spec
+
+    _run(read_spec(path), out, device, {}, path.read_text(encoding="utf-8"))
+
+
+def _run(
+    spec: Spec,
+    out: Path,
+    device: str,
+    more: Mapping[str, Callable[[Report], bytes]],
+    text: str | None = None,
+) -> Report | None:
+    """Run a spec, write its report and ``more`` files, and say which."""
+    from kdpp.lab import bench, report
+
+    written: dict[str, Callable[[Report], bytes]] = {
+        "results.csv": lambda found: report.table(found).encode(),
+        "report.html": lambda found: report.page(found).encode(),
+        **more,
+    }
     found = bench.run(
-        spec, out, device,
-        lambda found: {name: make(found).encode() for name, make in WRITTEN.items()},
-        text=path.read_text(encoding="utf-8"),
-    )  # fmt: skip
+        spec, out, device, lambda found: {n: make(found) for n, make in written.items()}, text
+    )
     if found is not None:
-        for name in (bench.RESULTS, *WRITTEN):
+        for name in (bench.RESULTS, *written):
             say(f"wrote {out / name}")
+    return found

@@ -9,22 +9,35 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdpp.lab import bench, pictures, report
 from kdpp.lab.console import say
-from kdpp.lab.models import load_model
 from kdpp.lab.settings import fill, read_option, read_value
-from kdpp.lab.spec import Combination, Guidance, Spec, check_spec
+
+if TYPE_CHECKING:  # this file is read for `kdpp evaluate --help`, which need not wait for torch
+    from kdpp.lab.bench import Report
+    from kdpp.lab.spec import Spec
 
 __all__ = ["add_arguments", "run"]
 
 NAMES = {"none": "alone", "teacher": "with teacher", "self": "with itself"}
 """How the cells are called, by their guide."""
-HELP = {field.name for field in fields(Guidance)}
-"""The settings of the teacher's help; the others are the model's own."""
+SAMPLING = {
+    "sampler": "a solver, see `kdpp solvers` (default: the one that the model is made for)",
+    "steps": "how many (default: what the model is made for)",
+    "levels": "the levels themselves, falling to 0, in place of steps",
+    "cond_scale": "the model's CFG scale (default: 1)",
+}
+HELP = {
+    "teacher_scale": "λ, the share of the teacher's estimate (default: 0.1)",
+    "teacher_steps": "k: the first k steps; or a list of steps (default: 1)",
+    "renoise": "σ_s: next, current, random, or a level (default: next)",
+    "renoise_eta": "ρ, the share of fresh noise (default: 1.0)",
+    "teacher_cfg_scale": "the teacher's CFG scale (default: 2; 1 if guidance is built in)",
+    "extrapolate": "true allows λ outside [0, 1] (default: false)",
+}
+"""The settings of a `kdpp.lab.spec.Combination` that have a flag of their name."""
 RENAMED = {
     "--scale": "--teacher-scale",
     "--guided-steps": "--teacher-steps",
@@ -46,12 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="the model that helps, and is compared with")
     sampling = parser.add_argument_group("sampling")
     guidance = parser.add_argument_group("the teacher's help")
-    for field in fields(Combination):
-        if field.name in ("student", "options"):
-            continue
-        group = guidance if field.name in HELP else sampling
-        about = ABOUT.get(field.name, f"{field.metadata['help']} (default: {field.default})")
-        group.add_argument(f"--{field.name.replace('_', '-')}", metavar="VALUE", help=about)
+    for group, settings in ((sampling, SAMPLING), (guidance, HELP)):
+        for name, about in settings.items():
+            group.add_argument(f"--{name.replace('_', '-')}", metavar="VALUE", help=about)
     sampling.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE",
         help="of the sampler, such as eta=0.5; `kdpp solvers NAME` names them",
@@ -70,25 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
-ABOUT = {
-    "cond_scale": "the model's CFG scale (default: 1)",
-    "levels": "the levels themselves, falling to 0, in place of steps",
-    "sampler": "a solver, see `kdpp solvers` (default: the one that the model is made for)",
-    "steps": "how many (default: what the model is made for)",
-    "teacher_scale": "λ, the share of the teacher's estimate (default: 0.1)",
-    "teacher_cfg_scale": "the teacher's CFG scale (default: 2; 1 if guidance is built in)",
-    "extrapolate": "true allows λ outside [0, 1] (default: false)",
-}
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Measure; write ``results.json``, ``results.csv`` and, of pictures, ``grid.png``.
 
     Raises as `kdpp.lab.bench.run` does.
     """
+    from kdpp.lab import bench, pictures, report
+
     out = arguments.out
 
-    def files(found: bench.Report) -> dict[str, bytes]:
+    def files(found: Report) -> dict[str, bytes]:
         written = {"results.csv": report.table(found).encode()}
         if found.pictures:
             titles = ["real images", *(NAMES[cell["guide"]] for cell in found.results["cells"])]
@@ -104,15 +105,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 def spec_of(arguments: argparse.Namespace) -> Spec:
     """The arguments as a spec; ValueError for what it cannot be."""
+    from kdpp.lab.models import load_model
+    from kdpp.lab.spec import Combination, Spec, check_spec
+
     given = {
-        field.name: read_value(Combination, field.name, text)
-        for field in fields(Combination)
-        if (text := getattr(arguments, field.name, None)) is not None
+        name: read_value(Combination, name, text)
+        for name in (*SAMPLING, *HELP)
+        if (text := getattr(arguments, name)) is not None
     }
     given["options"] = dict(map(read_option, arguments.option))
     reference = {}
     if arguments.teacher is None:
-        for name in given.keys() & HELP:
+        for name in given.keys() & HELP.keys():
             raise ValueError(f"--{name.replace('_', '-')} needs a teacher: --teacher MODEL")
     else:
         given.setdefault("teacher_scale", 0.1)
@@ -144,6 +148,8 @@ def spec_of(arguments: argparse.Namespace) -> Spec:
 
 def table(results: Mapping[str, Any]) -> str:
     """The results as text: a line for each metric, a column for each cell and change."""
+    from kdpp.lab import report
+
     cells, metrics = results["cells"], results["metrics"]
     titles = [f"{one['title']}, {report.sizes(results, one)}" for one in metrics]
     columns = [["", *titles, *COSTS]]

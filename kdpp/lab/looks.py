@@ -1,7 +1,7 @@
 """The looks of `kdpp.lab.tune`, measured: least squares along a student's runs, and whole runs.
 
 A *look* is one call of the teacher at one step, ``b = D_ψ^w(x̂ + σ_s ε, σ_s)``; the formulas stand
-in `kdpp.lab.tune.tune`.
+in `kdpp.lab.tuning.tune`.
 """
 
 from __future__ import annotations
@@ -183,11 +183,14 @@ class Move(NamedTuple):
 
     @classmethod
     def of(cls, step: Step) -> Move:
-        row = step.stages[-1].row
-        target = row.target + sum(weight for weight, _ in row.past)
-        if target < ROUNDING * step.sigma:  # weights of several signs, that cancel
-            target = 0.0
-        return cls(level_ratio(step.sigma, target), step.gain)
+        ratio = 1.0
+        for stage in step.stages:
+            target = stage.row.end
+            if target < ROUNDING * step.sigma:  # weights of several signs, that cancel
+                target = 0.0
+            onward = ratio if stage.onward else 1.0
+            ratio = onward * level_ratio(step.base(stage), target)
+        return cls(ratio, step.gain)
 
 
 class Study(NamedTuple):
@@ -355,9 +358,11 @@ class Half:
         added = []
         for step in self.pair.plan:
             noise = torch.zeros_like(self.x)
-            for stage in step.stages:  # the draw of an earlier stage goes to its point alone
+            for stage in step.stages:  # a draw goes to its stage's point, and onward from there
+                kept = level_ratio(stage.sigma, stage.row.end) if stage.onward else 0.0
+                noise = noise * kept
                 if stage.row.noise is not None:
-                    noise = stage.row.noise * draw()
+                    noise = noise + stage.row.noise * draw()
             added.append(noise)
         return added
 

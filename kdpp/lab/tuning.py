@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 import kdpp
 from kdpp.checks import check_count, check_latent
 from kdpp.kinds import Denoiser, is_flow
+from kdpp.lab.affordable import LAB
 from kdpp.lab.answer import Helper, Tuning, in_words
 from kdpp.lab.console import say
 from kdpp.lab.looks import (
@@ -46,9 +47,6 @@ from kdpp.lab.sampling import image_seeds
 from kdpp.lab.schedules import lengthened
 
 __all__ = [
-    "LAB",
-    "PIPELINES",
-    "Affordable",
     "Change",
     "Look",
     "Price",
@@ -62,29 +60,12 @@ __all__ = [
 
 LEVELS = (0.3, 0.2)
 """Levels of late looks, beside each step's own level and the next one."""
-DETAIL = 50
-"""Steps of the teacher's own run from the first level to 0."""
 ROWS = 64
 """The most that an evaluation is timed on."""
 LEAST = 20
 """Samples, below which no interval is worth its name."""
 PURE = 0.999
 """τ in the place of 1, where the VE form of a flow model has infinite noise."""
-
-
-class Affordable(NamedTuple):
-    """How many samples, and how each is worked on; the last three as in `tune`."""
-
-    samples: int
-    detail: int
-    batch: int | None
-    max_batch: int | None
-
-
-LAB = Affordable(100, DETAIL, None, None)
-"""What models of the lab can afford."""
-PIPELINES = Affordable(50, 20, 4, 8)
-"""What published models can afford."""
 
 
 @torch.no_grad()
@@ -100,7 +81,7 @@ def tune(
     levels: Sequence[float] = LEVELS,
     longer: Callable[[int], Sequence[float]] | None = None,
     bounds: tuple[float, float] | None = None,
-    detail: int = DETAIL,
+    detail: int = LAB.detail,
     max_batch: int | None = None,
     batch: int | None = None,
     seed: int = 0,

@@ -25,24 +25,16 @@ integer latent, sigmas that are not 1-D, finite, non-negative and non-increasing
 s_noise, or a missing ``uncond``; at the call that shows it, for output or noise of a wrong shape.
 
 The files: `euler` (first order, random), `singlestep` (two or three evaluations a step),
-`multistep` (2M, RES 2M, LMS, UniPC), `slopes` (iPNDM, DEIS, gradient estimation), `sde`,
-`stochastic` (ER-SDE, SA-Solver). To add a solver, write its plan under ``@solver(…)`` and, for use
-by hand, its public function: docs/adding_a_solver.md. Every property test then runs over it.
+`multistep` (2M, RES 2M, LMS, UniPC), `slopes` (iPNDM, DEIS, gradient estimation, UD10 AB), `sde`,
+`stochastic` (ER-SDE, SEEDS, SA-Solver), `adaptive` (DPM-Solver with steps of its own choosing). To
+add a solver, write its plan under ``@solver(…)`` and, for use by hand, its public function:
+docs/adding_a_solver.md. Every property test then runs over it.
 """
 
-from kdpp.solvers import euler, multistep, sde, singlestep, slopes, stochastic
+from kdpp.solvers.adaptive import *
 from kdpp.solvers.euler import *
 from kdpp.solvers.multistep import *
 from kdpp.solvers.sde import *
 from kdpp.solvers.singlestep import *
 from kdpp.solvers.slopes import *
 from kdpp.solvers.stochastic import *
-
-__all__ = [
-    *euler.__all__,
-    *multistep.__all__,
-    *sde.__all__,
-    *singlestep.__all__,
-    *slopes.__all__,
-    *stochastic.__all__,
-]

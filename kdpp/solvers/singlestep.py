@@ -32,16 +32,20 @@ from kdpp.plan import (
     with_churn,
 )
 from kdpp.solver import ANCESTRAL, CHURN, VARIABLE, Option, solver
+from kdpp.solvers.multistep import exponential
 
 __all__ = [
     "sample_dpm_2_ancestral_rf_tg",
     "sample_dpm_2_ancestral_tg",
     "sample_dpm_2_tg",
     "sample_dpm_fast_tg",
+    "sample_dpmpp_2s_ancestral_cfg_pp_mixed_tg",
     "sample_dpmpp_2s_ancestral_cfg_pp_tg",
     "sample_dpmpp_2s_ancestral_rf_tg",
     "sample_dpmpp_2s_ancestral_tg",
     "sample_heun_tg",
+    "sample_heunpp2_tg",
+    "sample_res_singlestep_tg",
 ]
 
 # --------------------------------------------------------------------------------- Heun, DPM-Solver
@@ -78,6 +82,70 @@ def sample_heun_tg(
     """
     return sample(
         heun, model, x, sigmas, extra_args, callback, disable,
+        s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
+        variable=variable,
+    )  # fmt: skip
+
+
+@solver(order=1, evaluations=3, extra=-1, options={**CHURN, **VARIABLE})
+def heunpp2(
+    sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float, s_noise: float,
+    variable: str,
+) -> Iterator[Step]:  # fmt: skip
+    """Churn from σ to σ̂, then the slopes at σ̂, σ' and the level after it, by `heunpp_stages`."""
+    levels = [*dict.fromkeys(map(VARIABLES[variable].level, sigmas))]
+    highest = max((level for level in levels if level < math.inf), default=0.0)
+    after = dict(pairwise(levels))
+
+    def stages(sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
+        further = [after[target]] if after.get(target, levels[-1]) != levels[-1] else []
+        ends = [target, *further] if target in after else []
+        return heunpp_stages(sigma, target, ends, highest)
+
+    return with_churn(sigmas, stages, s_churn, s_tmin, s_tmax, s_noise, variable)
+
+
+def heunpp_stages(
+    sigma: float, target: float, ends: Sequence[float], highest: float
+) -> tuple[Stage, ...]:
+    """Euler from end to end, then the whole step with the mean of all slopes.
+
+    Those found at the ends have the weight ``end/(n σ_0)`` each, n the number of slopes and σ_0 the
+    highest finite level; the first slope has the rest.
+    """
+    x, *estimates = np.eye(len(ends) + 2)
+    point, level, slopes, points = x, sigma, [], []
+    for estimate, end in zip(estimates, [*ends, target]):
+        slopes.append((point - estimate) / level)
+        point, level = point + (end - level) * slopes[-1], end
+        points.append(point)
+    weights = [end / (len(slopes) * highest) for end in ends]
+    slope = sum(w * (one - slopes[0]) for w, one in zip(weights, slopes[1:])) + slopes[0]
+    points[-1] = x + (target - sigma) * slope
+    rows = [stage_row(sigma, one, made) for made, one in enumerate(points[:-1], 1)]
+    rows.append(stage_row(sigma, points[-1], len(points), denoised=1.0))
+    return tuple(map(Stage, [sigma, *ends], rows))
+
+
+@heunpp2.public
+def sample_heunpp2_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    s_churn: float = 0.0, s_tmin: float = 0.0, s_tmax: float = math.inf, s_noise: float = 1.0,
+    *, variable: str = "sigma",
+) -> Tensor:  # fmt: skip
+    """Heun++ 2: ``x' = x + (σ' - σ)(w_1 ε + w_2 ε_2 + w_3 ε_3) + (x̂_new,3 - x̂_3)``.
+
+    ε = (x - x̂)/σ; ε_2 and ε_3 are the slopes at Euler's points at σ' and at the level after it,
+    σ'', and ``w_2 = σ'/(3σ_0), w_3 = σ''/(3σ_0), w_1 = 1 - w_2 - w_3`` with the highest level σ_0.
+    Three evaluations a step; two in the last but one, which has no σ'' above the end
+    (``w_2 = σ'/(2σ_0)``), one in the last, which is Euler. These weights are not a quadrature's, so
+    that the order is 1. ``variable="tau"``: the rule over τ, see `kdpp.solvers`.
+
+    Source: Carzit's sd-webui-samplers-scheduler, as in ComfyUI; the teacher's term as in Euler.
+    """
+    return sample(
+        heunpp2, model, x, sigmas, extra_args, callback, disable,
         s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise,
         variable=variable,
     )  # fmt: skip
@@ -280,6 +348,79 @@ def sample_dpmpp_2s_ancestral_cfg_pp_tg(
     )  # fmt: skip
 
 
+def mixed_stages(sigma: float, target: float, noise: float | None) -> tuple[Stage, ...]:
+    """`dpmpp_2s_stages` with r = 1/2 and guided directions, from ``x + x̂ - d``, d the newest."""
+    ratio = target / sigma
+    half = math.sqrt(ratio)
+    to_middle = Row(sigma * half, direction=(-half,), guided=(1.0,))
+    to_end = Row(target, 1.0 - ratio, (-ratio,), noise, guided=(0.0, ratio))
+    return Stage(sigma, to_middle), Stage(sigma * half, to_end)
+
+
+@solver(order=None, evaluations=2, options=ANCESTRAL, noise="plain", cfg_pp=True)
+def dpmpp_2s_ancestral_cfg_pp_mixed(
+    sigmas: Sequence[float], eta: float, s_noise: float
+) -> Iterator[Step]:
+    """`mixed_stages` to σ_down, then ``+ σ_up n``."""
+    return ancestral(sigmas, mixed_stages, eta, s_noise)
+
+
+@dpmpp_2s_ancestral_cfg_pp_mixed.public
+def sample_dpmpp_2s_ancestral_cfg_pp_mixed_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+    eta: float = 1.0, s_noise: float = 1.0, noise_sampler: NoiseSampler | None = None,
+) -> Tensor:  # fmt: skip
+    """Ancestral DPM-Solver++(2S) with CFG++ as ComfyUI has it: a guided step from x + x̂ - x̂_∅.
+
+    ``u = e^{-h/2} (x + x̂ - x̂_∅) + (1 - e^{-h/2}) x̂``,
+    ``x' = e^{-h} (x + x̂ - x̂_∅,u) + (1 - e^{-h}) x̂_new,u + σ_up n``, with ``e^{-h} = σ_down/σ``: in
+    the second line the unconditional estimate is that at u beside the guided one at x. So the
+    step's e^{-h} (x̂ - x̂_∅,u) stays where the conditions are equal, and it does not follow the ODE.
+    `sample_dpmpp_2s_ancestral_cfg_pp_tg` is the paper's.
+
+    Source: ComfyUI's dpmpp_2s_ancestral_cfg_pp; the teacher's share as in equation (12) there.
+    """
+    return sample(
+        dpmpp_2s_ancestral_cfg_pp_mixed, model, x, sigmas, extra_args, callback, disable,
+        noise_sampler, eta=eta, s_noise=s_noise,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- RES singlestep
+
+
+@solver(order=2, evaluations=2, options={"r": MIDDLE})
+def res_singlestep(sigmas: Sequence[float], r: float) -> Iterator[Step]:
+    """`res_stages`, without noise."""
+    return with_churn(sigmas, partial(res_stages, r=r), 0.0, 0.0, math.inf, 1.0)
+
+
+def res_stages(sigma: float, target: float, noise: float | None, r: float) -> tuple[Stage, ...]:
+    """As `dpmpp_2s_stages`, the weight of d_u that of the integral: ``(1 - (1 - e^{-h})/h)/r``."""
+    weight = exponential(sigma, target, target)[0] / r
+    return two_stages(sigma, sigma * (target / sigma) ** r, target, weight, noise=noise)
+
+
+@res_singlestep.public
+def sample_res_singlestep_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None, *, r: float = 0.5,
+) -> Tensor:  # fmt: skip
+    """RES singlestep of order 2; at ``r`` = 1 the exponential Heun method.
+
+    ``u = e^{-rh} x + (1 - e^{-rh}) x̂``,
+    ``x' = e^{-h} x + (1 - e^{-h}) x̂ + c (x̂_u - x̂)/r + (x̂_new,u - x̂_u)``, with ``e^{-h} = σ'/σ``
+    and ``c = 1 - (1 - e^{-h})/h``: h φ_1 and h φ_2 of the paper's tableau are 1 - e^{-h} and c. r
+    is its c_2, where the middle point lies in -log σ. Two evaluations a step, one in the last;
+    order 2. Raises ValueError for r outside (0, 1].
+
+    Source: Zhang et al. 2023 (RES, arXiv 2308.02157), single-step scheme of order 2; Hochbruck and
+    Ostermann 2005, equation (5.3). ComfyUI's exp_heun_2_x0 is r = 1.
+    """
+    return sample(res_singlestep, model, x, sigmas, extra_args, callback, disable, r=r)
+
+
 # --------------------------------------------------------------------------------- DPM-Solver-fast
 
 
@@ -320,12 +461,12 @@ def dpm_fast(
 
 
 def dpm_solver(
-    sigma: float, target: float, order: int, noise: float | None = None
+    sigma: float, target: float, order: int, noise: float | None = None, r: float | None = None
 ) -> tuple[Stage, ...]:
     """DPM-Solver-1, -2 (r = 1/2) or -3 (1/3, 2/3), in the noise ε = (x - d)/σ.
 
     Points and noises are vectors of the weights of (x, d, d_1, d_2), so the paper's formulas stand
-    as they are: ``u = x - σ_u (e^{rh} - 1) ε - …``.
+    as they are: ``u = x - σ_u (e^{rh} - 1) ε - …``. ``r`` is another one for the first point.
     """
     if order == 1 or target == sigma:
         return (Stage(sigma, euler_row(sigma, target, noise)),)
@@ -336,7 +477,7 @@ def dpm_solver(
         return float(sigma * math.exp(-r * h))
 
     epsilon = (x - estimates[0]) / sigma
-    r = 1 / order
+    r = r or 1 / order
     u = x - level(r) * math.expm1(r * h) * epsilon
     points, levels = [u], [level(r)]
     change = (u - estimates[1]) / level(r) - epsilon

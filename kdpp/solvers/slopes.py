@@ -1,24 +1,27 @@
-"""Multistep solvers in the slope (x - x̂)/σ: iPNDM, DEIS, gradient estimation.
+"""Multistep solvers in the slope (x - x̂)/σ: iPNDM, DEIS, gradient estimation, UD10 AB.
 
-All are `kdpp.solvers.multistep.over_slopes`, as LMS is, with weights of the slopes of their own.
+All but the last are `kdpp.solvers.multistep.over_slopes`, as LMS is, with weights of the slopes of
+their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from kdpp.driver import Callback, ExtraArgs, sample
-from kdpp.plan import Step, in_variable
+from kdpp.plan import Row, Step, euler_row, in_variable, level_before
 from kdpp.solver import VARIABLE, Option, solver
 from kdpp.solvers.multistep import over_slopes
 
 __all__ = [
+    "sample_cfgpp_ud10_ab_tg",
     "sample_deis_tg",
     "sample_gradient_estimation_cfg_pp_tg",
     "sample_gradient_estimation_tg",
@@ -73,24 +76,33 @@ def sample_ipndm_tg(
 
 
 def of_lengths(nodes: Sequence[float], end: float) -> list[float]:
-    """``(end - σ) b_j`` with iPNDM-v's weights, from this step's length h and u, v before it.
+    """``(end - σ) b_j`` with iPNDM-v's weights, from this step's length h and u, v, w before it.
 
     Two slopes: b = (1 + h/(2u), -h/(2u)), which is exact. The third adds f times a second
     difference, where the exact f, of `adams_bashforth`, is (1 - h/(3(h+u)))/2 · h(h+u)/(u(u+v)).
+    The fourth adds g times a third difference.
     """
     h = end - nodes[0]
     if len(nodes) == 1:
         return [h]
     u = nodes[0] - nodes[1]
     weights = [1.0 + h / (2.0 * u), -h / (2.0 * u)]
-    if len(nodes) == 3:
+    if len(nodes) > 2:
         v = nodes[1] - nodes[2]
         f = (1.0 - h * h / (3.0 * u * (u + v))) / 2.0
         weights = [weights[0] + f, weights[1] - (1.0 + u / v) * f, u / v * f]
+    if len(nodes) > 3:
+        w = nodes[2] - nodes[3]
+        g = (1.0 - h / (3.0 * (h + u))) / 2.0
+        g -= (1.0 - h / (2.0 * (h + u))) * h / (6.0 * (h + u + v))
+        g *= h * (h + u) * (h + u + v) / (u * (u + v) * (u + v + w))
+        back = u * (u + v) / (v * (v + w)) * g
+        change = (g, -(1.0 + u / v) * g - back, u / v * g + (1.0 + v / w) * back, -v / w * back)
+        weights = [a + b for a, b in zip((*weights, 0.0), change)]
     return [h * weight for weight in weights]
 
 
-@solver(order=2, order_from=384, options={"max_order": Option(3, low=1, high=3), **VARIABLE})
+@solver(order=2, order_from=384, options={"max_order": Option(3, low=1, high=4), **VARIABLE})
 def ipndm_v(sigmas: Sequence[float], max_order: int, variable: str) -> Iterable[Step]:
     """`over_slopes` with weights from the steps' lengths."""
     rule = partial(over_slopes, order=max_order, weigh=of_lengths)
@@ -106,11 +118,13 @@ def sample_ipndm_v_tg(
     """iPNDM-v: iPNDM with weights for steps of unequal lengths, as its authors' code has them.
 
     ``x' = x + (σ' - σ) Σ_j b_j (x_j - x̂_j)/σ_j + (x̂_new - x̂)``. One evaluation a step; first and
-    last steps are Euler. With three slopes b is not quite Adams-Bashforth's, which
-    `sample_lms_tg` has; it agrees where steps are equal. ComfyUI's and the authors' ``max_order=4``
-    is not offered: its weights do not sum to 1 where steps change unevenly, so that a step ends at
-    another noise level than the next begins with. ``variable="tau"``: the rule over τ, see
-    `kdpp.solvers`. Raises ValueError for another order.
+    last steps are Euler. With three slopes or four b is not quite Adams-Bashforth's, which
+    `sample_lms_tg` has; it agrees where steps are equal. With four, ComfyUI's and the authors' code
+    has two slips, which are mended here: u/v in the place of v/w in the last weight, so that the
+    weights do not sum to 1 where steps change unevenly, and a step ends at another noise level than
+    the next begins with; and a plus before the second term of the factor, with which it does not
+    agree where steps are equal. ``variable="tau"``: the rule over τ, see `kdpp.solvers`. Raises
+    ValueError for another order.
 
     Source: Zhou et al. 2024 (AMED-Solver), code (diff-sampler), after Zhang and Chen 2023 (DEIS).
     """
@@ -236,3 +250,69 @@ def sample_gradient_estimation_cfg_pp_tg(
         gradient_estimation_cfg_pp, model, x, sigmas, extra_args, callback, disable,
         ge_gamma=ge_gamma, variable=variable,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- UD10 AB
+
+CARRIED, BLENDED = 0.1, 0.25
+"""How far a slope's change is carried on, and how much of Adams-Bashforth there is in a step."""
+
+
+@solver(order=None, cfg_pp=True)
+def cfgpp_ud10_ab(sigmas: Sequence[float]) -> Iterator[Step]:
+    """``x + a E + b E_prev`` with `share` and `back` for a and b, E from `carried` slopes.
+
+    To σ = 0 it is the line through the last two guided estimates.
+    """
+    for i, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
+        before = level_before(sigmas, i)
+        if before is None or sigma == sigma_next:
+            yield Step.single(sigma, sigma_next, euler_row(sigma, sigma_next))
+            continue
+        older = [0.0] * (i - before)
+        if sigma_next == 0.0:
+            far = sigma / (sigmas[before] - sigma)
+            yield Step.single(sigma, 0.0, Row(0.0, 1.0 + far, guided=(*older, -far)))
+            continue
+        ratio = (sigma_next - sigma) / (sigma - sigmas[before])
+        share, back = 1.0 + BLENDED * ratio / 2.0, -BLENDED * ratio * ratio / 2.0
+        slopes = {i: 0.0, before: 0.0}
+        for weight, j, end in ((share, i, sigma_next), (back, before, sigma)):
+            for k, part in carried(sigmas, j, end).items():
+                slopes[k] = slopes.get(k, 0.0) + weight * part
+        states = {i: 1.0 - share, before: -back}
+        levels = range(i, min(slopes) - 1, -1)
+        newest, *past = (
+            (states.get(j, 0.0) * sigmas[j] + slopes.get(j, 0.0), sigmas[j]) for j in levels
+        )
+        direction = tuple(-slopes.get(j, 0.0) / sigmas[j] for j in levels)
+        row = Row(newest[0], share, direction, None, tuple(past), (*older, back))
+        yield Step.single(sigma, sigma_next, row)
+
+
+def carried(sigmas: Sequence[float], i: int, end: float) -> dict[int, float]:
+    """``end·v_i``: the weights of the slopes in step i's, a part of its last change carried on."""
+    before = level_before(sigmas, i)
+    if before is None:
+        return {i: end}
+    more = CARRIED * end * (end - sigmas[i]) / (sigmas[i] - sigmas[before])
+    return {i: end + more, before: -more}
+
+
+@cfgpp_ud10_ab.public
+def sample_cfgpp_ud10_ab_tg(
+    model: Any, x: Tensor, sigmas: Tensor, extra_args: ExtraArgs = None,
+    callback: Callback | None = None, disable: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """UD10 AB: Euler with CFG++, its steps blended with Adams-Bashforth's, as ComfyUI has it.
+
+    ``x' = x + (1 + ρ/8) E - ρ²/8 E_prev + (1 + ρ/8)(x̂_new - x̂)``, ρ the ratio of the step's length
+    in σ to that of the one before; ``E = x̂ + σ' v - x`` with the slope ``ε = (x - x̂_∅)/σ`` carried
+    on, ``v = ε + ρ (ε - ε_prev)/10``; E_prev is that of the step before. The last step, to 0, goes
+    to ``x̂_new + q (x̂_new - x̂_prev)`` with ``q = σ/(σ_prev - σ)``; the first is Euler. It does not
+    follow the ODE: the change of v is multiplied by σ', not by the step's length. One evaluation a
+    step.
+
+    Source: ComfyUI's cfgpp_ud10_ab (pull request 15951); the teacher's share is x̂'s.
+    """
+    return sample(cfgpp_ud10_ab, model, x, sigmas, extra_args, callback, disable)

@@ -12,7 +12,8 @@ import torch
 
 from kdpp.checkpoints.presets import PRESETS
 from kdpp.hosts.comfyui.forms import NAMES
-from kdpp.lab.tuning import LEAST, PIPELINES
+from kdpp.lab.affordable import PIPELINES
+from kdpp.lab.tuning import LEAST
 
 __all__ = ["NODES", "Field", "Node", "classic", "extension"]
 
@@ -191,12 +192,12 @@ SAMPLER = Node(
               "student alone.", 1, 0, 100),
         Field("teacher_scale", "FLOAT", "λ, the teacher's share of the mix. 0 is the student "
               "alone; below 0 and above 1 the mix goes beyond either (Tune may advise it).",
-              0.1, -2.0, 2.0, 0.001),
+              0.1, -10.0, 10.0, 0.001),
         Field("renoise", "COMBO", "The noise level at which the teacher is asked: that of the next "
               "step, of this step, a random one, or the one below.", "next",
               choices=("next", "current", "random", LEVEL)),
         Field("level", "FLOAT", 'The noise level for renoise = "level" (τ for a flow model).',
-              1.0, 0.001, 1000.0, 0.01),
+              1.0, 0.0001, 1000.0, 0.0001),
         Field("eta", "FLOAT", "How much noise ancestral and SDE solvers add; others leave it out.",
               1.0, 0.0, 100.0, 0.01),
         Field("s_noise", "FLOAT", "A factor on the added noise.", 1.0, 0.0, 100.0, 0.01),
@@ -210,7 +211,8 @@ SAMPLER = Node(
               1.0, 0.0, 1.0, 0.01, optional=True),
         Field("form", "COMBO", "Where ComfyUI runs another formula under the solver's name, as it "
               "does for flow models: that one, so that λ = 0 is the picture that its own sampler "
-              "gives; or kdpp's.", COMFYUI, choices=(COMFYUI, KDPP), optional=True),
+              "gives (kdpp's where there is no such one); or kdpp's.",
+              COMFYUI, choices=(COMFYUI, KDPP), optional=True),
     ),
     outputs=(("sampler", "SAMPLER"),),
     make=make_sampler,

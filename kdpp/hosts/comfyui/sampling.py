@@ -53,10 +53,11 @@ class TeacherGuider(comfy.samplers.CFGGuider):  # type: ignore[misc]
 
 def check_pair(student: Any, teacher: Any) -> None:
     """ValueError unless the two models can guide each other."""
-    formats = [type(one.model.latent_format).__name__ for one in (student, teacher)]
-    if formats[0] != formats[1]:
+    formats = [one.model.latent_format for one in (student, teacher)]
+    latents = [f"{type(one).__name__} ({one.latent_channels} channels)" for one in formats]
+    if latents[0] != latents[1]:
         raise ValueError(
-            f"the student's latents are {formats[0]} and the teacher's {formats[1]}; take a "
+            f"the student's latents are {latents[0]} and the teacher's {latents[1]}; take a "
             "teacher of the student's family"
         )
     flow = [is_flow(one.get_model_object("model_sampling")) for one in (student, teacher)]
@@ -285,7 +286,7 @@ def beside_teacher(student: Asked, run: Callable[[torch.nn.Module], Made]) -> tu
 
     def body(inner: Any, extra_args: dict[str, Any]) -> None:
         teacher = Asked(inner, extra_args, student.shown)
-        student.turns = teacher.turns = turns = Turns()
+        student.turns = teacher.turns = turns = Turns(noise.shape)
         try:
             turns.give(student.patcher)
             made.append((run(teacher.denoiser()), teacher.evaluations))
@@ -305,14 +306,16 @@ class Turns:
     """Whose weights are in place, where one network may hold both models', patched for one of them,
     or there may be room for one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = [2 * shape[0], *shape[1:]]  # both halves of CFG
         self.there: Any = None
 
     def give(self, patcher: Any) -> None:
         """Put a model's weights in place, if they are not."""
         if patcher is not self.there:
             self.there = None
-            comfy.model_management.load_models_gpu([patcher])
+            room = patcher.memory_required(self.shape)  # for the call, beside the weights
+            comfy.model_management.load_models_gpu([patcher], memory_required=room)
             patcher.pre_run()
             self.there = patcher
 

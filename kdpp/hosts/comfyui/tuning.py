@@ -21,11 +21,12 @@ from kdpp.hosts.comfyui.sampling import (
     is_flow,
     sample,
 )
+from kdpp.lab.affordable import PIPELINES
 from kdpp.lab.answer import Tuning
 from kdpp.lab.looks import Pair
 from kdpp.lab.pieces import Pieces
 from kdpp.lab.sampling import SEEDS
-from kdpp.lab.tuning import LEVELS, PIPELINES, PURE, Work, in_ve, levels_in_ve
+from kdpp.lab.tuning import LEVELS, PURE, Work, in_ve, levels_in_ve
 
 __all__ = ["tune"]
 
