@@ -73,9 +73,8 @@ def capture(
     if not run.plan.steps:
         raise ValueError(f"nothing to capture: sigmas holds no step, {sigmas}")
     guided = run.model
-    for teacher in guided.teachers:
-        if teacher.maps is not None or is_moved(teacher.denoiser):
-            raise ValueError("a teacher with maps, or one that comes and goes, cannot be captured")
+    if any(teacher.maps is not None for teacher in guided.teachers) or is_moved(guided):
+        raise ValueError("a teacher with maps, or one that comes and goes, cannot be captured")
     mask = guided.teacher_mask
     if mode == "graph" and mask is not None and mask.device != x.device:
         raise ValueError(f"teacher_mask lies on {mask.device}; a graph needs it on {x.device}")

@@ -1,4 +1,4 @@
-"""Calling a denoiser: its classifier-free guidance as one batched call, its output checked.
+"""Calling a network: its classifier-free guidance as one batched call, its output checked.
 
 A denoiser is what k-diffusion calls one: ``(x, sigma, **extra_args) -> denoised``, an estimate of
 x0. Guidance is ``D^w = D_∅ + w (D_c - D_∅)`` with w the CFG scale (1: no guidance).
@@ -19,10 +19,8 @@ from kdpp.kinds import Denoiser, OwnCFG, check_scale_is_taken, holds_samples
 __all__ = [
     "Call",
     "Conditioning",
-    "Denoise",
     "Rows",
     "Unlike",
-    "bind",
     "check_unwritten",
     "conditioning_of",
     "counted",
@@ -33,9 +31,6 @@ __all__ = [
     "writes",
 ]
 
-Denoise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
-"""``(x, sigma of shape (batch,)) -> (denoised, unconditional estimate or None)``."""
-
 
 class Conditioning(NamedTuple):
     """What a denoiser is called with beside x and sigma, and its CFG scale."""
@@ -43,12 +38,12 @@ class Conditioning(NamedTuple):
     parts: tuple[dict[str, Any], ...]
     """Keywords: one dict for a single call, or the unconditional half's and the conditional's."""
     scale: float
-    """The CFG scale of the two halves; a single part does not use it."""
+    """The CFG scale of the two halves; of a single part 0 where it is the unconditional one."""
 
     def join(self, answers: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """``(D_∅ + w (D_c - D_∅), D_∅)`` of the two halves; one answer as it is."""
         if len(answers) == 1:
-            return answers[0], None
+            return answers[0], answers[0] if self.scale == 0.0 else None
         uncond, cond = answers
         return torch.lerp(uncond, cond, self.scale), uncond
 
@@ -60,7 +55,11 @@ def conditioning_of(
     cfg_scale: float | None = None,
     needs_uncond: bool = False,
 ) -> Conditioning:
-    """What ``extra_args`` and the CFG scale ask of this denoiser; arguments as in `bind`."""
+    """What ``extra_args`` and the CFG scale ask of a network; arguments as in `kdpp.asking.bind`.
+
+    A half that weighs nothing is not asked: at a scale of 1 the unconditional one (but for CFG++),
+    at 0 the conditional one.
+    """
     if isinstance(model, OwnCFG):
         kwargs = dict(extra_args)
         if cfg_scale is not None:
@@ -70,7 +69,8 @@ def conditioning_of(
     rest = dict(extra_args)
     cond, uncond = rest.pop("cond", None), rest.pop("uncond", None)
     own_scale = rest.pop("cond_scale", 1.0)
-    argument = "cond_scale" if cfg_scale is None else f"{name}_cfg_scale"
+    own = "teacher_cfg_scale" if name == "teacher" else "cfg_scale"
+    argument = "cond_scale" if cfg_scale is None else own
     scale = check_number(argument, own_scale if cfg_scale is None else cfg_scale)
     if scale == 1.0 and not needs_uncond:
         if "cond" in extra_args:
@@ -84,44 +84,8 @@ def conditioning_of(
             + ("" if needs_uncond else f", or set {argument}=1 for no guidance")
             + ". A host's model, which holds its conditions itself, is wrapped by kdpp.HostModel"
         )
-    return Conditioning(({**rest, "cond": uncond}, {**rest, "cond": cond}), scale)
-
-
-def bind(
-    model: Denoiser,
-    name: str,
-    x: Tensor,
-    extra_args: Mapping[str, Any],
-    cfg_scale: float | None = None,
-    needs_uncond: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-    max_batch: int | None = None,
-) -> Denoise:
-    """Fix everything about the calls that a run makes but x and sigma.
-
-    Args:
-        name: "student" or "teacher", for messages.
-        cfg_scale: the CFG scale; None takes ``extra_args["cond_scale"]``, 1 if that is left out.
-        needs_uncond: the unconditional estimate is wanted even at a scale of 1 (CFG++).
-        dtype, max_batch: as in `Call`.
-
-    Raises:
-        ValueError: ``uncond`` is missing where CFG needs it or does not fit ``cond``, or the scale
-            is not a finite number. The returned function raises it for an output of another shape
-            than x.
-    """
-    given = conditioning_of(model, name, extra_args, cfg_scale, needs_uncond)
-    call = Call(model, name, given.parts, len(x), dtype=dtype, max_batch=max_batch)
-    if isinstance(model, OwnCFG) and needs_uncond:
-        return _bind_own(model, name, call)
-    if len(given.parts) == 1:
-        return lambda x, sigma: (call(x, sigma), None)
-
-    def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None]:
-        return given.join(call.parts((x, x), (sigma, sigma)))
-
-    return denoise
+    halves = ({**rest, "cond": uncond}, {**rest, "cond": cond})
+    return Conditioning(halves[:1] if scale == 0.0 else halves, scale)
 
 
 class Call:
@@ -184,20 +148,6 @@ class Call:
             given = part if self.dtype is None else part.to(self.dtype)
             answers.append(shaped(self.model(given, level, **kwargs), self.name, part))
         return torch.cat(answers)
-
-
-def _bind_own(model: OwnCFG, name: str, call: Call) -> Denoise:
-    latest_uncond = model.uncond_denoised
-    if latest_uncond is None:
-        raise ValueError(
-            f"CFG++ needs the {name}'s unconditional estimate, and kdpp.OwnCFG was given none: "
-            "pass uncond_denoised=, a function that returns that of the latest call"
-        )
-
-    def denoise(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return call(x, sigma), shaped(latest_uncond(), f"{name}'s uncond_denoised", x)
-
-    return denoise
 
 
 def shaped(output: Any, name: str, x: Tensor) -> Tensor:

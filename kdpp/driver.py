@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from kdpp.algebra import Shares, WeightedSum, shares_of, switches
+from kdpp.asking import Evaluation, asks_where, bind_all, networks_of
 from kdpp.checks import check_flow_levels, check_latent, check_sigmas, check_start
-from kdpp.denoisers import bind, check_unwritten, counted, writes
+from kdpp.denoisers import check_unwritten, counted, writes
 from kdpp.guidance import TeacherGuidedDenoiser
 from kdpp.guided_step import Revision, plan_revisions, prepare, weights_of
+from kdpp.kinds import leaves_of, takes_sigma_next
+from kdpp.memory import Loans
 from kdpp.noise import (
     NoiseSampler,
     brownian_noise,
@@ -23,6 +27,7 @@ from kdpp.noise import (
     private_seed,
 )
 from kdpp.plan import FLOW, VE, Row, Space, Step
+from kdpp.reflection import Bound, Mirror, plan_mirrors
 from kdpp.solver import Solver, solver_of
 from kdpp.update import Update
 
@@ -124,8 +129,15 @@ def plan_run(
     if space is VE:
         check_start(x, levels, model.student_range)
     steps = solver.plan(levels, space=space, **options)
+    shares = shares_of(model.student, steps, space)
+    if isinstance(model.student, WeightedSum) and solver.multistep and not solver.own_levels:
+        for i in switches(shares, steps):  # the difference of two models is not a slope
+            steps = steps[:i] + solver.plan(levels[i:], space=space, **options)
+        shares = shares_of(model.student, steps, space)
     revisions = plan_revisions(model, steps, solver.cfg_pp, seed or partial(private_seed, x))
-    plan = ready(steps, revisions, space, solver.cfg_pp, model.combine is not None)
+    mirrors = plan_mirrors(model.reflection, model.student, steps, space)
+    plan = ready(steps, revisions, shares, mirrors, space, solver.cfg_pp, model.combine is not None)
+    check_ends(model, plan, solver)
     return PlannedRun(plan, model, levels, sigmas, noise_sampler, solver.noise == "brownian")
 
 
@@ -143,10 +155,11 @@ class ReadyStage(NamedTuple):
 
 
 class ReadyStep(NamedTuple):
-    """A step made ready: its churn, its stages, which one is kept, and what teachers are asked."""
+    """A step made ready: churn, reflection, stages, which one is kept, what teachers are asked."""
 
     churn: Update | None
     lifted: float | None
+    mirror: Mirror | None
     stages: tuple[ReadyStage, ...]
     kept: int
     revisions: tuple[Revision, ...]
@@ -156,8 +169,8 @@ class ReadyPlan(NamedTuple):
     """A plan made ready for tensors: numbers still, the same for every run of these settings."""
 
     steps: tuple[ReadyStep, ...]
-    levels: tuple[float, ...]
-    """What the student is told, evaluation by evaluation."""
+    evaluations: tuple[Evaluation, ...]
+    """What the student is asked."""
     memory: int
     """How many of the directions that earlier steps kept are weighed."""
     guided_memory: int
@@ -170,7 +183,8 @@ class ReadyPlan(NamedTuple):
 
     def levels_of(self, x: Tensor) -> Sequence[Tensor]:
         """The student's levels as tensors ``(batch,)`` on x's device; copied there once."""
-        levels = torch.tensor(self.levels, dtype=x.dtype).to(x.device, non_blocking=x.is_cuda)
+        told = [evaluation.level for evaluation in self.evaluations]
+        levels = torch.tensor(told, dtype=x.dtype).to(x.device, non_blocking=x.is_cuda)
         return levels[:, None].expand(-1, len(x)).contiguous().unbind()
 
 
@@ -178,35 +192,41 @@ class ReadyPlan(NamedTuple):
 def ready(
     steps: tuple[Step, ...],
     revisions: tuple[tuple[Revision, ...], ...],
+    shares: Shares,
+    mirrors: tuple[Mirror | None, ...],
     space: Space,
     cfg_pp: bool,
     combined: bool,
 ) -> ReadyPlan:
     """Every step made ready; the teachers' shares go into the update of its last stage."""
     made = []
-    levels: list[float] = []
-    for step, here in zip(steps, revisions):
+    asked: list[Evaluation] = []
+    used = used_once(steps)
+    for step, here, weighs, mirror in zip(steps, revisions, shares, mirrors):
         base = step.stages[0].sigma
         churn = None
         if step.churn is not None:
             lift = Row(step.sigma, noise=step.churn)
             churn = Update.of(lift, step.sigma, base, space, cfg_pp)
         stages = []
-        for stage, following in zip(step.stages, [*step.stages[1:], None]):
+        following_stages = [*step.stages[1:], None]
+        for stage, following, share in zip(step.stages, following_stages, weighs):
             reached = step.sigma_next if following is None else following.sigma
             weights = () if following else weights_of(here, combined)
             update = Update.of(stage.row, step.base(stage), reached, space, cfg_pp, weights)
             start = space.level(stage.sigma) if stage.onward else None
             end = space.level(reached) if following else None
-            stages.append(ReadyStage(len(levels), update, start, end))
-            levels.append(space.level(stage.sigma))
+            stages.append(ReadyStage(len(asked), update, start, end))
+            alone = len(asked) in used
+            goes_to = space.level(stage.row.end) if alone else None
+            asked.append(Evaluation(space.level(stage.sigma), goes_to, share))
         lifted = space.level(base) if churn else None
-        made.append(ReadyStep(churn, lifted, tuple(stages), step.kept, here))
+        made.append(ReadyStep(churn, lifted, mirror, tuple(stages), step.kept, here))
     rows = [stage.row for step in steps for stage in step.stages]
     memory = max((step.memory for step in steps), default=0)
     return ReadyPlan(
         tuple(made),
-        tuple(levels),
+        tuple(asked),
         memory=memory,
         guided_memory=memory if cfg_pp and any(row.guided for row in rows) else 0,
         states=max((len(row.past) for row in rows), default=0),
@@ -214,6 +234,18 @@ def ready(
         guided=any(revisions),
         cfg_pp=cfg_pp,
     )
+
+
+def used_once(steps: Sequence[Step]) -> set[int]:
+    """The evaluations that one row alone weighs, and with no other: first-order steps."""
+    alone: set[int] = set()
+    count = 0
+    for step in steps:
+        alone -= set(range(count - step.history, count))
+        if len(step.stages) == 1 and step.history == 0:
+            alone.add(count)
+        count += len(step.stages)
+    return alone
 
 
 # Noise --------------------------------------------------------------------------------------------
@@ -325,12 +357,20 @@ class Walk:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.plan, self.levels, self.noise, self.listener = plan, levels, noise, listener
-        self.student = bind(
-            model.student, "student", x, extra_args, needs_uncond=plan.cfg_pp,
+        self.students = bind_all(
+            model.student, "student", x, extra_args, plan.evaluations, needs_uncond=plan.cfg_pp,
             dtype=dtype, max_batch=model.max_batch,
         )  # fmt: skip
         revisions = [step.revisions for step in plan.steps]
         self.guided = prepare(model, revisions, x, extra_args, dtype) if plan.guided else None
+        self.mirrors = {
+            i: Bound.of(
+                step.mirror, model.reflection, model.student, x, extra_args, dtype, model.max_batch
+            )
+            for i, step in enumerate(plan.steps)
+            if step.mirror is not None and model.reflection is not None
+        }
+        self.loans = loans(model, plan)
         self.earlier: tuple[Any, ...] = ()  # the directions that earlier steps kept, newest first,
         self.guided_earlier: tuple[Tensor, ...] = ()  # CFG++'s guided estimates,
         self.past: tuple[Tensor, ...] = ()  # and the states that the steps began with
@@ -341,16 +381,22 @@ class Walk:
         step, memory, cfg_pp = plan.steps[i], plan.memory, plan.cfg_pp
         first, last = step.stages[0], step.stages[-1]
         teachers = self.guided[i] if self.guided else None
+        if self.loans is not None:
+            self.loans.fetch(i)
         if step.churn is not None:
             x = step.churn(((x,),), noise.between(i, None, None))
-        if teachers is not None:
-            teachers.fetch()
+        if step.mirror is not None:
+            kept = (*self.earlier, *self.guided_earlier)
+            before = writes(kept)
+            x = self.mirrors[i](x)
+            check_unwritten(kept, before, "reflection's model")
         point, directions, guided = x, self.earlier, self.guided_earlier
         for stage in step.stages:
             kept = (*directions[:memory], *guided[: plan.guided_memory])
-            before = writes(kept) if kept else None
-            denoised, uncond = self.student(point, self.levels[stage.evaluation])
-            if before is not None:
+            before = writes(kept) if kept else []
+            ask, level = self.students[stage.evaluation], self.levels[stage.evaluation]
+            denoised, uncond = ask(point, level)
+            if kept:
                 check_unwritten(kept, before, "student")
             if memory or teachers:  # to be used after the next call of a network
                 denoised = counted(denoised)
@@ -372,6 +418,8 @@ class Walk:
             fresh = noise.between(i, stage.start, stage.end) if draws else None
             base = x if stage.start is None else point
             point = stage.update(((base, denoised), heard, directions, self.past, guided), fresh)
+        if self.loans is not None:
+            self.loans.release(i)
         newest = len(step.stages) - 1 - step.kept
         if memory:
             self.earlier = (directions[newest], *self.earlier)[:memory]
@@ -382,10 +430,38 @@ class Walk:
         return point
 
     def release(self) -> None:
-        """Let borrowed teachers go; also after a run that broke off."""
-        for one in self.guided or ():
-            if one is not None:
-                one.release()
+        """Let borrowed networks go; also after a run that broke off."""
+        if self.loans is not None:
+            self.loans.release()
+
+
+def loans(model: TeacherGuidedDenoiser, plan: ReadyPlan) -> Loans | None:
+    """What a run borrows: networks that come and go, all but a student that is one; None: none."""
+    reflection, summed = model.reflection, leaves_of(model.student) is not None
+    asked: dict[int, list[Any]] = {}
+    for i, step in enumerate(plan.steps):
+        found: list[Any] = []
+        if summed:
+            for stage in step.stages:
+                found += networks_of(model.student, plan.evaluations[stage.evaluation])
+        found += networks_asked(model, step.revisions)
+        if step.mirror is not None and reflection is not None:
+            found += networks_of(reflection.weak, step.mirror.weak)
+            if reflection.strong is not None:
+                found += networks_of(reflection.strong, step.mirror.strong)
+        if found:
+            asked[i] = found
+    made = Loans(asked)
+    return made if made.last else None
+
+
+def networks_asked(model: TeacherGuidedDenoiser, revisions: Iterable[Revision]) -> list[Any]:
+    """The networks that a step's revisions ask."""
+    found: list[Any] = []
+    for revision in revisions:
+        at = Evaluation(revision.level, None, revision.shares)
+        found += networks_of(model.teachers[revision.teacher].denoiser, at)
+    return found
 
 
 def report(
@@ -408,6 +484,19 @@ def check_model(model: Any) -> TeacherGuidedDenoiser:
             "denoiser by kdpp.HostModel)"
         )
     return model
+
+
+def check_ends(model: TeacherGuidedDenoiser, plan: ReadyPlan, solver: Solver) -> None:
+    """ValueError where a student that takes ``sigma_next`` is asked and there is none."""
+    if not asks_where(model.student):
+        return
+    for at in plan.evaluations:
+        if at.end is None and any(map(takes_sigma_next, networks_of(model.student, at))):
+            raise ValueError(
+                "the student takes sigma_next, the one level that its answer is for, and "
+                f"{solver.name} uses its answer at {at.level:g} otherwise; take a solver of first "
+                "order without a memory: euler, euler_ancestral, ddim_stochastic, lcm"
+            )
 
 
 def check_kind(levels: Sequence[float], model: TeacherGuidedDenoiser, space: Space) -> None:

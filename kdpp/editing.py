@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from kdpp.algebra import wrapped
 from kdpp.checks import check_flow_levels, check_latent, check_sigmas
 from kdpp.denoisers import shaped
 from kdpp.guidance import TeacherGuidedDenoiser, space_of
@@ -209,7 +210,8 @@ def inpaint(model: Any, image: Tensor, mask: Tensor, noise: Tensor | None = None
             draw theirs. To start from the noised image, give `image_to_image` the same.
 
     Returns:
-        A `kdpp.TeacherGuidedDenoiser`, a `kdpp.OwnCFG` or a denoiser, as the model is.
+        A `kdpp.TeacherGuidedDenoiser`, a `kdpp.OwnCFG`, a `kdpp.WeightedSum` or a denoiser, as the
+        model is.
 
     Raises:
         TypeError: image or noise is not a floating-point tensor, or mask not a real or bool one;
@@ -226,7 +228,7 @@ def inpaint(model: Any, image: Tensor, mask: Tensor, noise: Tensor | None = None
     known = (image, mask, noise, space_of(model) is FLOW)
     if not isinstance(model, TeacherGuidedDenoiser):
         check_denoiser(model, "model")
-        return inpaint_denoiser(model, *known)
+        return wrapped(model, lambda denoiser: inpaint_denoiser(denoiser, *known))
     if any(teacher.maps is not None for teacher in model.teachers):
         raise ValueError(
             "a teacher with maps works in another latent space, where the mask has no meaning; "

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
+from kdpp.algebra import wrapped
+from kdpp.asking import bind
 from kdpp.checks import check_count, check_number
-from kdpp.denoisers import bind
 from kdpp.kinds import Denoiser, check_denoiser, is_flow, trained_range
 from kdpp.noise import NoiseSampler
 from kdpp.plan import FLOW, VE, Space
+from kdpp.reflection import Reflection
+from kdpp.steps import NoiseRange, Steps, read_steps
 
 __all__ = ["NoiseRange", "Teacher", "TeacherGuidedDenoiser", "sds_scale", "space_of"]
 
@@ -26,13 +29,6 @@ Scale = float | Sequence[float] | Callable[[int, float], float]
 Renoise = str | float | Callable[[int, float, float], float]
 LatentMap = Callable[[Tensor], Tensor]
 Combine = Callable[[Tensor, Sequence[Tensor], Sequence[float]], Tensor]
-
-
-class NoiseRange(NamedTuple):
-    """The steps that start at a level from ``low`` to ``high``, for ``teacher_steps``."""
-
-    low: float
-    high: float
 
 
 def sds_scale(
@@ -75,7 +71,7 @@ class Teacher:
 
     denoiser: Denoiser
     scale: Scale = 0.1
-    steps: int | Collection[int] | NoiseRange = 1
+    steps: Steps = 1
     cfg_scale: float = 7.5
     renoise: Renoise = "next"
     renoise_eta: float = 1.0
@@ -89,9 +85,7 @@ class Teacher:
         # Copies: what was checked is not changed from outside.
         if isinstance(self.scale, list):
             object.__setattr__(self, "scale", tuple(self.scale))
-        steps = self.steps.tolist() if isinstance(self.steps, Tensor) else self.steps
-        object.__setattr__(self, "steps", tuple(steps) if isinstance(steps, list) else steps)
-        _check_steps(self.steps)
+        object.__setattr__(self, "steps", read_steps("teacher_steps", self.steps))
         check_number("teacher_cfg_scale", self.cfg_scale, -math.inf, math.inf)
         _check_renoise(self.renoise)
         check_number("renoise_eta", self.renoise_eta, 0.0, 1.0)
@@ -133,7 +127,7 @@ class TeacherGuidedDenoiser(nn.Module):
             its own CFG comes marked, as `kdpp.OwnCFG`. Both get ``extra_args``, less ``uncond`` and
             ``cond_scale``, which kdpp turns into one batched call of both halves. ``teacher`` may
             also be one `Teacher` or several, which then hold the settings; theirs combine as
-            ``x̂_new = (1 - Σλ_j) x̂ + Σ λ_j x̂_ψj``.
+            ``x̂_new = (1 - Σλ_j) x̂ + Σ λ_j x̂_ψj``. Without one no step is revised.
         teacher_scale: λ in [0, 1]: a number, one for each step, or a function of (step, σ_s). The
             paper takes 0.1 for SDXL-Turbo and SDXL-Lightning, 0.02 for LCM and DMD2. 0 calls no
             teacher and draws nothing.
@@ -155,6 +149,7 @@ class TeacherGuidedDenoiser(nn.Module):
         combine: another mix than that line: ``combine(x̂, estimates, scales) -> x̂_new``, of the
             teachers' estimates and their λ. ``teacher_mask`` comes after it.
         extrapolate: allow λ, and their sum, outside [0, 1].
+        reflection: a `kdpp.Reflection`, before the steps that it names.
         float32_state: keep the state of a 16-bit x in float32 between the networks' calls, which
             are given x's dtype; the result has it too. False: all in 16 bits.
         max_batch: the most rows that a network is called with (CFG has two for each sample, several
@@ -173,10 +168,10 @@ class TeacherGuidedDenoiser(nn.Module):
     def __init__(
         self,
         student: Denoiser,
-        teacher: Denoiser | Teacher | Sequence[Teacher],
+        teacher: Denoiser | Teacher | Sequence[Teacher] | None = None,
         *,
         teacher_scale: Scale = 0.1,
-        teacher_steps: int | Collection[int] | NoiseRange = 1,
+        teacher_steps: Steps = 1,
         teacher_cfg_scale: float = 7.5,
         renoise: Renoise = "next",
         renoise_eta: float = 1.0,
@@ -184,6 +179,7 @@ class TeacherGuidedDenoiser(nn.Module):
         teacher_mask: Tensor | None = None,
         combine: Combine | None = None,
         extrapolate: bool = False,
+        reflection: Reflection | None = None,
         float32_state: bool = True,
         max_batch: int | None = None,
         flow: bool | None = None,
@@ -213,10 +209,15 @@ class TeacherGuidedDenoiser(nn.Module):
                 f"combine is {combine!r}; it must be a function, (x̂, estimates, scales) -> x̂_new"
             )
         self.combine = combine
+        if not isinstance(reflection, Reflection | None):
+            raise TypeError(
+                f"reflection is a {type(reflection).__name__}; it must be a kdpp.Reflection"
+            )
+        self.reflection = reflection
         self.teacher_mask = _check_mask(teacher_mask)
         self.flow = flow
         self._networks = nn.ModuleList(
-            one.denoiser for one in self.teachers if isinstance(one.denoiser, nn.Module)
+            one for one in self._beside_the_student if isinstance(one, nn.Module)
         )
         self.student_range = trained_range(student)
         self.trained = [trained_range(one.denoiser) for one in self.teachers]
@@ -225,9 +226,16 @@ class TeacherGuidedDenoiser(nn.Module):
             _check_level(one.renoise, self.space)
 
     @property
+    def _beside_the_student(self) -> list[Denoiser]:
+        """The teachers, and who reflects."""
+        mirrors = (self.reflection.weak, self.reflection.strong) if self.reflection else ()
+        taught = [teacher.denoiser for teacher in self.teachers]
+        return taught + [one for one in mirrors if one is not None]
+
+    @property
     def space(self) -> Space:
         """VE or FLOW; ValueError where student and teachers differ."""
-        kinds = [is_flow(one) for one in (self.student, *(t.denoiser for t in self.teachers))]
+        kinds = [is_flow(one) for one in (self.student, *self._beside_the_student)]
         if self.flow is not None:
             return FLOW if self.flow else VE
         if len(set(kinds)) > 1:
@@ -242,14 +250,23 @@ class TeacherGuidedDenoiser(nn.Module):
         return bind(self.student, "student", x, extra_args)(x, sigma)[0]
 
     def with_denoisers(self, wrap: Callable[[Denoiser], Denoiser]) -> TeacherGuidedDenoiser:
-        """The same guidance of ``wrap(student)`` by ``wrap(teacher)``, for each teacher."""
+        """The same guidance of ``wrap(student)`` by ``wrap(teacher)``; of a sum, of its parts."""
+        mirror = self.reflection
+        if mirror is not None:
+            strong = mirror.strong and wrapped(mirror.strong, wrap)
+            mirror = replace(mirror, weak=wrapped(mirror.weak, wrap), strong=strong)
         return TeacherGuidedDenoiser(
-            wrap(self.student),
-            [replace(teacher, denoiser=wrap(teacher.denoiser)) for teacher in self.teachers],
+            wrapped(self.student, wrap),
+            [
+                replace(teacher, denoiser=wrapped(teacher.denoiser, wrap))
+                for teacher in self.teachers
+            ]
+            or None,
             renoise_noise_sampler=self.renoise_noise_sampler,
             teacher_mask=self.teacher_mask,
             combine=self.combine,
             extrapolate=self.extrapolate,
+            reflection=mirror,
             float32_state=self.float32_state,
             max_batch=self.max_batch,
             flow=self.flow,
@@ -270,6 +287,8 @@ def space_of(model: Any) -> Space:
 
 def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:
     """One `Teacher` from a denoiser and the keywords, or those given, without keywords."""
+    if teacher is None:
+        return []
     given = [teacher] if isinstance(teacher, Teacher) else teacher
     if not isinstance(given, Sequence):
         return [Teacher(teacher, *settings)]
@@ -282,21 +301,6 @@ def _teachers(teacher: Any, settings: tuple[Any, ...]) -> list[Teacher]:
     if not all(type(a) is type(b) and a == b for a, b in zip(settings, defaults)):
         raise ValueError("settings of the teacher belong into kdpp.Teacher where one is given")
     return list(given)
-
-
-def _check_steps(steps: Any) -> None:
-    if isinstance(steps, NoiseRange):
-        low = high = math.nan
-        with suppress(TypeError, ValueError, OverflowError):  # the last of whole numbers too large
-            low, high = map(float, steps)
-        if not 0.0 <= low <= high:
-            raise ValueError(f"teacher_steps is {steps}; it must have 0 ≤ low ≤ high")
-    elif isinstance(steps, Collection) and not isinstance(steps, str):
-        for step in steps:
-            if not isinstance(step, numbers.Integral) or isinstance(step, bool):
-                raise ValueError(f"teacher_steps holds {step!r}; it must hold whole numbers")
-    else:
-        check_count("teacher_steps", steps, 0)
 
 
 def _check_renoise(renoise: Any) -> None:

@@ -16,34 +16,23 @@ the same (`kdpp.update`).
 from __future__ import annotations
 
 import math
-import numbers
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kdpp.algebra import Place, Weigher, WeightedSum
+from kdpp.asking import Answer, Asker, Evaluation, Group, Term, ask_all, terms_of, weighing
 from kdpp.checks import check_number
-from kdpp.denoisers import (
-    Call,
-    Conditioning,
-    Unlike,
-    check_unwritten,
-    conditioning_of,
-    counted,
-    shaped,
-    writes,
-)
-from kdpp.guidance import Combine, LatentMap, NoiseRange, Renoise, Scale, Teacher
+from kdpp.denoisers import check_unwritten, shaped, writes
+from kdpp.guidance import Combine, LatentMap, Renoise, Scale
 from kdpp.guidance import TeacherGuidedDenoiser as Model
-from kdpp.kinds import OwnCFG
-from kdpp.memory import Borrowed, borrowed_in
 from kdpp.plan import Row, Space, Step
-from kdpp.stacking import Stacked
+from kdpp.steps import chosen, one_by_one
 from kdpp.update import Update
 
 __all__ = ["GuidedStep", "Revision", "mix", "plan_revisions", "prepare", "weights_of"]
@@ -79,6 +68,8 @@ class Revision(NamedTuple):
     """σ_s, as the model writes levels."""
     renoise: Update
     """What makes x_s of (x, x̂, d, n)."""
+    shares: tuple[float, ...] = ()
+    """Of a teacher that is a weighted sum: what each of its networks weighs."""
 
 
 def plan_revisions(
@@ -98,10 +89,13 @@ def plan_revisions(
                 "give one for each"
             )
         level_at = _levels(teacher.renoise, steps, space, partial(_mixed, seed, j))
-        for i in _guided(teacher, steps, space):
+        summed = teacher.denoiser if isinstance(teacher.denoiser, WeightedSum) else None
+        weigher = summed and Weigher(summed, steps, space)
+        able = (i for i, step in enumerate(steps) if step.gain != 0.0)
+        for i in chosen("teacher_steps", teacher.steps, steps, able, space):
             sigma_s = _within_training(model, j, level_at(i))
             if sigma_s == 0.0:
-                if _chosen_one_by_one(teacher.steps):
+                if one_by_one(teacher.steps):
                     raise ValueError(
                         f"teacher_steps holds step {i}, which goes to σ = 0, where "
                         f"renoise={teacher.renoise!r} revises nothing: give a level, renoise=σ_s"
@@ -111,8 +105,12 @@ def plan_revisions(
             if scale != 0.0 or teacher.observe:
                 sigma = steps[i].stages[-1].sigma
                 renoise = _renoise(sigma, sigma_s, float(teacher.renoise_eta), space, cfg_pp)
-                one = Revision(j, scale / teacher.draws, space.level(sigma_s), renoise)
+                level = space.level(sigma_s)
+                shares = weigher.shares(Place(level, level, i)) if weigher else ()
+                one = Revision(j, scale / teacher.draws, level, renoise, shares)
                 planned[i] += [one] * teacher.draws
+        if weigher and any(revision.teacher == j for step in planned for revision in step):
+            weigher.check_met()
     for i, revisions in enumerate(planned):
         total = sum(revision.scale for revision in revisions)
         if total > 1.0 + 1e-9 and not model.extrapolate:
@@ -134,31 +132,9 @@ def _mixed(seed: Callable[[], int], j: int) -> str:
     return f"{seed()} {j}"
 
 
-def _guided(teacher: Teacher, steps: Sequence[Step], space: Space) -> list[int]:
-    """The indices of the steps that the teacher revises; steps of no length are left out."""
-    able = (i for i, step in enumerate(steps) if step.gain != 0.0)
-    wanted: Any = teacher.steps
-    if isinstance(wanted, numbers.Integral):
-        return list(islice(able, int(wanted)))
-    if isinstance(wanted, NoiseRange):
-        # A bound that is one of the levels holds it, though float32 has rounded the levels.
-        low, high = wanted.low * (1.0 - 1e-6), wanted.high * (1.0 + 1e-6)
-        return [i for i in able if low <= space.level(steps[i].sigma) <= high]
-    count = len(steps)
-    for i in wanted:
-        if not -count <= i < count:
-            raise ValueError(f"teacher_steps holds {i}; the schedule has {count} steps")
-    chosen = {i % count for i in wanted}
-    return [i for i in able if i in chosen]
-
-
 @lru_cache(maxsize=256)
 def _renoise(sigma: float, sigma_s: float, rho: float, space: Space, cfg_pp: bool) -> Update:
     return Update.of(renoise_row(sigma, sigma_s, rho), sigma, sigma_s, space, cfg_pp)
-
-
-def _chosen_one_by_one(steps: Any) -> bool:
-    return not isinstance(steps, numbers.Integral | NoiseRange)
 
 
 def _scale_at(model: Model, scale: Scale, i: int, sigma_s: float) -> float:
@@ -214,63 +190,23 @@ def _within_training(model: Model, j: int, sigma: float) -> float:
 # Carried out --------------------------------------------------------------------------------------
 
 
-class Question(NamedTuple):
-    """What one network is asked at a step, in one call: some of the step's revisions."""
-
-    places: tuple[int, ...]
-    """Which of the step's revisions."""
-    revisions: tuple[Revision, ...]
-    conditionings: tuple[Conditioning, ...]
-    """One for each revision."""
-    call: Call
-    maps: tuple[LatentMap, LatentMap] | None
-
-    def ask(
-        self, x: Tensor, denoised: Tensor, direction: Tensor, step: int, noise: RenoiseNoise
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """x_s and x̂_ψ of each revision."""
-        clean = denoised if self.maps is None else self.maps[0](denoised)
-        groups = ((x, clean), (), (direction,))
-        renoised, xs, sigmas = [], [], []
-        for revision, given in zip(self.revisions, self.conditionings):
-            draws = revision.renoise.noise is not None
-            fresh = noise(clean, step, revision.level) if draws else None
-            renoised.append(revision.renoise(groups, fresh))
-            dtype = self.call.dtype or clean.dtype
-            sigma = clean.new_full(clean.shape[:1], revision.level, dtype=dtype)
-            xs += [renoised[-1]] * len(given.parts)
-            sigmas += [sigma] * len(given.parts)
-        answers = iter(self.call.parts(xs, sigmas))
-        estimates = [
-            given.join([next(answers) for _ in given.parts])[0] for given in self.conditionings
-        ]
-        if self.maps is not None:
-            back = self.maps[1]
-            estimates = [shaped(back(one), "teacher's map back", denoised) for one in estimates]
-        return renoised, estimates
-
-
 class GuidedStep(NamedTuple):
     """A guided step with its networks bound."""
 
     revisions: tuple[Revision, ...]
-    questions: tuple[Question, ...]
+    terms: tuple[Term, ...]
+    """What all revisions ask, one after the other."""
+    owners: tuple[int, ...]
+    """The revision that a term is for."""
+    groups: tuple[Group, ...]
+    """The calls that ask all terms."""
+    weigh: tuple[Callable[[Sequence[Answer]], Answer], ...]
+    """What makes a revision's estimate of its terms' answers."""
+    maps: tuple[tuple[LatentMap, LatentMap] | None, ...]
+    """Of each revision, to the teacher's latent space and back."""
+    dtype: torch.dtype | None
     combine: Combine | None
     mask: Tensor | None
-    arriving: tuple[Borrowed, ...]
-    """The borrowed teachers that are asked for the first time."""
-    leaving: tuple[Borrowed, ...]
-    """Those that are asked for the last time."""
-
-    def fetch(self) -> None:
-        """To be called before the student's work of the step, which it may overlap."""
-        for teacher in self.arriving:
-            teacher.fetch()
-
-    def release(self) -> None:
-        """Let borrowed teachers go; also after a run that broke off."""
-        for teacher in self.leaving:
-            teacher.release()
 
     def revise(
         self, x: Tensor, denoised: Tensor, direction: Tensor, step: int, noise: RenoiseNoise
@@ -280,23 +216,38 @@ class GuidedStep(NamedTuple):
         ``denoised`` and ``direction`` are the student's estimate and the solver's direction at x.
         Raises ValueError where a teacher writes its answer over an estimate that is still in use.
         """
-        renoised: dict[int, Tensor] = {}
-        said: dict[int, Tensor] = {}
-        kept = [denoised, direction]
-        for question in self.questions:
-            before = writes(kept)
-            points, estimates = question.ask(x, denoised, direction, step, noise)
-            check_unwritten(kept, before, "teacher")
-            if len(self.questions) > 1:  # the next network may use the same memory
-                estimates = list(map(counted, estimates))
-            kept += estimates
-            renoised |= zip(question.places, points)
-            said |= zip(question.places, estimates)
-        self.release()
-        places = range(len(self.revisions))
-        taught = tuple(said[place] for place in places)
-        given = tuple(renoised[place] for place in places)
-        return Revised(self.heard(denoised, taught), taught, given)
+        mapped: dict[int, Tensor] = {}
+        points: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def point(term: int) -> tuple[Tensor, Tensor]:
+            """x_s and σ_s of the revision that a term is for."""
+            place = self.owners[term]
+            if place not in points:
+                revision, maps = self.revisions[place], self.maps[place]
+                clean = denoised
+                if maps is not None:
+                    if revision.teacher not in mapped:
+                        mapped[revision.teacher] = maps[0](denoised)
+                    clean = mapped[revision.teacher]
+                draws = revision.renoise.noise is not None
+                fresh = noise(clean, step, revision.level) if draws else None
+                renoised = revision.renoise(((x, clean), (), (direction,)), fresh)
+                dtype = self.dtype or clean.dtype
+                sigma = clean.new_full(clean.shape[:1], revision.level, dtype=dtype)
+                points[place] = renoised, sigma
+            return points[place]
+
+        answers = iter(ask_all(self.groups, point, (denoised, direction), "teacher"))
+        taught: list[Tensor] = []
+        for place, (weigh, maps) in enumerate(zip(self.weigh, self.maps)):
+            estimate, _ = weigh([next(answers) for _ in range(self.owners.count(place))])
+            if maps is not None:
+                before = writes(taught)
+                estimate = shaped(maps[1](estimate), "teacher's map back", denoised)
+                check_unwritten(taught, before, "teacher's map back")
+            taught.append(estimate)
+        given = tuple(points[place][0] for place in range(len(self.revisions)))
+        return Revised(self.heard(denoised, taught), tuple(taught), given)
 
     def heard(self, denoised: Tensor, estimates: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the solver's update weighs, by `weights_of`, in the place of x̂_new."""
@@ -352,36 +303,37 @@ def prepare(
 ) -> list[GuidedStep | None]:
     """Every step's revisions with their networks bound; None for a step without."""
     mask = fit_mask(model.teacher_mask, x)
-    given = {
-        j: conditioning_of(
-            model.teachers[j].denoiser,
-            "teacher",
-            {**extra_args, **(model.teachers[j].extra_args or {})},
-            model.teachers[j].cfg_scale,
-        )
-        for j in sorted({revision.teacher for revisions in steps for revision in revisions})
-    }
-    first: dict[Borrowed, int] = {}
-    last: dict[Borrowed, int] = {}
-    for i, revisions in enumerate(steps):
-        for revision in revisions:
-            for part in borrowed_in(model.teachers[revision.teacher].denoiser):
-                first.setdefault(part, i)
-                last[part] = i
-    asker = Asker(model, given, len(x), dtype)
-    return [
-        GuidedStep(
+    asker = Asker("teacher", len(x), dtype, model.max_batch)
+    known: dict[tuple[int, tuple[float, ...]], tuple[Term, ...]] = {}
+
+    def terms_for(revision: Revision) -> tuple[Term, ...]:
+        """What a revision asks; the same for equal ones, which may then share a call."""
+        key = revision.teacher, revision.shares
+        if key not in known:
+            teacher = model.teachers[revision.teacher]
+            known[key] = terms_of(
+                teacher.denoiser, "teacher", x, {**extra_args, **(teacher.extra_args or {})},
+                teacher.cfg_scale, at=Evaluation(revision.level, 0.0, revision.shares),
+                apart=None if teacher.maps is None else revision.teacher,
+            )  # fmt: skip
+        return known[key]
+
+    def prepared(revisions: tuple[Revision, ...]) -> GuidedStep:
+        asked = [terms_for(revision) for revision in revisions]
+        terms = tuple(term for terms in asked for term in terms)
+        return GuidedStep(
             revisions,
-            asker.questions(revisions),
-            model.combine,
-            mask,
-            arriving=tuple(part for part, step in first.items() if step == i),
-            leaving=tuple(part for part, step in last.items() if step == i),
+            terms,
+            owners=tuple(place for place, terms in enumerate(asked) for _ in terms),
+            groups=asker.groups(terms),
+            weigh=tuple(weighing([term.share for term in terms]) for terms in asked),
+            maps=tuple(model.teachers[revision.teacher].maps for revision in revisions),
+            dtype=dtype,
+            combine=model.combine,
+            mask=mask,
         )
-        if revisions
-        else None
-        for i, revisions in enumerate(steps)
-    ]
+
+    return [prepared(revisions) if revisions else None for revisions in steps]
 
 
 def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -396,87 +348,3 @@ def fit_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
             f"{tuple(x.shape)}"
         ) from None
     return mask.to(x)
-
-
-class Asker:
-    """Puts a step's revisions into as few calls as can be.
-
-    All that one network is asked is one call; so is what all members of a stack are asked, if each
-    has as many rows. Apart stay what a denoiser with its own CFG is asked (its keywords cannot be
-    joined), what needs maps to another latent space, and teachers whose keywords do not fit into
-    one batch.
-    """
-
-    def __init__(
-        self, model: Model, given: Mapping[int, Conditioning], batch: int, dtype: torch.dtype | None
-    ) -> None:
-        self.model, self.given, self.batch, self.dtype = model, given, batch, dtype
-        self.calls: dict[tuple[int, ...], Call] = {}  # by teachers, to be used by later steps too
-
-    def questions(self, revisions: Sequence[Revision]) -> tuple[Question, ...]:
-        """The calls of a step."""
-        asked: list[Question] = []
-        for places in grouped(range(len(revisions)), lambda p: self.network(p, revisions[p])):
-            for together in self.together(places, revisions):
-                try:
-                    asked.append(self.question(together, revisions))
-                except Unlike:
-                    apart = grouped(together, lambda p: revisions[p].teacher)
-                    asked += [self.question(places, revisions) for places in apart]
-        return tuple(asked)
-
-    def network(self, place: int, revision: Revision) -> tuple[str, int]:
-        """Equal for revisions that one network can hear together."""
-        denoiser = self.denoiser(revision)
-        if isinstance(denoiser, OwnCFG):
-            return ("own CFG", place)
-        if self.model.teachers[revision.teacher].maps is not None:
-            return ("maps", revision.teacher)
-        return ("network", id(denoiser.stack if isinstance(denoiser, Stacked) else denoiser))
-
-    def together(self, places: Sequence[int], revisions: Sequence[Revision]) -> list[list[int]]:
-        """One network's revisions as they are called: a stack as a whole, or member by member."""
-        stack = getattr(self.denoiser(revisions[places[0]]), "stack", None)
-        if stack is None:
-            return [list(places)]
-        members = grouped(places, lambda p: self.denoiser(revisions[p]).index)
-        members.sort(key=lambda member: self.denoiser(revisions[member[0]]).index)
-        rows = [
-            sum(self.batch * len(self.given[revisions[p].teacher].parts) for p in member)
-            for member in members
-        ]
-        fits = self.model.max_batch is None or sum(rows) <= self.model.max_batch
-        if fits and rows == [rows[0]] * len(stack):
-            return [[place for member in members for place in member]]
-        return members
-
-    def question(self, places: Sequence[int], revisions: Sequence[Revision]) -> Question:
-        """These revisions as one call; `Unlike` where their keywords do not fit into one batch."""
-        chosen = tuple(revisions[place] for place in places)
-        given = tuple(self.given[revision.teacher] for revision in chosen)
-        teachers = tuple(revision.teacher for revision in chosen)
-        if teachers not in self.calls:
-            parts = [part for one in given for part in one.parts]
-            self.calls[teachers] = Call(
-                self.answering(chosen), "teacher", parts, self.batch,
-                dtype=self.dtype, max_batch=self.model.max_batch,
-            )  # fmt: skip
-        maps = self.model.teachers[teachers[0]].maps
-        return Question(tuple(places), chosen, given, self.calls[teachers], maps)
-
-    def answering(self, revisions: Sequence[Revision]) -> Any:
-        """The network that answers all of these in one call."""
-        first = self.denoiser(revisions[0])
-        alone = all(self.denoiser(revision) is first for revision in revisions)
-        return first if alone else first.stack
-
-    def denoiser(self, revision: Revision) -> Any:
-        return self.model.teachers[revision.teacher].denoiser
-
-
-def grouped(items: Iterable[int], key: Callable[[int], Any]) -> list[list[int]]:
-    """The items by their key, in the order in which the keys occur."""
-    groups: dict[Any, list[int]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())

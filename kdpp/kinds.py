@@ -8,14 +8,15 @@ from __future__ import annotations
 import copy
 import inspect
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 __all__ = [
     "Denoiser",
+    "Leaf",
     "OwnCFG",
     "Transparent",
     "check_denoiser",
@@ -24,6 +25,8 @@ __all__ = [
     "holds_samples",
     "inside",
     "is_flow",
+    "leaves_of",
+    "takes_sigma_next",
     "trained_range",
 ]
 
@@ -140,6 +143,31 @@ def holds_samples(model: Any) -> bool:
     return any(getattr(part, "holds_samples", False) is True for part in inside(model))
 
 
+def takes_sigma_next(model: Any) -> bool:
+    """Whether the denoiser, or one inside it, asks for the level that the update goes to.
+
+    Such a one has the attribute ``takes_sigma_next`` and is called with the keyword ``sigma_next``,
+    of shape ``(batch,)``, where that level is known: a flow map.
+    """
+    return any(getattr(part, "takes_sigma_next", False) is True for part in inside(model))
+
+
+class Leaf(NamedTuple):
+    """A network in a weighted sum, with conditions of its own; see `kdpp.WeightedSum`."""
+
+    denoiser: Denoiser
+    cfg_scale: float | None
+    """None: what the sum is asked with."""
+    extra_args: Mapping[str, Any]
+    """Entries that take the place of those that the sum is asked with."""
+
+
+def leaves_of(model: Any) -> tuple[Leaf, ...] | None:
+    """The networks that a weighted sum weighs; None for any other denoiser."""
+    leaves: tuple[Leaf, ...] | None = getattr(model, "weighted_leaves", None)
+    return leaves
+
+
 def check_denoiser(model: Any, name: str) -> None:
     """TypeError unless ``model`` is a denoiser that kdpp's CFG can call, or marked by `OwnCFG`."""
     if not callable(model):
@@ -182,11 +210,17 @@ def check_scale_is_taken(model: Any, name: str) -> None:
 def check_inner(denoiser: Denoiser, owner: str) -> Denoiser:
     """The denoiser; TypeError unless a wrapper, ``owner``, can be put around it.
 
-    `OwnCFG` is refused: only the outermost wrapper is asked whether it does its own CFG.
+    `OwnCFG` is refused: only the outermost wrapper is asked whether it does its own CFG. So is a
+    weighted sum, which is asked for its networks.
     """
     if not callable(denoiser):
         raise TypeError(f"{owner} takes a denoiser, (x, sigma, **extra_args), not {denoiser!r}")
     refuse_network(denoiser, f"the denoiser given to {owner}")
+    if leaves_of(denoiser) is not None:
+        raise TypeError(
+            f"{owner} was given a kdpp.WeightedSum; wrap the denoisers that it is made of, so that "
+            "each is asked with conditions and weights of its own"
+        )
     if isinstance(denoiser, OwnCFG):
         raise TypeError(
             f"{owner} was given a {type(denoiser).__name__}, which does its own CFG. Only the "

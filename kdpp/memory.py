@@ -8,7 +8,7 @@ second model that takes up device memory in the guided steps only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from kdpp.kinds import (
     trained_range,
 )
 
-__all__ = ["Borrowed", "borrowed_in", "is_moved", "swapped", "without_adapters"]
+__all__ = ["Borrowed", "Loans", "borrowed_in", "is_moved", "swapped", "without_adapters"]
 
 
 def without_adapters(denoiser: nn.Module, names: Collection[str] | None = None) -> nn.Module:
@@ -315,6 +315,37 @@ class Borrowed(Transparent):
 def borrowed_in(denoiser: Any) -> list[Borrowed]:
     """Every `Borrowed` inside a denoiser, itself included: what a run fetches and releases."""
     return [module for module in _modules(denoiser) if isinstance(module, Borrowed)]
+
+
+class Loans:
+    """What a run borrows: each `Borrowed` is here from the first step that asks it to the last.
+
+    ``networks``: those that a step asks, by its number.
+    """
+
+    def __init__(self, networks: Mapping[int, Iterable[Any]]) -> None:
+        self.first: dict[Borrowed, int] = {}
+        self.last: dict[Borrowed, int] = {}
+        inside: dict[int, list[Borrowed]] = {}  # a network has thousands of modules to look at
+        for i, asked in networks.items():
+            for network in asked:
+                if id(network) not in inside:
+                    inside[id(network)] = borrowed_in(network)
+                for part in inside[id(network)]:
+                    self.first.setdefault(part, i)
+                    self.last[part] = i
+
+    def fetch(self, step: int) -> None:
+        """To be called before the work of a step, which it may overlap."""
+        for part, i in self.first.items():
+            if i == step:
+                part.fetch()
+
+    def release(self, step: int | None = None) -> None:
+        """Let those go that are not needed after the step; None: all, also if a run broke off."""
+        for part, i in self.last.items():
+            if step is None or i == step:
+                part.release()
 
 
 def is_moved(denoiser: Any) -> bool:

@@ -4,6 +4,8 @@ A denoiser is ``(x, sigma, **extra_args) -> denoised``: x of shape ``(batch, *sh
 shape ``(batch,)``, the answer D an estimate of x0 in x's shape and dtype. sigma is the standard
 deviation of the noise, ``x = x0 + σ n`` (variance exploding, VE), unless the denoiser has
 ``flow = True``: then it is τ in [0, 1], ``x = (1-τ) x0 + τ n``. ``extra_args`` go to the network.
+One that says ``takes_sigma_next = True`` is also told the level that the update goes to, as the
+keyword ``sigma_next`` ``(batch,)``.
 
 For networks that predict ε or v take k-diffusion's own: CompVisDenoiser, CompVisVDenoiser, ….
 """
@@ -19,13 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from kdpp.checks import check_number
-from kdpp.kinds import Denoiser, OwnCFG, Transparent, check_inner, is_flow
+from kdpp.kinds import (
+    Denoiser,
+    OwnCFG,
+    Transparent,
+    check_inner,
+    is_flow,
+    takes_sigma_next,
+)
 
 __all__ = [
     "FlowDenoiser",
+    "FlowMapDenoiser",
     "GuidanceConditioned",
     "HostModel",
     "LCMDenoiser",
+    "TrigFlowDenoiser",
     "X0Denoiser",
     "as_flow",
     "as_ve",
@@ -289,17 +300,109 @@ class FlowDenoiser(nn.Module):
         return (x - _times(velocity, sigma)).to(x.dtype)
 
 
+class FlowMapDenoiser(nn.Module):
+    """A flow map: a network that is told the level it goes to, and knows the way there.
+
+    With the average velocity u from τ = t to r ≤ t on the ODE's trajectory::
+
+        x_r = x_t + (r - t) u,   u = network(x_t, time_scale · t, time_scale · r)
+        D   = x_t - t · u
+
+    so that Euler's step from t to r, ``D + (x_t - D)/t·r``, is x_r, however long the step. kdpp's
+    samplers give r as ``sigma_next``, the level that the update goes to before noise (0 for
+    `kdpp.sample_lcm_tg`); that takes a solver of first order without a memory. Called without it,
+    as in k-diffusion's samplers and on the way up, r is t, and D the estimate of an ordinary flow
+    model. As a teacher it is asked for the whole way, r = 0.
+
+    Args:
+        network: ``(x_f, time, time_next, **extra_args) -> u``, both times of shape ``(batch,)``;
+            the state is ``(1-τ) x0 + τ n`` and u points to the noise, as in MeanFlow. A shortcut
+            model s(x, t, d), whose time runs from noise to data, is
+            ``lambda x, t, r, **extra_args: -s(x, 1 - t, t - r, **extra_args)``.
+        time_scale: 1 for a network that takes τ, 1000 for one that takes 0 … 1000.
+
+    Raises:
+        TypeError: ``network`` is not callable.
+        ValueError: ``time_scale`` is not a positive number.
+
+    Source: Geng et al. 2025, "Mean Flows for One-step Generative Modeling", eq. (12); Frans et al.
+    2024, "One Step Diffusion via Shortcut Models".
+    """
+
+    flow = True
+    takes_sigma_next = True
+
+    def __init__(self, network: Denoiser, time_scale: float = 1.0) -> None:
+        super().__init__()
+        self.network = _network(network, "FlowMapDenoiser")
+        self.time_scale = _positive("time_scale", time_scale)
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, sigma_next: Tensor | None = None, **extra_args: Any
+    ) -> Tensor:
+        end = sigma if sigma_next is None else sigma_next
+        velocity = self.network(x, self.time_scale * sigma, self.time_scale * end, **extra_args)
+        return (x - _times(velocity, sigma)).to(x.dtype)
+
+
+class TrigFlowDenoiser(nn.Module):
+    """A TrigFlow network (sCM, rCM): its state is ``cos(t) x0 + sin(t) z``, z of deviation σ_d.
+
+    σ_d is the data's standard deviation. In VE form, ``σ = σ_d tan(t)`` and ``x = x_t / cos(t)``::
+
+        D = cos(t) x_t - sin(t) σ_d F(x_t / σ_d, t),   t = arctan(σ / σ_d)
+
+    At t = 0 that is the image. A consistency model and a diffusion model have this form alike.
+
+    Not for SANA-Sprint: its transformer takes a flow model's state and time and answers its
+    velocity, and the paper's transformation of both to TrigFlow is undone by going back. It is a
+    `FlowDenoiser`, over latents that its pipeline multiplies by σ_d before and divides by after.
+
+    Args:
+        network: ``(x_t / σ_d, time, **extra_args) -> F``, time of shape ``(batch,)``.
+        sigma_data: σ_d, as the network was trained with.
+        time_scale: what t in [0, π/2] is multiplied by for the network (c_noise).
+
+    Raises:
+        TypeError: ``network`` is not callable.
+        ValueError: ``sigma_data`` or ``time_scale`` is not a positive number.
+
+    Source: Lu & Song 2024, "Simplifying, Stabilizing and Scaling Continuous-time Consistency
+    Models", section 3.1 and eq. (4); Chen et al. 2025, "SANA-Sprint", section 3.1.
+    """
+
+    def __init__(self, network: Denoiser, sigma_data: float = 0.5, time_scale: float = 1.0) -> None:
+        super().__init__()
+        self.network = _network(network, "TrigFlowDenoiser")
+        self.sigma_data = _positive("sigma_data", sigma_data)
+        self.time_scale = _positive("time_scale", time_scale)
+
+    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+        level = _precise(sigma)
+        t = torch.atan(level / self.sigma_data)
+        cos, sin = torch.cos(t), torch.sin(t)
+        time = (self.time_scale * t).to(sigma.dtype)
+        answer = self.network(_times(x, cos / self.sigma_data), time, **extra_args)
+        return (_times(x, cos.square()) - _times(answer, sin * self.sigma_data)).to(x.dtype)
+
+
 class _FlowAsVE(nn.Module):
     """See `as_ve`."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
+        self.takes_sigma_next = takes_sigma_next(denoiser)
 
-    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, sigma_next: Tensor | None = None, **extra_args: Any
+    ) -> Tensor:
         level = _precise(sigma)
         alpha = 1.0 / (1.0 + level)
         tau = (level * alpha).to(sigma.dtype)
+        if sigma_next is not None:
+            end = _precise(sigma_next)
+            extra_args["sigma_next"] = (end / (1.0 + end)).to(sigma.dtype)
         return self.denoiser(_times(x, alpha), tau, **extra_args).to(x.dtype)
 
 
@@ -312,11 +415,17 @@ class _VEAsFlow(nn.Module):
         super().__init__()
         self.denoiser = denoiser
         self.highest = sigma_max
+        self.takes_sigma_next = takes_sigma_next(denoiser)
 
-    def forward(self, x: Tensor, sigma: Tensor, **extra_args: Any) -> Tensor:
-        tau = _precise(sigma)
-        alpha = torch.maximum(1.0 - tau, tau / self._top(x))
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, sigma_next: Tensor | None = None, **extra_args: Any
+    ) -> Tensor:
+        tau, top = _precise(sigma), self._top(x)
+        alpha = torch.maximum(1.0 - tau, tau / top)
         level = (tau / alpha).to(sigma.dtype)
+        if sigma_next is not None:
+            end = _precise(sigma_next)
+            extra_args["sigma_next"] = (end / torch.maximum(1.0 - end, end / top)).to(sigma.dtype)
         return self.denoiser(_times(x, 1.0 / alpha), level, **extra_args).to(x.dtype)
 
     def _top(self, x: Tensor) -> Any:

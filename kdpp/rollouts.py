@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
+from kdpp.algebra import evaluation_at
+from kdpp.asking import Denoise, bind_all
 from kdpp.checks import (
     check_count,
     check_flow_levels,
@@ -25,12 +27,13 @@ from kdpp.checks import (
     check_start,
     read_levels,
 )
-from kdpp.denoisers import Denoise, bind, pick_rows
+from kdpp.denoisers import pick_rows
 from kdpp.driver import Callback, report
 from kdpp.guidance import TeacherGuidedDenoiser, space_of
 from kdpp.kinds import Denoiser, check_denoiser, holds_samples, trained_range
 from kdpp.noise import private_generator
-from kdpp.plan import FLOW, level_ratio
+from kdpp.plan import FLOW
+from kdpp.update import ddim
 
 __all__ = ["Rollout", "encode", "mixed_rollout"]
 
@@ -80,11 +83,12 @@ def encode(
     levels, sigmas = check_rising(sigmas)
     check_levels(x, levels, model)
     model = model.student if isinstance(model, TeacherGuidedDenoiser) else model
-    denoise = bind(model, "model", x, {} if extra_args is None else extra_args)
+    given = {} if extra_args is None else extra_args
+    denoise = along(model, "model", levels, x, given)
     sigma_at = sigmas.unbind()
     for i in trange(max(0, len(levels) - 1), disable=disable):
         start = x
-        x, denoised = step(denoise, start, levels[i], levels[i + 1])
+        x, denoised = step(denoise[i], start, levels[i], levels[i + 1])
         if callback:
             callback(report(start, i, sigma_at[i], denoised))
     return x
@@ -203,18 +207,20 @@ def mixed_rollout(
 class Leg(NamedTuple):
     """One network's part of a transition, over ``levels``, for some samples (None: for all)."""
 
-    denoise: Denoise
+    denoise: Sequence[Denoise]
+    """For each step between the levels."""
     levels: Sequence[float]
     samples: Tensor | None
 
     def walk(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Its samples of x at the end of the transition, and their first estimate of x0."""
-        first, *others = pairwise(self.levels)
-        x, estimate = step(self.denoise, x if self.samples is None else x[self.samples], *first)
+        first, *others = zip(self.denoise, self.levels, self.levels[1:])
+        x = x if self.samples is None else x[self.samples]
+        x, estimate = step(first[0], x, *first[1:])
         if others:  # a network may use its output buffer again
             estimate = estimate.clone()
-        for pair in others:
-            x, _ = step(self.denoise, x, *pair)
+        for denoise, *pair in others:
+            x, _ = step(denoise, x, *pair)
         return x, estimate
 
     def put(self, values: Tensor, x: Tensor) -> Tensor:
@@ -235,7 +241,7 @@ class Player(NamedTuple):
     ) -> Leg:
         """Its part of the transition, for the samples ``chosen`` (bool, on the CPU)."""
         levels = between(*pair, self.substeps)
-        denoise = bind(self.model, self.name, x, extra_args, self.cfg_scale)
+        denoise = along(self.model, self.name, levels, x, extra_args, self.cfg_scale)
         if chosen.all():
             return Leg(denoise, levels, None)
         rows = chosen.nonzero()[:, 0]
@@ -243,7 +249,7 @@ class Player(NamedTuple):
         samples = rows.to(x.device)
         if holds_samples(self.model):
             own_args["sample_rows"] = samples
-        denoise = bind(self.model, self.name, x[samples], own_args, self.cfg_scale)
+        denoise = along(self.model, self.name, levels, x[samples], own_args, self.cfg_scale)
         return Leg(denoise, levels, samples)
 
 
@@ -265,10 +271,19 @@ def prepare_legs(
     ]
 
 
+def along(
+    model: Denoiser, name: str, levels: Sequence[float], x: Tensor, extra_args: Mapping[str, Any],
+    cfg_scale: float | None = None,
+) -> list[Denoise]:  # fmt: skip
+    """The denoiser for each of the steps between the levels, its conditions fixed."""
+    evaluations = [evaluation_at(model, *pair) for pair in pairwise(levels)]
+    return bind_all(model, name, x, extra_args, evaluations, cfg_scale)
+
+
 def step(denoise: Denoise, x: Tensor, sigma: float, sigma_next: float) -> tuple[Tensor, Tensor]:
     """DDIM's step ``D + (x - D)/σ·σ'``, up or down, and D."""
     denoised, _ = denoise(x, x.new_full(x.shape[:1], sigma))
-    return torch.lerp(denoised, x, level_ratio(sigma, sigma_next)), denoised
+    return ddim(denoised, x, sigma, sigma_next), denoised
 
 
 def between(sigma: float, sigma_next: float, steps: int) -> list[float]:

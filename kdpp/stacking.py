@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kdpp.denoisers import map_rows
-from kdpp.kinds import OwnCFG, is_flow, trained_range
+from kdpp.kinds import OwnCFG, is_flow, leaves_of, trained_range
 from kdpp.memory import borrowed_in
 
 __all__ = ["Stack", "Stacked", "stack_teachers"]
@@ -102,8 +102,8 @@ def stack_teachers(*denoisers: nn.Module) -> tuple[Stacked, ...]:
     The weights are copied into the stack; drop the originals to hold them once.
 
     Raises:
-        TypeError: a denoiser is not an ``nn.Module``, is a `kdpp.Borrowed` or marked by
-            `kdpp.OwnCFG`, or they are not all of one class.
+        TypeError: a denoiser is not an ``nn.Module``, is a `kdpp.Borrowed`, a `kdpp.WeightedSum` or
+            marked by `kdpp.OwnCFG`, or they are not all of one class.
         ValueError: fewer than two, or they differ in more than weights: in the class of a
             submodule, in an attribute, or in a weight's name, shape, dtype or device. The message
             says where.
@@ -121,6 +121,8 @@ def stack_teachers(*denoisers: nn.Module) -> tuple[Stacked, ...]:
                 "stack_teachers was given a kdpp.Borrowed, which holds no weights; stack the "
                 "denoisers that are borrowed"
             )
+        if leaves_of(one) is not None:
+            raise TypeError("stack_teachers was given a kdpp.WeightedSum; stack its networks")
         if isinstance(one, OwnCFG):
             raise TypeError(
                 f"stack_teachers was given a {type(one).__name__}, which does its own CFG; a "

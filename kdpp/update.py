@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from kdpp.plan import VE, Row, Space
+from kdpp.plan import VE, Row, Space, level_ratio
 
-__all__ = ["Update"]
+__all__ = ["Update", "ddim", "folded"]
 
 # The places of a row's tensors are (group, index); the groups:
 STATE, TEACHERS, DIRECTIONS, PAST, GUIDED = range(5)
@@ -39,12 +39,10 @@ class Update(NamedTuple):
         cfg_pp: bool,
         scales: Sequence[float] = (),
     ) -> Update:
-        """The weights of a row from x at ``sigma`` to a state at ``reached``, folded into lerps.
+        """The weights of a row from x at ``sigma`` to a state at ``reached``, `folded` into lerps.
 
-        ``Σ w_j p_j = W lerp(… lerp(p_0, p_1, w_1/(w_0+w_1)) …, p_n, w_n/W)``, the largest weight
-        first, so that no partial sum vanishes. ``scales`` are the teachers' λ: the row's weight of
-        x̂_new is shared out to its terms, ``x̂_new = (1 - Σλ_j) x̂ + Σ λ_j x̂_ψj``, which saves the
-        kernel that would make it.
+        ``scales`` are the teachers' λ: the row's weight of x̂_new is shared out to its terms,
+        ``x̂_new = (1 - Σλ_j) x̂ + Σ λ_j x̂_ψj``, which saves the kernel that would make it.
         """
         alpha = space.alpha(reached)
         weights = {
@@ -59,14 +57,9 @@ class Update(NamedTuple):
             weights[place] = weights.get(place, 0.0) + alpha * weight
         newest = (GUIDED if cfg_pp else DIRECTIONS, 0)  # which is the estimate itself
         weights[DENOISED] += weights.pop(newest, 0.0)
-        terms = sorted(((w, place) for place, w in weights.items() if w), reverse=True)
-        total = 0.0
-        folded = []
-        for weight, place in terms:
-            total += weight
-            folded.append((place, weight / total))
+        first, lerps, total = folded(weights)
         factor = 1.0 if space is VE else total
-        return cls(folded[0][0], tuple(folded[1:]), factor, row.noise and alpha * row.noise)
+        return cls(first, lerps, factor, row.noise and alpha * row.noise)
 
     def __call__(self, groups: Sequence[Sequence[Any]], noise: Tensor | None) -> Tensor:
         (group, index), lerps, factor, scale = self
@@ -81,6 +74,31 @@ class Update(NamedTuple):
         # A network may use its output buffer again: never hand out that very tensor.
         fresh = lerps or factor != 1.0 or (group, index) == X
         return result if fresh else result.clone()
+
+
+Place = TypeVar("Place", int, tuple[int, int])
+
+
+def folded(
+    weights: Mapping[Place, float],
+) -> tuple[Place, tuple[tuple[Place, float], ...], float]:
+    """A weighted sum as interpolations: its first tensor, the others with their lerps' weights, W.
+
+    ``Σ w_j p_j = W lerp(… lerp(p_0, p_1, w_1/(w_0+w_1)) …, p_n, w_n/W)``, the largest weight first,
+    so that no partial sum vanishes. Weights of 0 are left out.
+    """
+    terms = sorted(((w, place) for place, w in weights.items() if w), reverse=True)
+    total = 0.0
+    lerps = []
+    for weight, place in terms:
+        total += weight
+        lerps.append((place, weight / total))
+    return lerps[0][0], tuple(lerps[1:]), total
+
+
+def ddim(denoised: Tensor, x: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """DDIM's step ``D + (x - D)/σ·σ'``, up or down; of a flow model with τ for σ."""
+    return torch.lerp(denoised, x, level_ratio(sigma, sigma_next))
 
 
 def state_weight(target: float, sigma: float, reached: float, space: Space) -> float:

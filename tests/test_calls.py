@@ -11,7 +11,8 @@ from torch import nn
 import kdpp
 import problems
 from kdpp import Teacher
-from kdpp.denoisers import Rows, bind
+from kdpp.asking import bind
+from kdpp.denoisers import Rows
 from problems import Counted, Problem, karras, mixture, run, seeded
 
 SOLVERS = problems.on_schedules(kdpp.SOLVERS)

@@ -603,15 +603,14 @@ def test_the_forms_are_those_of_the_page():
         for flow, cell in enumerate(cells):
             if not cell.startswith("`"):
                 continue
+            if name == "dpm_adaptive":  # no levels of its own, and no solver of kdpp's
+                continue
             form = form_of(name, sigmas, comfy.CONST(), bool(flow), True)
-            told = {"order": 3} if "order=3" in cell else {}
             fixed = {k: v for k, v in form.options.items() if k not in ("s_tmin", "s_tmax")}
             said = re.match(r"`(\w+)(?:\((.*)\))?`", cell)
             expected = dict(part.split("=") for part in (said[2] or "").split(", ") if part)
-            expected = {k: int(v) if k == "order" else v for k, v in expected.items()}
-            if "variant" not in expected and form.solver.name == "unipc":
-                fixed.pop("variant", None)
-            assert form.solver.name == said[1] and fixed == expected | told, name
+            expected = {k: float(v) if v.isdigit() else v for k, v in expected.items()}
+            assert form.solver.name == said[1] and fixed == expected, name
             stars = cell.replace("\\", "").split("` ")[-1].split()
             assert (form.sigmas[0] < 1.0) == (bool(flow) and "*" in stars), name
             assert (form.sigmas[-1] > 0.0) == ("unipc" in cell)

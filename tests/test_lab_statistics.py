@@ -162,9 +162,7 @@ def test_features_of_another_width_are_refused(split, tmp_path):
     narrow = {name: rows[:, :32].contiguous() if rows.ndim == 2 else rows
               for name, rows in load_file(path).items()}  # fmt: skip
     save_file(narrow, path, meta)
-    space = load_features(
-        "pixels", torch.zeros(1, 1, 8, 8), 10
-    )
+    space = load_features("pixels", torch.zeros(1, 1, 8, 8), 10)
     with pytest.raises(ValueError, match=r"shape \[600, 32\]; those of pixels are 64 wide"):
         statistics.read(path, space)
 

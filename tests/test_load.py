@@ -223,6 +223,13 @@ def test_generate_draws_from_single_files(original, tmp_path, monkeypatch, capsy
 # CLIP's tokenizer and the table -------------------------------------------------------------------
 
 
+def test_evaluate_leaves_pipelines_to_compare(original, tmp_path, capsys):
+    for words in ((str(original[1]),), ("digits:student", "--teacher", str(original[1]))):
+        assert main(["evaluate", *words, "--out", str(tmp_path / "out")]) == 1
+        assert "model.safetensors draws prompts" in (said := capsys.readouterr().err)
+        assert "kdpp compare SPEC.toml measures yours" in said and not (tmp_path / "out").exists()
+
+
 def test_the_tokens_are_clips(tokenizers):
     """Those of the package that the vocabulary comes from, and the published ones."""
     first = tokenizers[0]

@@ -320,10 +320,11 @@ def test_plus_plus_at_scale_0_is_the_plain_solver_without_a_condition(solver):
 
 
 @pytest.mark.parametrize("s_tmin", [0.0, 0.4])
-def test_sa_solver_draws_noise_between_two_levels(s_tmin):
+@pytest.mark.parametrize("name", ["sa_solver", "sa_solver_pece"])
+def test_sa_solver_draws_noise_between_two_levels(name, s_tmin):
     """A step that corrects one with noise may draw none itself, and the reverse."""
     problem, sigmas = Problem(), karras(8)
     x, options = problem.start(sigmas), {"s_tmin": s_tmin, "s_tmax": 3.0, "eta": 0.8}
-    solver, guidance = kdpp.SOLVERS["sa_solver"], {"teacher_scale": 0.3, "teacher_steps": 3}
+    solver, guidance = kdpp.SOLVERS[name], {"teacher_scale": 0.3, "teacher_steps": 3}
     expected = references.expected(solver, problem, x, sigmas, guidance, **options)
     assert relative(problem.sample(solver, x, sigmas, guidance, **options), expected) <= 1e-11

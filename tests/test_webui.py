@@ -397,6 +397,30 @@ def test_a_teacher_that_is_no_safetensors_file(host, script):
         webui.Processing(host, prompts=["a cat"]).draw(script, ON)
 
 
+def test_a_lora_that_is_no_safetensors_file(host, script):
+    host.loras.available_network_aliases["fast"].filename = str(host.folder / "fast.pt")
+    (host.folder / "fast.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="LoRA 'fast' is not a safetensors file"):
+        webui.Processing(host).draw(script, ON._replace(teacher_lora="<lora:fast:1>"))
+
+
+def test_without_the_hosts_lora_extension(host, script, monkeypatch):
+    """A teacher without LoRAs is all that there is."""
+    monkeypatch.delitem(sys.modules, "networks")
+    picture(host, script, prompts=["a cat"])
+    with pytest.raises(ValueError, match="need the host's extension Lora, which is off"):
+        webui.Processing(host).draw(script, ON._replace(teacher_lora="<lora:fast:1>"))
+
+
+@pytest.mark.parametrize("sampler", ["Euler", "KDPP er_sde"])
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_flow_model_as_the_student(host, script, sampler, scale):
+    """The host runs the formulas of σ on its τ."""
+    host.active().is_sd3 = True
+    with pytest.raises(ValueError, match="in A1111 SD3 has no guided form"):
+        webui.Processing(host, sampler).draw(script, ON._replace(teacher=SAME, teacher_scale=scale))
+
+
 def test_cfg_pp_needs_the_negative_estimate(host, script):
     """The host leaves it out by two of its settings."""
     host.opts.skip_early_cond = 0.2

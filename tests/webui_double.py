@@ -420,6 +420,18 @@ class Host:
         return found
 
 
+def checkpoint_file(folder, name, context):
+    """A file with a header as Stable Diffusion's, as hosts list it."""
+    file = folder / name
+    keys = {"input_blocks.0.0.weight": 1, "output_blocks.0.0.in_layers.0.weight": 1,
+            "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": context}  # fmt: skip
+    save_file(
+        {f"model.diffusion_model.{key}": torch.zeros(1, width) for key, width in keys.items()},
+        file,
+    )
+    return SimpleNamespace(name=name, filename=str(file), is_safetensors=True)
+
+
 class A1111(Host):
     """One active model; loading another throws it away, unless the host has forgotten it."""
 
@@ -444,14 +456,7 @@ class A1111(Host):
 
         ``context`` is the width of its text: 768 for SD 1, 2048 for SDXL.
         """
-        file = self.folder / name
-        keys = {"input_blocks.0.0.weight": 1, "output_blocks.0.0.in_layers.0.weight": 1,
-                "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": context}  # fmt: skip
-        save_file(
-            {f"model.diffusion_model.{key}": torch.zeros(1, width) for key, width in keys.items()},
-            file,
-        )
-        info = SimpleNamespace(name=name, filename=str(file), is_safetensors=True)
+        info = checkpoint_file(self.folder, name, context)
         self.checkpoints[name] = info, shift, facts
         if self.active() is None:
             self.load_model(info)

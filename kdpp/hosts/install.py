@@ -62,7 +62,7 @@ HOSTS = {
         then="start ComfyUI again; example workflows are under Browse Templates, kdpp",
     ),
     "webui": Host(
-        title="web UI (A1111, Forge, reForge, Forge Neo)",
+        title="web UI (A1111, Forge, Forge Neo)",
         extensions="extensions",
         # Its checkout; or the folder of its models and settings (--data-dir).
         signs=(("webui.py", "modules/sd_samplers.py"), ("models/Stable-diffusion", "config.json")),

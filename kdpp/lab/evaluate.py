@@ -105,9 +105,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def spec_of(arguments: argparse.Namespace) -> Spec:
     """The arguments as a spec; ValueError for what it cannot be."""
+    from kdpp.checkpoints.load import is_pipeline
     from kdpp.lab.models import load_model
     from kdpp.lab.spec import Combination, Spec, check_spec
 
+    for name in (arguments.model, arguments.teacher):
+        if name is not None and is_pipeline(name):
+            raise ValueError(
+                f"{name} draws prompts, and kdpp evaluate measures models of the lab; kdpp compare "
+                "SPEC.toml measures yours, with prompts from a file and metrics that you name"
+            )
     given = {
         name: read_value(Combination, name, text)
         for name in (*SAMPLING, *HELP)

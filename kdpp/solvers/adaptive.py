@@ -17,11 +17,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from kdpp.asking import asks_where, bind
 from kdpp.checks import check_latent, check_start
-from kdpp.denoisers import bind, counted
-from kdpp.driver import Callback, ExtraArgs, Noise, check_kind, check_model, state_of
+from kdpp.denoisers import counted
+from kdpp.driver import (
+    Callback,
+    ExtraArgs,
+    Noise,
+    check_kind,
+    check_model,
+    networks_asked,
+    state_of,
+)
 from kdpp.guidance import NoiseRange, Teacher, TeacherGuidedDenoiser
 from kdpp.guided_step import Revision, plan_revisions, prepare, weights_of
+from kdpp.memory import Loans
 from kdpp.noise import NoiseSampler, host_noise, private_seed
 from kdpp.plan import VARIABLES, VE, Row, Space, Stage, Step, ancestral_split, euler_row, from_tau
 from kdpp.solver import ANCESTRAL, VARIABLE, Option
@@ -111,7 +121,7 @@ class Adaptive:
         self.student = bind(
             model.student, "student", x, extra_args, dtype=dtype, max_batch=model.max_batch
         )
-        self.previous = x  # the last step's solution of the lower order
+        self.previous = self.rough = x  # solutions of the lower order: the last step's, this one's
         self.first: Tensor | None = None  # the estimate at x, once it is made
         self.taken: list[Step] = []
         self.evaluations = 0
@@ -170,12 +180,13 @@ class Adaptive:
         (guided,) = prepare(self.model, [revisions], x, self.extra_args, self.dtype)
         if guided is not None:
             self.noise.sigma_at = (x.new_tensor(self.space.level(step.sigma)),)
+            borrowed = Loans({0: networks_asked(self.model, revisions)})
             try:
-                guided.fetch()
+                borrowed.fetch(0)
                 newest = estimates[0]
                 revised = guided.revise(point, newest, newest, 0, self.noise.renoise)
             finally:
-                guided.release()
+                borrowed.release()
             heard, report = revised.heard, guided.report(newest, revised)
         weights = weights_of(revisions, self.model.combine is not None)
         update = self.update(step, step.stages[-1].row, step.sigma_next, weights)
@@ -237,7 +248,7 @@ def sample_dpm_adaptive_tg(
         "s_noise": s_noise, "variable": variable,
     }  # fmt: skip
     settings: dict[str, Any] = {name: OPTIONS[name].read(name, one) for name, one in given.items()}
-    model = check_teachers(check_model(model))
+    model = check_fits(check_model(model))
     check_latent(x)
     space, rule = model.space, VARIABLES[settings["variable"]]
     levels = check_ends(sigma_min, sigma_max)
@@ -298,8 +309,19 @@ def check_ends(sigma_min: Any, sigma_max: Any) -> list[float]:
     return [high, low]
 
 
-def check_teachers(model: TeacherGuidedDenoiser) -> TeacherGuidedDenoiser:
-    """The model; ValueError for settings that need the number of steps."""
+def check_fits(model: TeacherGuidedDenoiser) -> TeacherGuidedDenoiser:
+    """The model; ValueError for settings that need the steps beforehand."""
+    needs = {
+        "reflection": model.reflection is not None,
+        "a student that takes sigma_next": asks_where(model.student),
+        "a WeightedSum whose weights change": not getattr(model.student, "constant", True),
+    }
+    for what, there in needs.items():
+        if there:
+            raise ValueError(
+                f"{what} needs the steps beforehand, and this solver chooses them while it runs; "
+                "take one with a schedule, such as sample_dpmpp_2m_tg"
+            )
     for one in model.teachers:
         if isinstance(one.scale, Sequence):
             raise ValueError(

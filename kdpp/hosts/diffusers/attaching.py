@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import kdpp.solvers  # noqa: F401 (enters kdpp's own by their names)
+from kdpp.asking import bind
 from kdpp.checkpoints.networks import estimator, levels_of
 from kdpp.checkpoints.pipelines import denoiser_of, encode, network_of, teacher_of
-from kdpp.denoisers import bind, map_tensors
+from kdpp.denoisers import map_tensors
 from kdpp.driver import Listener, Noise, Walk, plan_run
 from kdpp.guidance import TeacherGuidedDenoiser
 from kdpp.hosts.diffusers.asked import MASK, Recorder, halves, layout_of, with_negative

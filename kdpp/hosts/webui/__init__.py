@@ -1,4 +1,4 @@
-"""An extension for the web UIs with Gradio: A1111, Forge, reForge, Forge Neo.
+"""An extension for the web UIs with Gradio: A1111, Forge, Forge Neo.
 
 - settings: what the panel asks, how infotext writes it
 - sampling: a stock sampler's guided form, and kdpp's own samplers

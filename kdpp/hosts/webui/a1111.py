@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,15 +37,24 @@ class A1111(Common):
     cannot = (
         "ControlNet and other extensions that hook into the network act on the student, and on a "
         "teacher of another checkpoint not at all.",
+        "Without a guided form: SD3; the samplers DDIM, PLMS and UniPC (timesteps), DPM adaptive "
+        "and Restart.",
     )
 
     def __init__(self) -> None:
         super().__init__()
         self.held: Any = None
 
+    # Samplers -------------------------------------------------------------------------------------
+
+    def solver(self, p: Any) -> tuple[kdpp.Solver, Mapping[str, Any]] | None:
+        refuse_flow(p.sd_model)
+        return super().solver(p)
+
     # A run ----------------------------------------------------------------------------------------
 
     def student(self, model: Any, needs_uncond: bool) -> kdpp.HostModel:
+        refuse_flow(shared.sd_model)
         if needs_uncond and (shared.opts.skip_early_cond or model.sampler.s_min_uncond):
             raise ValueError(
                 "kdpp: CFG++ needs the negative prompt's estimate at every step; set Negative "
@@ -68,7 +77,7 @@ class A1111(Common):
             info = checkpoint(settings.teacher)
             if info is not None and info.filename != network.sd_checkpoint_info.filename:
                 check_files(network.sd_checkpoint_info.filename, info.filename)
-                network = self.load(info, p)
+                network = self.load(info)
             else:
                 self.release()
             check_pair(p.sd_model, network)
@@ -86,7 +95,7 @@ class A1111(Common):
 
         return made
 
-    def load(self, info: Any, p: Any) -> Any:
+    def load(self, info: Any) -> Any:
         """The model of a checkpoint, beside the active one; the one that is held, if it is that."""
         if self.held is None or self.held.sd_checkpoint_info.filename != info.filename:
             self.release()
@@ -104,14 +113,18 @@ class A1111(Common):
 def host_model(ask: Callable[..., Any], denoiser: Any) -> kdpp.HostModel:
     """A host's way to ask, with what its denoiser says of its levels."""
     levels = denoiser.sigmas
-    return kdpp.HostModel(
-        ask, flow=is_flow(denoiser.inner_model), sigma_min=levels[0], sigma_max=levels[-1]
-    )
+    return kdpp.HostModel(ask, flow=False, sigma_min=levels[0], sigma_max=levels[-1])
 
 
 def is_flow(network: Any) -> bool:
     """Whether levels are τ in [0, 1]."""
     return bool(getattr(network, "is_sd3", False))
+
+
+def refuse_flow(student: Any) -> None:
+    """ValueError for a student whose levels are τ: the host runs σ's formulas on them."""
+    if is_flow(student):
+        raise ValueError("kdpp: in A1111 SD3 has no guided form; take Forge or ComfyUI for it")
 
 
 # The teacher --------------------------------------------------------------------------------------

@@ -119,7 +119,11 @@ def here() -> Convention:
     return FOUND[0]
 
 
-CONVENTIONS = {"A1111": ("a1111", "A1111"), "Forge": ("forge", "Forge")}
+CONVENTIONS = {
+    "A1111": ("a1111", "A1111"),
+    "Forge": ("forge", "Forge"),
+    "Forge Neo": ("neo", "Neo"),
+}
 """Of each host the module and the class."""
 
 
@@ -128,5 +132,8 @@ def which() -> str:
     if find_spec("modules_forge") is None:
         return "A1111"
     if find_spec("backend") is not None:
-        return "Forge"
-    raise ImportError("kdpp has no convention for this web UI")
+        version = import_module("modules_forge.forge_version").version
+        return "Forge Neo" if version == "neo" else "Forge"
+    raise ImportError(
+        f"kdpp's panel does not know this web UI; it runs in {', '.join(CONVENTIONS)}"
+    )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from backend import memory_management
 from backend.loader import forge_loader
+from backend.modules.k_prediction import PredictionFlux
 from backend.patcher.base import set_model_options_post_cfg_function
 from backend.sampling.condition import Condition, compile_conditions, compile_weighted_conditions
 from backend.sampling.sampling_function import sampling_function_inner
@@ -38,6 +40,12 @@ class Forge(Common):
         "DDPM (other formulas and noise than kdpp's).",
     )
 
+    other_formulas: ClassVar[Mapping[str, str]] = {"sample_ipndm": "", "sample_ipndm_v": ""}
+    """The host's own forms of what kdpp has by that name, and kdpp's name of them, if it has them.
+
+    The host's IPNDM goes on with Adams-Bashforth to σ = 0, its IPNDM_V takes four slopes.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.held: Any = None
@@ -45,13 +53,28 @@ class Forge(Common):
     # Samplers -------------------------------------------------------------------------------------
 
     def solver(self, p: Any) -> tuple[kdpp.Solver, Mapping[str, Any]] | None:
+        name = getattr(p.sampler.func, "__name__", "")
+        if not self.is_guidable(p.sampler):
+            return None
+        predictor = p.sd_model.forge_objects.unet.model.predictor
         if is_flow(p.sd_model.forge_objects.unet):
-            found = FLOW.get(name_of(p.sampler))
-            return found and (kdpp.SOLVERS[found[0]], found[1])
-        return None if name_of(p.sampler) in OTHER_FORMULAS else super().solver(p)
+            found = self.over_tau(name, predictor)
+            return None if found is None else (kdpp.SOLVERS[found[0]], found[1])
+        if name in self.other_formulas:
+            other = kdpp.SOLVERS.get(self.other_formulas[name])
+            return None if other is None else (other, {})
+        return super().solver(p)
+
+    def over_tau(self, name: str, predictor: Any) -> tuple[str, Mapping[str, Any]] | None:
+        """The solver behind a host's sampler for a flow model, and its options."""
+        if name in RF:
+            # Other flow models get the formula for σ, which leaves their noise level.
+            return (RF[name], {}) if isinstance(predictor, PredictionFlux) else None
+        solver = name.removeprefix("sample_")
+        return (solver, OVER_TAU[solver]) if solver in OVER_TAU else None
 
     def stock(self) -> set[str]:
-        return super().stock() - OTHER_FORMULAS
+        return super().stock() - self.other_formulas.keys()
 
     # A run ----------------------------------------------------------------------------------------
 
@@ -67,16 +90,16 @@ class Forge(Common):
         return host_model(ask, unet_of(model))
 
     def teacher(self, p: Any, settings: Settings) -> Callable[[Any], Denoiser]:
-        student = p.sd_model
+        student = engine = p.sd_model
         try:
-            info = checkpoint(settings.teacher)
+            info, loras = checkpoint(settings.teacher), lora_files(settings.teacher_lora)
             if info is None or info.filename == student.sd_checkpoint_info.filename:
                 self.release()
-                engine = with_loras(student, settings.teacher_lora)
             else:
                 check_files(student.sd_checkpoint_info.filename, info.filename)
-                engine = with_loras(self.load(info), settings.teacher_lora)
+                engine = self.load(info)
             check_pair(student, engine)
+            engine = with_loras(engine, loras)
             conditions = self.conditions(p, engine, settings.teacher_negative)
         except BaseException:
             self.release()
@@ -101,7 +124,7 @@ class Forge(Common):
             classic_engine.last_extra_generation_params = told
 
     def load(self, info: Any) -> Any:
-        """The engine of a checkpoint, beside the active one; what is held, if it is that."""
+        """The engine of a checkpoint, beside the active one; that which is held, if it is it."""
         if self.held is None or self.held.filename != info.filename:
             self.release()
             modules = sd_models.model_data.forge_loading_parameters.get("additional_modules", [])
@@ -120,31 +143,21 @@ class Forge(Common):
     def release(self) -> None:
         held, self.held = self.held, None
         if held is not None:
-            for patcher in (held.forge_objects.unet, held.forge_objects.clip.patcher):
-                memory_management.unload_model_clones(patcher)
-            del held
+            unload(held.forge_objects.unet)
+            unload(held.forge_objects.clip.patcher)
             memory_management.soft_empty_cache()
 
 
-OTHER_FORMULAS = {"sample_ipndm", "sample_ipndm_v"}
-"""The host's own forms of what kdpp has by that name: Adams-Bashforth to σ = 0, four slopes."""
-TAU = {"variable": "tau"}
-FLOW: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "sample_euler": ("euler", {}),
-    "sample_euler_ancestral": ("euler_ancestral_rf", {}),
-    "sample_dpm_2_ancestral": ("dpm_2_ancestral_rf", {}),
-    "sample_heun": ("heun", TAU),
-    "sample_dpm_2": ("dpm_2", TAU),
-    "sample_dpmpp_2m": ("dpmpp_2m", TAU),
-    "sample_lms": ("lms", TAU),
-    "sample_deis": ("deis", TAU),
+RF = {
+    "sample_euler_ancestral": "euler_ancestral_rf",
+    "sample_dpm_2_ancestral": "dpm_2_ancestral_rf",
 }
-"""The solvers behind the host's samplers where levels are τ."""
-
-
-def name_of(sampler: Any) -> str:
-    """The name of the host's function in a sampler, which may be a guided one now."""
-    return getattr(sampler.func, "__name__", "")
+"""What the host's functions compute for FLUX."""
+TAU = {"variable": "tau"}
+OVER_TAU: Mapping[str, Mapping[str, Any]] = {
+    "euler": {}, "heun": TAU, "dpm_2": TAU, "dpmpp_2m": TAU, "lms": TAU, "deis": TAU,
+}  # fmt: skip
+"""Solvers whose formula over τ is the host's for any flow model."""
 
 
 def unet_of(model: Any) -> Any:
@@ -192,6 +205,14 @@ def load(unet: Any) -> None:
     memory_management.load_models_gpu([unet, *unet.extra_model_patchers_during_sampling])
 
 
+def unload(patcher: Any) -> None:
+    """Take a network out of the host's list of those in place."""
+    there = memory_management.current_loaded_models
+    for loaded in [one for one in there if patcher.is_clone(one.model)]:
+        there.remove(loaded)
+        loaded.model_unload()
+
+
 def check_pair(student: Any, teacher: Any) -> None:
     """ValueError unless the teacher can be asked where the student is."""
     formats = [type(one.model_config.latent_format).__name__ for one in (student, teacher)]
@@ -214,34 +235,36 @@ def check_pair(student: Any, teacher: Any) -> None:
         )
 
 
-def with_loras(engine: Any, text: str) -> Any:
-    """An engine's networks with these LoRAs, and none of the prompt's; nothing is moved."""
-    made = copy.copy(engine)
-    made.forge_objects = objects = engine.forge_objects_original.shallow_copy()
+def lora_files(text: str) -> list[tuple[str, float]]:
+    """Files and weights of ``<lora:name:weight>`` tags; ValueError where one is not to be had."""
     wanted = parsed(text)
     extension: Any = sys.modules.get("networks")
     if wanted and extension is None:
         raise ValueError("kdpp: the teacher's LoRAs need the host's extension Lora, which is off")
+    found = []
     for name, weight in wanted:
-        file = lora_file(extension, name)
+        if name not in extension.available_network_aliases:
+            extension.list_available_networks()
+        entry = extension.available_network_aliases.get(name)
+        if entry is None or not os.path.isfile(entry.filename):
+            raise ValueError(f"kdpp: there is no LoRA {name!r} for the teacher")
+        if not entry.filename.endswith(".safetensors"):
+            raise ValueError(f"kdpp: the teacher's LoRA {name!r} is not a safetensors file")
+        found.append((entry.filename, weight))
+    return found
+
+
+def with_loras(engine: Any, loras: Sequence[tuple[str, float]]) -> Any:
+    """An engine's networks with these LoRAs, and none of the prompt's; nothing is moved."""
+    made = copy.copy(engine)
+    made.forge_objects = objects = engine.forge_objects_original.shallow_copy()
+    extension: Any = sys.modules.get("networks")
+    for file, weight in loras:
         objects.unet, objects.clip = extension.load_lora_for_models(
             objects.unet, objects.clip, extension.load_lora_state_dict(file), weight, weight,
             filename=file,
         )  # fmt: skip
     return made
-
-
-def lora_file(extension: Any, name: str) -> str:
-    """A LoRA's file; ValueError where there is none."""
-    if name not in extension.available_network_aliases:
-        extension.list_available_networks()
-    found = extension.available_network_aliases.get(name)
-    if found is None:
-        raise ValueError(f"kdpp: there is no LoRA {name!r} for the teacher")
-    file: str = found.filename
-    if not file.endswith(".safetensors"):
-        raise ValueError(f"kdpp: the teacher's LoRA {name!r} is not a safetensors file")
-    return file
 
 
 def conditions_with_clip_skip(p: Any, engine: Any, negative: str) -> tuple[Any, Any]:
