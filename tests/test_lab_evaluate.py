@@ -152,7 +152,7 @@ def test_the_table_and_the_files(finished, again, capsys):
     assert float(rows[1]["fd"]) == fd["mean"]
     assert float(rows[1]["teacher_scale"]) == 0.5 and not rows[0]["fd_change"]
     assert (finished / "grid.png").read_bytes().startswith(b"\x89PNG")
-    assert found["data"]["accuracy"] > 0.99 and found["settings"]["seeds"] == [0, 1]
+    assert found["data"]["accuracy"] > 0.98 and found["settings"]["seeds"] == [0, 1]
     wrote = [line.split("/")[-1] for line in said.splitlines() if line.startswith("wrote")]
     assert wrote == ["results.json", "results.csv", "grid.png"]
 

@@ -13,7 +13,8 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 import itertools
 
 import kdpp
-from kdpp.lab import bench, search
+from kdpp.cli import main
+from kdpp.lab import bench, search, study
 from kdpp.lab.compare import compare
 from kdpp.lab.models import load_model, save_model
 from kdpp.lab.sampling import Recipe, draw, image_seeds
@@ -258,3 +259,53 @@ def test_evaluations_are_counted_before_the_work():
 
         guided = replace(cell, guide="teacher", guidance=Guidance(**guidance))
         assert evaluations_of(guided, student) == made.evaluations
+
+
+# Which solver? ------------------------------------------------------------------------------------
+
+
+def test_which_solver(tmp_path, monkeypatch, capsys):
+    """One command: every solver on every schedule, with no more calls than asked for; the answer
+    names the lowest FD, and the plot is there."""
+    pytest.importorskip("matplotlib")
+    names = ["euler", "unipc", "heun", "euler_ancestral"]
+    monkeypatch.setattr(study, "studied", lambda: names)
+    monkeypatch.setattr(study, "EVALUATIONS", (3, 5))
+    monkeypatch.setattr(study, "SCHEDULES", (None, "karras"))
+    words = ["--solvers", "digits:student", "--cond-scale", "1", "--images", "60", "--seeds", "2"]
+    assert main(["compare", *words, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    kinds = {(c["sampler"], c["schedule"], c["steps"]) for c in found["cells"]}
+    steps = {"euler": (3, 5), "unipc": (3, 5), "heun": (2, 3), "euler_ancestral": (3, 5)}
+    assert kinds == {(n, s, k) for n in names for s in ("", "karras") for k in steps[n]}
+    assert all(c["costs"]["evaluations"] in (3, 5) for c in found["cells"])
+    said = capsys.readouterr().out
+    for count in (3, 5):
+        cells = [c for c in found["cells"] if c["costs"]["evaluations"] == count]
+        first = min(cells, key=lambda c: c["metrics"]["fd"]["mean"])
+        levels = first["schedule"] or "own levels"
+        mean = first["metrics"]["fd"]["mean"]
+        assert f"{count} evaluations: {first['sampler']} ({levels}) {mean:.2f}" in said
+    assert (tmp_path / "out" / "solvers.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "model, unipc, karras" in page
+
+
+def test_the_study_has_the_solvers_of_given_levels():
+    """None that makes its own levels, and none of CFG++, which takes other CFG scales."""
+    names = study.studied()
+    assert {"euler", "unipc", "dpmpp_2m", "heun", "deis", "er_sde"} <= set(names)
+    assert not {"dpm_fast", "euler_cfg_pp"} & set(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--solvers", "digits:techer"], "did you mean 'digits:teacher'"),
+        (["--solvers", "digits:teacher", "--images", "2"], "images is 2"),
+        (["--solvers", "digits:teacher", "--seeds", "0"], "seeds is 0"),
+    ],
+)
+def test_what_cannot_be_studied(words, said, tmp_path, capsys):
+    assert main(["compare", *words, "--out", str(tmp_path / "out")]) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()

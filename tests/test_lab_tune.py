@@ -253,6 +253,48 @@ def test_what_is_judged_of_it():
         assert found == by and words in reason
 
 
+def test_more_own_steps_are_a_control():
+    """Where these gain as much, or a second look of its own does, the teacher is not asked; where
+    their gain is not sure, or less, it is."""
+    check = trial(0, -0.5, itself=-0.1)
+
+    def longer(mean, over, reach=0.01):
+        made = measured.Change(mean, mean - reach, mean + reach, 0.1 * mean)
+        return measured.Longer((5.0, 1.0, 0.0), made, measured.Change(over, over, over, over))
+
+    assert search._judge(check, longer(-0.6, 0.1))[0] == "steps"
+    assert "of 2 steps of the student alone it changes by -60.0 %" in search._judge(
+        check, longer(-0.6, 0.1))[1]  # fmt: skip
+    assert search._judge(check, longer(-0.4, -0.1))[0] == "teacher"
+    assert search._judge(check, longer(-0.6, 0.1, reach=0.7))[0] == "teacher"
+    assert search._judge(trial(0, -0.5, itself=-0.495), longer(-0.1, -0.4))[0] == "student"
+
+
+def test_more_own_steps_are_measured():
+    """A student that is right at the levels of one more step only, where it misses nothing."""
+
+    def student(x, sigma):
+        right = torch.isin(level(sigma, x), torch.tensor(longer))
+        return endpoint(x, sigma) + BIAS * ~right * torch.sin(20 * x)
+
+    levels, longer = torch.tensor([5.0, 1.0, 0.6, 0.0]), (5.0, 1.0, 0.4, 0.25, 0.0)
+    given = {"sampler": kdpp.sample_lcm_tg, "longer": lambda steps: longer[: steps + 1]}
+    tuning = tune(student, teacher, starts(60, 64), levels, **given)
+    assert tuning.by == "steps" and tuning.longer.levels == pytest.approx(longer)
+    assert tuning.longer.change.mean == pytest.approx(-1.0, abs=0.01)
+    # Every distance is below the unguided ones' quantile, so that changes add up.
+    assert tuning.longer.over.mean == pytest.approx(
+        tuning.check.change.mean - tuning.longer.change.mean, abs=1e-6
+    )
+    assert tuning.settings == {"teacher_steps": 0} and tuning.cost is None
+    assert tuning.verdict.startswith("Do not ask the teacher: 4 steps of the student's own")
+    assert tuning.code == "sigmas = torch.tensor([5, 1, 0.4, 0.25, 0])"
+    # Without being told, more steps lie between those given.
+    del given["longer"]
+    between = tune(student, teacher, starts(60, 64), levels, **given).longer.levels
+    assert len(between) == 5 and between[0] == 5.0 and between[-1] == 0.0
+
+
 def test_a_picture_that_became_another_counts_once():
     """Distances count up to the unguided ones' 90 % quantile: one far picture changes little."""
     perfect = torch.linspace(-1.0, 1.0, 50).view(50, 1)

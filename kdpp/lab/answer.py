@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from kdpp.lab.looks import EXPLAINED, SURE, By, Change, Look, Price, Trial
+from kdpp.lab.looks import EXPLAINED, SURE, Change, Longer, Look, Price, Trial
 
-__all__ = ["Tuning", "draw", "in_words", "need_matplotlib"]
+__all__ = ["Helper", "Tuning", "draw", "in_words", "need_matplotlib"]
+
+
+Helper = Literal["teacher", "student", "steps"]
 
 
 @dataclass(frozen=True)
@@ -16,13 +19,15 @@ class Tuning:
     """The answer of `tune`.
 
     Attributes:
-        by: whose look is worth its price: "teacher"; "student", where a second look of its own
-            gains as much; or None.
+        by: what is worth its price: a look of the "teacher"; of the "student", where a second look
+            of its own gains as much; "steps", where more steps of its own do; or None.
         reason: why, in a sentence.
         settings: keywords for `kdpp.TeacherGuidedDenoiser`; without guidance ``teacher_steps=0``.
         looks: all that were measured, on the first half of the samples.
         trials: the best looks of each step, in whole runs of the same samples.
         check: the chosen trial again, on the other half; None where no trial was made.
+        longer: the student alone in more steps, as many evaluations as the chosen look takes, there
+            too.
         distance: mean squared distance of the unguided pictures to the teacher's run, on the other
             half, as a share of their variance.
         cost: of what is advised; None without guidance.
@@ -30,12 +35,13 @@ class Tuning:
         evaluations: what the tuning itself took, of student and teacher, for all samples.
     """
 
-    by: By | None
+    by: Helper | None
     reason: str
     settings: dict[str, Any]
     looks: tuple[Look, ...]
     trials: tuple[Trial, ...]
     check: Trial | None
+    longer: Longer | None
     distance: float
     cost: Price | None
     sampler: str
@@ -53,6 +59,8 @@ class Tuning:
     @property
     def code(self) -> str:
         """The verdict as Python."""
+        if self.by == "steps" and self.longer is not None:
+            return f"sigmas = torch.tensor([{', '.join(f'{s:.6g}' for s in self.longer.levels)}])"
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         helper = self.by or "teacher"
         return f"model = kdpp.TeacherGuidedDenoiser(student, {helper}, {settings})"
@@ -92,7 +100,14 @@ def _noise(eta: float) -> str:
 
 
 def _advice(tuning: Tuning) -> list[str]:
-    check, cost = tuning.check, tuning.cost
+    check, cost, longer = tuning.check, tuning.cost, tuning.longer
+    if tuning.by == "steps" and longer is not None:
+        count = len(longer.levels) - 1
+        return [
+            f"Do not ask the teacher: {count} steps of the student's own, as many evaluations, "
+            f"gain as much or more: {tuning.reason}.",
+            "That is its distance to the run in which the teacher takes every one of these steps.",
+        ]
     if check is None or cost is None:
         return [
             f"Do not guide, no gain expected: {tuning.reason}.",
@@ -111,6 +126,13 @@ def _advice(tuning: Tuning) -> list[str]:
         ]
         if check.own.high >= 0.0:
             lines.append("It is not sure that the teacher's look gains more than that.")
+        if longer is not None:
+            lines.append(
+                f"Of {len(longer.levels) - 1} steps of the student alone, as many evaluations, it "
+                f"{in_words(longer.change)}."
+            )
+            if longer.over.high >= 0.0:
+                lines.append("It is not sure that the teacher's look gains more than that.")
     else:
         lines = [
             "Do not ask the teacher: the student's own second look gains as much or more. Guide "
@@ -197,6 +219,8 @@ def draw(tuning: Tuning) -> bytes:
         step = tuning.check.look.step
         _bar(right, step + 0.1, tuning.check.change, "C3", "teacher, fresh samples")
         _bar(right, step + 0.2, tuning.check.itself_change, "black", "student, fresh samples")
+        if tuning.longer is not None:
+            _bar(right, step + 0.3, tuning.longer.change, "C2", "more own steps, fresh samples")
     right.axhline(0.0, color="grey", lw=0.8)
     right.set_title("change of the distance to the teacher, %", fontsize=9)
     for axes in (left, middle, right):
@@ -207,7 +231,10 @@ def draw(tuning: Tuning) -> bytes:
         if handles:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
             axes.legend(handles.values(), handles.keys(), ncols=2, fontsize=7, **below)
-    titles = {"teacher": "guide", "student": "the student's own second look", None: "do not guide"}
+    titles = {
+        "teacher": "guide", "student": "the student's own second look",
+        "steps": "more steps of its own", None: "do not guide",
+    }  # fmt: skip
     figure.suptitle(f"{tuning.sampler}: {titles[tuning.by]}", fontsize=11)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=150)

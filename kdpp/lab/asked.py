@@ -7,7 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,25 +118,33 @@ class Asked:
             self.each.max_batch,
         )
         x = SeededNoise(like, seeds, INITIAL)() * levels[0]
-        return Work.of(pair, x, LEVELS, student.bounds, self.each.batch, self.seed)
+        longer = None if self.flow else student.levels_for
+        return Work.of(pair, x, LEVELS, student.bounds, self.each.batch, self.seed, longer)
 
     def command(self, tuning: Tuning) -> str | None:
         """What tries the advice: `kdpp generate`, or for models of the lab `kdpp evaluate`."""
         if tuning.by is None:
             return None
         request, settings = self.request, dict(tuning.settings)
-        if self.flow:
+        longer = tuning.longer.levels if tuning.by == "steps" and tuning.longer else None
+        if longer is not None:
+            settings = {}
+        elif self.flow:
             settings["renoise"] = float(f"{settings['renoise'] / (1.0 + settings['renoise']):.6g}")
         settings = {
             "sampler": self.recipe.solver.name,
-            "steps": self.recipe.steps,
+            "steps": len(longer) - 1 if longer else self.recipe.steps,
             "cond_scale": self.recipe.cond_scale,
             **settings,
         }
         if self.prompts is None:
-            helper = request.teacher if tuning.guide else request.student
-            words = ["kdpp", "evaluate", request.student, "--teacher", str(helper)]
+            words = ["kdpp", "evaluate", request.student]
+            if longer is None:
+                words += ["--teacher", str(request.teacher if tuning.guide else request.student)]
             return shlex.join([*words, *_flags(settings), "--out", "DIR"])
+        if longer is not None:
+            taus = [float(f"{s / (1.0 + s) if self.flow else s:.6g}") for s in longer]
+            request = replace(request, sigmas=tuple(taus), steps=None, preset=None)
         if request.preset is not None or request.sigmas is not None:
             del settings["steps"]
         names = [name for group in GROUPS.values() for name in group]

@@ -591,6 +591,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
         "student": cell.student,
         "sampler": cell.sampler,
         "steps": cell.steps,
+        "schedule": cell.schedule,
         "levels": list(cell.levels),
         "options": dict(cell.options),
         "cond_scale": cell.cond_scale,

@@ -6,6 +6,7 @@ in `kdpp.lab.tuning.tune`.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ __all__ = [
     "Change",
     "Distances",
     "Half",
+    "Longer",
     "Look",
     "Pair",
     "Price",
@@ -141,6 +143,23 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Longer:
+    """The control of equal cost: the student alone, in as many more steps as the look takes
+    evaluations, at least one.
+
+    Attributes:
+        levels: of that run.
+        change: of its distance to the run in which the teacher takes every one of *its* steps,
+            against the distance of the student's own run to the teacher's.
+        over: of the guided distance against this one.
+    """
+
+    levels: tuple[float, ...]
+    change: Change
+    over: Change
+
+
+@dataclass(frozen=True)
 class Price:
     """What guidance adds to one image; both halves of CFG count.
 
@@ -204,25 +223,40 @@ class Pair:
                 "tune takes denoisers in VE form: bring a flow model and its teacher over with "
                 "kdpp.as_ve, and the levels as σ = τ/(1-τ)"
             )
-        self.levels = check_sigmas(sigmas)[0]
-        if len(self.levels) < 2 or self.levels[0] == 0.0:
-            raise ValueError(f"sigmas is {self.levels}; give two levels or more, the first above 0")
         self.student, self.teacher = student, teacher
         self.solver, self.options = solver_of(sampler)
         self.extra_args, self.max_batch = extra_args, max_batch
         self.teacher_cfg_scale = check_number("teacher_cfg_scale", teacher_cfg_scale)
         self.own_scale = check_number("cond_scale", extra_args.get("cond_scale", 1.0))
         self.detail = check_count("detail", detail, 1)
+        self.halves = self.evaluations_of("student", self.own_scale)
+        if self.solver.cfg_pp:
+            self.halves = halves_of(student)
+        self._take(sigmas)
+        self.spent: dict[By, int] = {"student": 0, "teacher": 0}
+        self.progress: Callable[[int], object] = lambda count: None
+
+    def _take(self, sigmas: Tensor | Sequence[float]) -> None:
+        """The levels, and what the sampler does on them."""
+        self.levels = check_sigmas(sigmas)[0]
+        if len(self.levels) < 2 or self.levels[0] == 0.0:
+            raise ValueError(f"sigmas is {self.levels}; give two levels or more, the first above 0")
         self.plan = self.solver.plan(self.levels, **self.options)
         if any(step.churn is not None for step in self.plan):
             raise ValueError("tune does not follow churn; leave s_churn 0")
         self.moves = [Move.of(step) for step in self.plan]
-        each = self.evaluations_of("student", self.own_scale)
-        if self.solver.cfg_pp:
-            each = halves_of(student)
-        self.evaluations = each * sum(len(step.stages) for step in self.plan)
-        self.spent: dict[By, int] = {"student": 0, "teacher": 0}
-        self.progress: Callable[[int], object] = lambda count: None
+        self.evaluations = self.halves * sum(len(step.stages) for step in self.plan)
+
+    def on(self, levels: Sequence[float]) -> Pair:
+        """The same pair on other levels; what it spends counts here."""
+        other = copy.copy(self)
+        other._take(levels)
+        return other
+
+    def more_steps(self, look: Look) -> int:
+        """How many steps of the student's own take as many evaluations as the look, at least 1."""
+        each = self.evaluations / len(self.plan)
+        return max(1, round(self.evaluations_of(look.by, look.cfg_scale) / each))
 
     @property
     def steps(self) -> list[int]:
@@ -260,20 +294,28 @@ class Pair:
         """Evaluations of one call."""
         return 1 if scale == 1.0 else halves_of(self.denoiser(by))
 
-    def expense(self, looks: Sequence[Look], fit: int, check: int) -> tuple[int, int]:
-        """Evaluations of student and teacher, at most, for a tuning with so many samples."""
+    def through(self) -> list[int]:
+        """Evaluations of the teacher's own run through each step."""
+        each = self.evaluations_of("teacher", self.teacher_cfg_scale)
+        grids = [self.grid(i) for i in range(len(self.moves))]
+        return [each * (len(grid) - 1) * (grid[0] > grid[-1]) for grid in grids]
+
+    def expense(
+        self, looks: Sequence[Look], fit: int, check: int, longest: Pair
+    ) -> tuple[int, int]:
+        """Evaluations of student and teacher, at most, for a tuning with so many samples;
+        ``longest`` is the pair on the most levels that are tried."""
         asked: dict[By, list[int]] = {"student": [], "teacher": []}
-        steps = range(len(self.moves))
         for look in looks:
             asked[look.by].append(self.evaluations_of(look.by, look.cfg_scale))
-        each = self.evaluations_of("teacher", self.teacher_cfg_scale)
-        through = [each * (len(grid) - 1) * (grid[0] > grid[-1]) for grid in map(self.grid, steps)]
+        through = self.through()
         trials = len(steps_of(looks))
         student = fit * (sum(asked["student"]) + self.evaluations * (1 + 2 * trials))
-        student += check * 3 * self.evaluations
+        student += check * (3 * self.evaluations + longest.evaluations)
         student += (fit * trials + check) * max(asked["student"])
         teacher = fit * (sum(asked["teacher"]) + 2 * sum(through) - through[0])
-        teacher += check * sum(through) + (fit * trials + check) * max(asked["teacher"])
+        teacher += check * (sum(through) + sum(longest.through()))
+        teacher += (fit * trials + check) * max(asked["teacher"])
         return student, teacher
 
     def spend(self, by: By, count: int) -> None:
@@ -439,6 +481,11 @@ class Distances:
         taught, second = (one.clamp(max=self.farthest) for one in (taught, second))
         changes = (taught - self.plain, second - self.plain, taught - second)
         return Trial(look, itself, *map(self.change, changes))
+
+    def longer(self, levels: Sequence[float], alone: Tensor, guided: Tensor) -> Longer:
+        """What more steps change; ``alone`` are the distances with them, ``guided`` with a look."""
+        alone, guided = (one.clamp(max=self.farthest) for one in (alone, guided))
+        return Longer(tuple(levels), self.change(alone - self.plain), self.change(guided - alone))
 
     def change(self, difference: Tensor) -> Change:
         mean, low, high = (float(number) for number in jackknife(difference, self.plain, SURE))

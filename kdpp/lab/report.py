@@ -41,6 +41,7 @@ SETTINGS = {
     "student": About("student", "the network that samples"),
     "sampler": About("sampler", "a name of kdpp.SOLVERS"),
     "steps": About("steps", "of the sampler"),
+    "schedule": About("schedule", "the name of the levels; without one they are the student's own"),
     "levels": About("levels", "the noise levels σ"),
     "options": About("options", "of the sampler, where they are not its defaults"),
     "cond_scale": About("CFG", "the student's CFG scale"),
@@ -410,13 +411,13 @@ def _families(results: Results) -> dict[str, list[CellResults]]:
     students = {cell["student"] for cell in cells}
     names = [  # of which a student has several
         name
-        for name in ("sampler", "cond_scale")
+        for name in ("sampler", "schedule", "cond_scale")
         if len({(cell["student"], cell[name]) for cell in cells}) > len(students)
     ]
     families: dict[str, list[CellResults]] = {}
     for cell in cells:
         words = [f"CFG {cell[n]:g}" if n == "cond_scale" else cell[n] for n in names]
-        families.setdefault(", ".join([cell["student"], *words]), []).append(cell)
+        families.setdefault(", ".join(filter(None, [cell["student"], *words])), []).append(cell)
     return families
 
 

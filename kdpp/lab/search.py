@@ -38,10 +38,11 @@ def candidates(name: str, teacher: GenerativeModel, wanted: BestTeacher) -> Iter
         if steps < 1:
             continue
         reach = trained_range(teacher.denoiser_for(steps))
-        levels = [teacher.levels_for(steps)]
-        levels += [levels_on(kind, steps, *reach) for kind in SEARCHED_LEVELS] if reach else []
-        for one in levels:
-            cell = Cell(name, solver.name, one, wanted.cond_scale)
+        levels = {"": teacher.levels_for(steps)}
+        if reach:
+            levels |= {kind: levels_on(kind, steps, *reach) for kind in SEARCHED_LEVELS}
+        for kind, one in levels.items():
+            cell = Cell(name, solver.name, one, wanted.cond_scale, schedule=kind)
             if cell not in seen:
                 seen.add(cell)
                 yield cell

@@ -147,6 +147,7 @@ class Cell:
     options: tuple[tuple[str, float | str], ...] = ()
     guide: Literal["none", "teacher", "self"] = "none"
     guidance: Guidance | None = None
+    schedule: str = field(default="", compare=False)  # the name of the levels, where they have one
 
     @property
     def steps(self) -> int:
@@ -379,7 +380,7 @@ def _lengthened(cell: Cell, model: GenerativeModel) -> Cell:
     more = max(1, round(looks * cell.steps / alone))
     own = cell.levels == model.levels_for(cell.steps)
     levels = model.levels_for(cell.steps + more) if own else lengthened(cell.levels, more)
-    return replace(cell.plain, levels=levels)
+    return replace(cell.plain, levels=levels, schedule="")
 
 
 def _grid_cells(
@@ -440,7 +441,8 @@ def _unguided(
     options = tuple((n, v) for n, v in settings.items() if v != solver.options[n].default)
     levels = _levels(combination, where, model)
     own = model.cond_scale if combination.cond_scale is None else combination.cond_scale
-    return Cell(combination.student, solver.name, levels, own, options)
+    named = combination.schedule or ""
+    return Cell(combination.student, solver.name, levels, own, options, schedule=named)
 
 
 def _levels(combination: Combination, where: str, model: GenerativeModel) -> tuple[float, ...]:

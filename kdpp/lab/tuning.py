@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,15 +23,15 @@ import kdpp
 from kdpp.checks import check_count, check_latent
 from kdpp.kinds import Denoiser, is_flow
 from kdpp.lab.affordable import LAB
-from kdpp.lab.answer import Tuning, in_words
+from kdpp.lab.answer import Helper, Tuning, in_words
 from kdpp.lab.console import say
 from kdpp.lab.looks import (
     EXPLAINED,
     VISIBLE,
-    By,
     Change,
     Distances,
     Half,
+    Longer,
     Look,
     Pair,
     Price,
@@ -44,6 +44,7 @@ from kdpp.lab.looks import (
 )
 from kdpp.lab.pieces import Pieces, Tensors
 from kdpp.lab.sampling import image_seeds
+from kdpp.lab.schedules import lengthened
 
 __all__ = [
     "Change",
@@ -78,6 +79,7 @@ def tune(
     sampler: Sampler,
     teacher_cfg_scale: float = 1.0,
     levels: Sequence[float] = LEVELS,
+    longer: Callable[[int], Sequence[float]] | None = None,
     bounds: tuple[float, float] | None = None,
     detail: int = LAB.detail,
     max_batch: int | None = None,
@@ -108,7 +110,10 @@ def tune(
     gains most, of those where it gains more than the control. With a sampler that adds noise it is
     the latest step that gains half as much: after an early step the noise of the later ones can
     still lead to another picture, and nothing changes what the last step leaves. The other half of
-    the samples checks the choice: there too the gain must count, and exceed the control's.
+    the samples checks the choice: there too the gain must count, exceed the control's, and that of
+    a second control, the student alone in as many more steps as the look takes evaluations. These
+    have noise of their own; the distance is to the run in which the teacher takes every one of
+    them.
 
     Distances count up to the 90 % quantile of the unguided ones. Two runs that are farther apart
     have come to different pictures, and how far those are apart is chance.
@@ -128,6 +133,8 @@ def tune(
             reach. The looks have this scale and 1.
         levels: σ_s to try at every step that starts above it, beside the step's own level and the
             next. Those outside the models' trained range are left out.
+        longer: the student's levels for so many steps, for the control of equal cost; by default
+            there are more between those given.
         bounds: the pictures' range, (low, high): distances are measured clamped, as viewers see
             them. None for latents.
         detail: steps of the teacher's run from sigmas[0] to 0 (DPM-Solver++(2M), levels
@@ -148,7 +155,7 @@ def tune(
     pair = Pair(
         student, teacher, sampler, sigmas, extra_args or {}, teacher_cfg_scale, detail, max_batch
     )
-    work = Work.of(pair, x, levels, bounds, batch, seed)
+    work = Work.of(pair, x, levels, bounds, batch, seed, longer)
     if progress:
         say(work.price())
     found = work.run(Pieces(), progress)
@@ -166,6 +173,7 @@ class Work:
     looks: Sequence[Look]
     bounds: tuple[float, float] | None
     seed: int
+    longer: Callable[[int], Sequence[float]] | None = None
 
     @classmethod
     def of(
@@ -176,6 +184,7 @@ class Work:
         bounds: tuple[float, float] | None,
         batch: int | None,
         seed: int,
+        longer: Callable[[int], Sequence[float]] | None = None,
     ) -> Work:
         """The arguments are those of `tune`, which says what it raises."""
         check_latent(x)
@@ -188,7 +197,13 @@ class Work:
         halves = order[: len(x) // 2].sort().values, order[len(x) // 2 :].sort().values
         seeds = torch.tensor(image_seeds(check_count("seed", seed, 0), len(x)))
         fit, check = (pair.half(x, seeds, rows).parts(batch) for rows in halves)
-        return cls(pair, fit, check, looks, bounds, seed)
+        return cls(pair, fit, check, looks, bounds, seed, longer)
+
+    def with_steps_of(self, look: Look) -> Pair:
+        """The student alone with as many evaluations as with the look."""
+        more, levels = self.pair.more_steps(look), self.pair.levels
+        made = self.longer and self.longer(len(levels) - 1 + more)
+        return self.pair.on(made or lengthened(levels, more))
 
     @property
     def samples(self) -> tuple[int, int]:
@@ -199,7 +214,8 @@ class Work:
     @property
     def expense(self) -> tuple[int, int]:
         """Evaluations of student and teacher, at most."""
-        return self.pair.expense(self.looks, *self.samples)
+        dearest = max(self.looks, key=self.pair.more_steps)
+        return self.pair.expense(self.looks, *self.samples, self.with_steps_of(dearest))
 
     @torch.no_grad()
     def seconds(self) -> tuple[float, float]:
@@ -287,16 +303,23 @@ class Work:
             found = self._compared(part.plain(), part.perfect())
             if chosen is None:
                 return found
-            return found | self._guided(part, found["perfect"], chosen.look, chosen.itself)
+            longer = replace(part, pair=self.with_steps_of(chosen.look))
+            alone = distances(longer.plain(), longer.perfect(), self.bounds)
+            guided = self._guided(part, found["perfect"], chosen.look, chosen.itself)
+            return {**found, **guided, "longer": alone}
 
         fresh = stage("check", self.check, check)
         if not fresh:
             return None
         far = Distances(fresh["plain"], fresh["perfect"], self.bounds)
-        checked = chosen and far.trial(chosen.look, chosen.itself, fresh["taught"], fresh["itself"])
+        checked = longer = None
+        if chosen is not None:
+            checked = far.trial(chosen.look, chosen.itself, fresh["taught"], fresh["itself"])
+            levels = self.with_steps_of(chosen.look).levels
+            longer = far.longer(levels, fresh["longer"], fresh["taught"])
         distance = float(far.plain.mean()) / far.variance
         student, teacher = spent.tolist()
-        return self._tuning(looks, trials, checked, distance, (student, teacher))
+        return self._tuning(looks, trials, checked, longer, distance, (student, teacher))
 
     def _counted(self, make: Callable[[int], Tensors], i: int) -> Tensors:
         """A part's tensors, on the CPU, with the evaluations that they took."""
@@ -326,13 +349,14 @@ class Work:
         looks: Sequence[Look],
         trials: Sequence[Trial],
         checked: Trial | None,
+        longer: Longer | None,
         distance: float,
         evaluations: tuple[int, int],
     ) -> Tuning:
         pair = self.pair
-        by, reason = _judge(checked)
+        by, reason = _judge(checked, longer)
         advised = None
-        if checked is not None and by is not None:
+        if checked is not None and by in ("teacher", "student"):
             advised = checked.look if by == "teacher" else checked.itself
         return Tuning(
             by=by,
@@ -341,6 +365,7 @@ class Work:
             looks=tuple(looks),
             trials=tuple(trials),
             check=checked,
+            longer=longer,
             distance=distance,
             cost=pair.price_of(advised) if advised else None,
             sampler=_name(pair),
@@ -422,13 +447,23 @@ def _choose(trials: Sequence[Trial], renewed: bool) -> Trial:
     return [trial for trial in worth if trial.change.mean <= 0.5 * best.change.mean][-1]
 
 
-def _judge(check: Trial | None) -> tuple[By | None, str]:
-    """Whose look is worth its price, and why."""
+def _judge(check: Trial | None, longer: Longer | None = None) -> tuple[Helper | None, str]:
+    """Whose help is worth its price, and why: the student's own where it gains as much."""
     if check is None:
         return None, f"no look surely explains {100 * EXPLAINED:g} % of what the student misses"
     said = f"on fresh samples the squared distance to the teacher's run {in_words(check.change)}"
-    if check.own.mean >= 0.0 and check.itself_change.counts:
-        return "student", f"{said}; with the student's own look it {in_words(check.itself_change)}"
+    own: dict[Helper, tuple[Change, str]] = {
+        "student": (check.itself_change, "with the student's own look it")
+    }
+    if longer is not None:
+        own["steps"] = (longer.change, f"of {len(longer.levels) - 1} steps of the student alone it")
+    # The teacher's look is the dearer one: a gain that is not surely larger is not worth it.
+    surely = {"student": check.own.high < 0.0, "steps": longer is None or longer.over.mean < 0.0}
+    gains = {name: one for name, one in own.items() if one[0].counts and not surely[name]}
+    if gains:
+        best = min(gains, key=lambda name: gains[name][0].mean)
+        change, what = gains[best]
+        return best, f"{said}; {what} {in_words(change)}"
     if check.change.counts:
         return "teacher", said
     if check.change.high >= 0.0:

@@ -21,6 +21,7 @@ TEACHER, STUDENT, TEACHER_FRESH, STUDENT_FRESH = "#1f77b4", "#8a8a8a", "#d62728"
 TITLES = {
     "teacher": "let the teacher help",
     "student": "not the teacher: the student's own second look",
+    "steps": "not the teacher: more steps of the student's own",
     None: "no help: no gain is sure",
 }
 

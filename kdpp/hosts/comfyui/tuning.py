@@ -132,6 +132,8 @@ def in_words(tuning: Tuning, flow: bool) -> str:
     lines = [tuning.advice, ""]
     if tuning.by is None:
         lines.append("KDPP Sampler: teacher_steps 0.")
+    elif tuning.by == "steps" and tuning.longer is not None:
+        lines.append(f"KDPP Sampler: teacher_steps 0, {len(tuning.longer.levels) - 1} steps.")
     else:
         settings = tuning.settings
         level = settings["renoise"]
