@@ -235,7 +235,10 @@ def test_steps_are_whole_numbers(bad):
 
 @over_solvers
 def test_the_last_step_with_a_level_of_its_own(solver):
-    """Step -1 and renoise=σ_s: the image moves by λ (x̂_ψ - x̂), x̂_ψ the estimate at σ_s."""
+    """Step -1 and renoise=σ_s: the image moves by λ (x̂_ψ - x̂), x̂_ψ the estimate at σ_s.
+
+    (By as many times that as the solver weighs its newest estimate: once, but for UD10 AB.)
+    """
     told, counted = [], Counted(TEACHER)
     model = guided(counted, teacher_steps={-1}, teacher_scale=0.6, renoise=0.3)
     found = sample(solver, model, callback=told.append)
@@ -243,7 +246,8 @@ def test_the_last_step_with_a_level_of_its_own(solver):
     uncond, cond = counted.calls[0].output.chunk(2)
     taught = uncond + CFG * (cond - uncond)
     none = sample(solver, guided(teacher_scale=0.0))
-    assert same(found, none + 0.6 * (taught - told[-1]["denoised_student"]))
+    gain = solver.plan(SIGMAS.tolist())[-1].gain
+    assert same(found, none + 0.6 * gain * (taught - told[-1]["denoised_student"]))
     assert not same(found, none)
 
 

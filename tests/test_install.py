@@ -286,7 +286,7 @@ def test_a_web_ui_without_a_trace(webui, capsys):
 
 def test_comfyui_is_no_web_ui(host, capsys):
     status, said = command(capsys, "install", "webui", host)
-    assert status == 1 and f"{host} is not a web UI (A1111, Forge, reForge, Forge Neo)" in said
+    assert status == 1 and f"{host} is not a web UI (A1111, Forge, Forge Neo)" in said
     assert "looked for the folder extensions" in said
 
 

@@ -349,12 +349,18 @@ def forgets(solver):
     return all(step.stages[-1].row.target == 0.0 for step in solver.plan([4.0, 2.0, 1.0]))
 
 
+OFF_THE_ODE = {"dpmpp_2s_ancestral_cfg_pp_mixed", "cfgpp_ud10_ab"}
+"""Forms of ComfyUI's that go nowhere as steps shrink (docs/solvers.md)."""
+
+
 def part_of(student, sampler, levels):
     pair = measured.Pair(student, teacher, sampler, levels, CLASSLESS, 1.0, 50, None)
     return pair, pair.half(starts(20, 4).float(), torch.arange(20), torch.arange(20))
 
 
-@pytest.mark.parametrize("name", [n for n, one in SOLVERS.items() if not forgets(one)])
+@pytest.mark.parametrize(
+    "name", [n for n, one in SOLVERS.items() if not forgets(one) and n not in OFF_THE_ODE]
+)
 def test_the_teachers_run_is_the_samplers_limit(name):
     """With more steps the sampler's run of the teacher goes where Φ and the noise go: σ_down and
     the noise are read off rightly. (LCM's own steps go to the end of the path: no limit.) With 12
