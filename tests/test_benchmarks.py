@@ -119,7 +119,8 @@ def test_a_table_of_the_papers(monkeypatch, tmp_path, capsys):
     )
     names = ["b", "c", "c-seed-1", "c-seed-2"]
     (tmp_path / "table5.toml").write_text(
-        'title = "t"\nimages = 20\nseeds = 2\nteacher = "digits:teacher"\n[students]\n'
+        'title = "t"\nimages = 20\nseeds = 2\nteacher = "digits:teacher"\n'
+        "self_control = false\nmore_steps = false\nbest_teacher = false\n[students]\n"
         + "".join(f'{name} = "students/{name}"\n' for name in names)
         + "[reference]\nsteps = 4\ncond_scale = 1.0\n[[grid]]\nstudent = "
         + json.dumps(names)

@@ -235,7 +235,7 @@ def test_what_tune_advises_is_taken_by_evaluate(scale, tmp_path):
     parser = evaluate.argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     spec = evaluate.spec_of(parser.parse_args(words[2:]))
-    cells, _ = cells_of(spec, {"model": student})
+    cells = cells_of(spec, {"model": student}).cells
     assert [cell.guide for cell in cells] == ["none", "teacher", "self"]
     expected = {"extrapolate": False, **look.settings, "teacher_steps": (3,)}
     assert cells[1].keywords == expected

@@ -630,6 +630,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from kdpp.lab import bench, compare as command, files
+from kdpp.lab.spec import read_spec
 
 spec, out = Path(sys.argv[1]), Path(sys.argv[2])
 
@@ -659,7 +660,7 @@ def killed(folder, moment):
     files.os.replace = replace_or_die
     command.compare(spec, folder)
 
-bench.Bench(command.read_spec(spec), "cpu", out)  # what it imports, the children need not
+bench.Bench(read_spec(spec), "cpu", out)  # what it imports, the children need not
 for moment in map(int, sys.argv[3].split()):
     folder = out / f"killed{moment}"
     codes = [ended(child(lambda: killed(folder, moment)))]

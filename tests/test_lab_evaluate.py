@@ -51,6 +51,8 @@ def figures(folder):
     found = results(folder) | {"finished": None}
     for cell in found["cells"]:
         cell["costs"] |= {"milliseconds": None, "memory": None}
+    for fronts in found["fronts"].values():
+        fronts["milliseconds"] = None
     return found
 
 

@@ -16,6 +16,8 @@ images = 50
 seeds = 2
 teacher = "digits:teacher"
 self_control = true
+more_steps = false
+best_teacher = false
 [students]
 {json.dumps(EVIL)} = "digits:student"
 "B" = "digits:student"
@@ -208,6 +210,17 @@ def test_plots(page):
     assert marks is True
     title = page.execute_script("return document.querySelector('g.point title').textContent")
     assert "FD: " in title and "±" in title
+
+
+def test_the_front_is_drawn(page, path):
+    """A stair along the cells that no other beats at their cost, as many steps as there are."""
+    fronts = json.loads((path.parent / "results.json").read_bytes())["fronts"]
+    drawn = {}
+    for chart in all_of(page, "#charts figure"):
+        name = chart.get_attribute("data-chart")
+        drawn[name] = len(chart.find_elements("css selector", "path.front"))
+        assert drawn[name] == max(len(fronts.get(name, {}).get("evaluations", [])) - 1, 0)
+    assert drawn["fd"] > 0
 
 
 def test_what_a_point_is_can_be_read(page):

@@ -121,7 +121,8 @@ def _safe(value: Any) -> Any:
         return " ".join(map(repr, value))
     if isinstance(value, Mapping):
         return " ".join(f"{name}={one}" for name, one in value.items()) or None
-    return f"'{value}" if str(value)[:1] in "=+-@\t\r" and isinstance(value, str) else value
+    risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if risky else value
 
 
 def _estimate(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
